@@ -1,0 +1,1 @@
+"""EPSD: early pruning with self-distillation. A small vision network without a big one first."""

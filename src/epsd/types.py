@@ -1,0 +1,93 @@
+"""The words every module shares: a batch, a loss, the protocols of the choices. No logic."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+Forward = Callable[[Tensor], Tensor]
+"""Images (B, C, H, W) -> logits (B, K). A module is one; so is a module called with other weights."""
+
+Scores = dict[str, Tensor]
+"""Parameter name -> saliency of the parameter's shape. Higher = keep."""
+
+Purpose = Literal["score", "train"]
+Partner = Literal["none", "view", "same_class"]
+
+
+class Batch(NamedTuple):
+    """One draw of images.
+
+    `images` (B, C, H, W) normalised; `labels` (B,) int64; `indices` (B,) int64, position in the
+    split that the batch was drawn from; `partner` (B, C, H, W): a second augmentation of the same images
+    ("view") or one random image of the same class each ("same_class"), None where nobody asked.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    partner: Tensor | None = None
+
+
+class BatchNeeds(NamedTuple):
+    """What an objective needs of a batch beyond images and labels."""
+
+    partner: Partner = "none"
+    indices: bool = False
+
+
+class Loss(NamedTuple):
+    """`total`: scalar, twice differentiable. `terms`: detached scalars by name, logged as `train/<name>`.
+    `logits`: (B, K) of `batch.images`, detached. `parts`: the differentiable summands of `total` by name,
+    ("supervised", "distillation"), from which the prune report takes their gradient norms.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    logits: Tensor
+    parts: dict[str, Tensor] = {}
+
+
+class Objective(Protocol):
+    """One self-distillation method (`cross_entropy`: the one that distils nothing).
+
+    State is replaced, never changed in place, while the purpose is "score": `copy.copy(objective)` is then a
+    snapshot, which the meta-gradient takes before every step so that it can evaluate the same loss again.
+    """
+
+    @property
+    def needs(self) -> BatchNeeds: ...
+
+    def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
+        """Forget all state. `train_size` images in the training split, `num_classes` logits."""
+
+    def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
+        """`progress` in [0, 1]: (epoch + 1) / epochs while training, 1 while scoring."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers, enough to resume exactly."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Score(Protocol):
+    """One early-pruning criterion. It leaves parameters, buffers, mode and random state of `model` untouched."""
+
+    def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores: ...
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """A split that can be passed over again and again; epoch `number` always gives the same batches."""
+
+    size: int
+    num_classes: int
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+
+    def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]: ...
+
+
+class EpsdError(Exception):
+    """A user's mistake or an unfit input: shown as one line, without a traceback."""
