@@ -1,0 +1,26 @@
+"""What every test shares: the sample data and oracles where they exist, one seed, no telemetry."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("EPSD_SHARED", ROOT.parent / "shared"))
+
+
+def shared_file(*parts: str) -> Path:
+    """A file of the samples that live beside the repository, or a skip with the reason."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs {'/'.join(parts)} of the project's shared samples (set EPSD_SHARED to their folder)")
+    return path
+
+
+@pytest.fixture
+def root() -> Path:
+    return ROOT
