@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as _pydantic_dataclass
 
 from epsd.types import EpsdError
@@ -75,6 +75,6 @@ def choose(registry: Mapping[str, type[T]], choice: Mapping[str, Any], where: st
         if key not in valid:
             raise unknown(f"{where} ({name})".strip(), key, valid)
     try:
-        return TypeAdapter(cls).validate_python(settings)
+        return cls(**settings)
     except ValidationError as error:
         raise explain(where, error) from None
