@@ -6,9 +6,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from epsd.types import EpsdError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 ROOT = Path("artifacts")
 DATA = ROOT / "data"
@@ -78,3 +81,31 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ArtifactError(f"{path}: expected a JSON mapping.")
     return content
+
+
+def save_model(model: "nn.Module", path: Path, card: Mapping[str, Any]) -> None:
+    """The state dict of `model` as safetensors at `path`, and `card` beside it with the ending .json.
+
+    The card says how to build the network again: `architecture` (the choice of params.yaml), `num_classes`,
+    `class_names`, `image_shape`, `mean`, `std`; the stage may add what it likes (a mask summary). The weights
+    are written first: a card without its weights never exists.
+    """
+    from safetensors.torch import save_file
+
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(state, temporary)
+    write_json(path.with_suffix(".json"), card)
+
+
+def load_state(path: Path) -> "dict[str, Tensor]":
+    """The tensors of a safetensors file, on the CPU. Raises ArtifactError: missing, or not such a file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing. `dvc repro` runs the stage that writes it.")
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: cannot be read as safetensors ({error}).") from None
