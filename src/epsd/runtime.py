@@ -1,0 +1,160 @@
+"""Seed, device, precision, determinism, the project's folder, and the versions recorded with every run."""
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import random
+import subprocess
+import sys
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from epsd.types import EpsdError
+
+STATE = ".epsd"
+"""Folder (git-ignored) under the project's root for locks, checkpoints and the spool of the tracker."""
+
+_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def project_root() -> Path:
+    """The folder of the project, also from inside the temporary copy in which DVC runs a queued experiment.
+
+    DVC says where the main project is (`DVC_ROOT`); without DVC it is the nearest folder with a dvc.yaml, upwards
+    from the current one, or else the current one.
+    """
+    told = os.environ.get("DVC_ROOT")
+    here = Path(told or Path.cwd()).resolve()
+    if told:
+        return here
+    return next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()), here)
+
+
+def state_folder(*parts: str) -> Path:
+    """`{project root}/.epsd/...`: what outlives a stage, but is no artifact. Not created here."""
+    return project_root().joinpath(STATE, *parts)
+
+
+def quiet() -> bool:
+    """True where `EPSD_QUIET` asks for no progress bars and no progress lines."""
+    return os.environ.get("EPSD_QUIET", "") not in ("", "0")
+
+
+def no_telemetry() -> None:
+    """Turn off what mlflow, dvc and others would send home. Call before importing them; the user's own choice wins."""
+    for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "DVC_NO_ANALYTICS": "1"}.items():
+        os.environ.setdefault(name, value)
+
+
+def mix(*parts: int | str) -> int:
+    """A stable seed in [0, 2^63) for the thing that `parts` name, e.g. `mix(seed, "order", epoch)`.
+
+    The same on every machine and in every process (`hash()` is not); 1 and "1" differ, ("ab",) and ("a", "b") too.
+    """
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch (every device) from one number in [0, 2^63)."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def determinism(enabled: bool = True) -> None:
+    """Ask torch for the same bits each time where an operator can (the others run, without a warning each)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+    torch.use_deterministic_algorithms(enabled, warn_only=True)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (costs time, changes nothing)
+    torch.backends.cudnn.benchmark = not enabled
+
+
+def devices() -> list[str]:
+    """The devices of this machine, best first: `cuda` (`cuda:0` ...), `mps`, `cpu`."""
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
+    names = ["cuda", *(f"cuda:{index}" for index in range(cuda))] if cuda else []
+    return [*names, *(["mps"] if mps else []), "cpu"]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device that `name` asks for; `auto` is the best one here (cuda, mps, cpu).
+
+    Raises EpsdError for a device that this machine does not have, listing those it has.
+    """
+    found = devices()
+    if name == "auto":
+        return torch.device(found[0])
+    if name not in found:
+        raise EpsdError(f"device: '{name}' is not on this machine. Valid here: auto, {', '.join(found)}.")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype for `auto | fp32 | bf16 | fp16`; None means plain fp32.
+
+    `auto` is bf16 on a CUDA device that computes in it, else fp32. Raises EpsdError where the device has not the type.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    if name not in _PRECISIONS:
+        raise EpsdError(f"precision: unknown '{name}'. Valid: auto, {', '.join(_PRECISIONS)}.")
+    if name == "fp16" and device.type == "cpu":
+        raise EpsdError("precision: fp16 needs a GPU; on the CPU use auto, fp32 or bf16.")
+    return _PRECISIONS[name]
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about the project's folder, or None without git or repository."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(Path.cwd()), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return None
+
+
+def _cpu() -> str:
+    """The processor's own name where the system tells it (Linux), else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    found |= {package: _installed(package) for package in ("epsd", "torch", "torchvision", "dvc", "mlflow")}
+    found |= {"cpu": f"{_cpu()} x{os.cpu_count()}", "threads": str(torch.get_num_threads())}
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(0), "cuda": str(torch.version.cuda)}
+    if commit := _git("rev-parse", "HEAD"):
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+        found |= {"git.commit": commit, "git.dirty": str(bool(changed)).lower()}
+    return found
+
+
+def versions() -> dict[str, str]:
+    """What a result was made with: python, packages, processor, GPU, git commit (where there is one) and platform."""
+    return dict(_versions())
+
+
+def note(text: str) -> None:
+    """One line on stderr, at once (stdout may be a pipe that is read late)."""
+    print(" ".join(text.split()), file=sys.stderr, flush=True)

@@ -1,0 +1,274 @@
+"""Runs one stage of dvc.yaml: checks params.yaml, locks the folder, ends cleanly, says what happened in two lines.
+
+Also `python -m epsd.stage`: check params.yaml and every name chosen in it, and do nothing else.
+"""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from epsd.params import DEFAULT_PATH, Params, load
+from epsd.registry import ParamsError, choose
+from epsd.runtime import STATE, determinism, no_telemetry, note, pick_device, seed_everything
+from epsd.types import EpsdError
+
+Main = Callable[[Params], str | None]
+"""The body of a stage. What it returns, if anything, is shown in the line that closes the stage."""
+
+LOCK_PATIENCE = 10.0
+"""Seconds to wait for the folder: a stage whose dvc was killed needs up to two to notice and leave."""
+
+WATCH_EVERY = 0.5
+LEAVE_WITHIN = 1.0
+"""Seconds between two looks at the ancestors; seconds for a clean end before the hard one."""
+
+_AGAIN = "`dvc repro` goes on from here."
+_SHELLS = {"sh", "dash", "bash", "zsh", "fish", "ksh", "tcsh", "csh", "ash", "busybox"}
+_USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class Terminated(BaseException):
+    """A signal asked the process to end. No `Exception`: it passes every `except Exception` on its way out."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def run_stage(name: str, main: Main) -> None:
+    """Run `main(params)` as the stage `name` of the pipeline in the current folder.
+
+    A user's mistake, a full disk or an unwritable folder ends the process with one line on stderr and status 1; a
+    signal with one line and 128 + its number; anything unexpected keeps its traceback.
+    """
+    _use_this_copy()
+    no_telemetry()
+    started = time.monotonic()
+    try:
+        with _signals(), _orphan_watch(name):
+            params = load(DEFAULT_PATH)
+            check(params)
+            device = pick_device(params.device)
+            with _folder_lock(name):
+                print(f"{name}: {describe(params)}, on {device.type}", flush=True)
+                determinism()
+                seed_everything(params.seed)
+                result = main(params)
+        print(f"{name}: {result or 'done'} ({time.monotonic() - started:.1f} s)", flush=True)
+    except KeyboardInterrupt:
+        _leave(name, "interrupted. `dvc repro` goes on from here.", 130)
+    except Terminated as stop:
+        _leave(
+            name, f"stopped by {signal.Signals(stop.signum).name}. `dvc repro` goes on from here.", 128 + stop.signum
+        )
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        _leave(name, line, 1)
+
+
+def _use_this_copy() -> None:
+    """In a queued experiment's copy, run the copy's own `src`, not the one that the environment has installed.
+
+    An editable install points at the main folder, whose code may have changed since the experiment was queued.
+    """
+    here = Path.cwd() / "src"
+    mine = here / "epsd" / "stage.py"
+    if not mine.is_file() or mine.samefile(__file__) or os.environ.get("EPSD_COPY") == str(here):
+        return
+    path = os.pathsep.join([str(here), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "EPSD_COPY": str(here)}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def check(params: Params) -> None:
+    """Check every chosen name and its settings, so that a typo fails before any work. Builds nothing heavy.
+
+    Raises ParamsError with all findings, each with the valid choices, in one line.
+    """
+    findings = []
+    for where, registry, choice in _choices(params):
+        try:
+            choose(registry, choice, where)
+        except ParamsError as error:
+            findings.append(str(error))
+    if findings:
+        raise ParamsError(" ".join(findings))
+
+
+def _choices(params: Params) -> Iterator[tuple[str, Mapping[str, type[Any]], Mapping[str, Any]]]:
+    """(dotted key, registry, choice) of every choice in params.yaml."""
+    from epsd.architectures import ARCHITECTURES
+    from epsd.datasets import DATASETS, DEVKITS
+    from epsd.detectors import DETECTORS
+    from epsd.objectives import OBJECTIVES
+    from epsd.scores import SCORES
+
+    yield "dataset", DATASETS, params.dataset
+    yield "architecture", ARCHITECTURES, params.architecture
+    yield "objective", OBJECTIVES, params.objective
+    yield "prune.score", SCORES, params.prune.score
+    yield "voc", DEVKITS, params.voc
+    yield "detect.detector", DETECTORS, params.detect.detector
+
+
+def describe(params: Params) -> str:
+    """What is being run, in a few words."""
+    return (
+        f"{params.dataset['name']}, {params.architecture['name']}, {params.objective['name']}, "
+        f"{params.prune.score['name']} at sparsity {params.prune.sparsity:g}, seed {params.seed}"
+    )
+
+
+def one_line(error: Exception) -> str | None:
+    """The message for a mistake or shortage that the user can mend; None for anything else."""
+    import torch
+
+    if isinstance(error, EpsdError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory on the device: lower the batch size. ({str(error).split('. ')[0]})"
+    if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
+        return f"{error.filename or 'file'}: {error.strerror}."
+    if os.strerror(errno.ENOSPC) in str(error):  # libraries wrap the system's error in their own
+        return f"{os.strerror(errno.ENOSPC)} ({error})."
+    return None
+
+
+def _leave(name: str, line: str, status: int) -> None:
+    note(f"{name}: {line}")
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def _folder_lock(name: str) -> Iterator[None]:
+    """One stage at a time per folder. A queued experiment runs in its own copy, so it may run beside others."""
+    from filelock import FileLock, Timeout
+
+    folder = Path(STATE)
+    holder = folder / "stage.pid"
+    folder.mkdir(exist_ok=True)
+    lock = FileLock(folder / "stage.lock")
+    try:
+        lock.acquire(timeout=LOCK_PATIENCE)
+    except Timeout:
+        raise EpsdError(
+            f"another stage is running in {Path.cwd()} ({_read(holder)}). Wait for it, or run in another folder."
+        ) from None
+    try:
+        holder.write_text(f"{name}, PID {os.getpid()}", encoding="utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _read(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8")
+    return "PID unknown"
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP leave through the `finally` blocks, once; further ones do not disturb the way out."""
+    owner, seen = os.getpid(), threading.Event()
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked worker has no story to finish
+            os._exit(128 + signum)
+        if not seen.is_set():
+            seen.set()
+            raise Terminated(signum)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _orphan_watch(name: str) -> Iterator[None]:
+    """Under DVC, end this process soon after dvc or the shell between is gone: nobody may train on unseen.
+
+    Two nets: the kernel's signal on the death of the direct parent (Linux), and a thread that looks at every
+    ancestor up to dvc, because a shell between them outlives a killed dvc.
+    """
+    if "DVC_STAGE" not in os.environ:
+        yield
+        return
+    ancestors = _ancestors()
+    _ask_kernel()
+    done = threading.Event()
+    threading.Thread(target=_watch, args=(name, ancestors, done), daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _ancestors() -> list[Any]:
+    """The parent, and its parents as long as they are shells: the last one is dvc."""
+    import psutil
+
+    found = []
+    for process in psutil.Process().parents():
+        found.append(process)
+        if process.name().lstrip("-") not in _SHELLS:
+            break
+    return found
+
+
+def _ask_kernel() -> None:
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+
+
+def _alive(process: Any) -> bool:
+    """A zombie is dead: where no init reaps, it would stand for its process for ever."""
+    import psutil
+
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _watch(name: str, ancestors: list[Any], done: threading.Event) -> None:
+    parent = os.getppid()
+    while not done.wait(WATCH_EVERY):
+        if os.getppid() == parent and all(_alive(process) for process in ancestors):
+            continue
+        with contextlib.suppress(OSError):  # the terminal may be gone as well
+            note(f"{name}: dvc is gone, stopping.")
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not done.wait(LEAVE_WITHIN):
+            os._exit(128 + signal.SIGTERM)
+        return
+
+
+def _check_only() -> int:
+    try:
+        check(load(DEFAULT_PATH))
+    except EpsdError as error:
+        note(str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_check_only())
