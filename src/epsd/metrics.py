@@ -1,0 +1,184 @@
+"""Pure measures: accuracy, calibration, parameters and FLOPs. Fractions are in [0, 1].
+
+One multiply-accumulate counts as two FLOPs (a product and a sum); many papers print multiply-accumulates, half of
+our figure, under the name FLOPs: torchvision's ResNet-50 at 224 px is 4.09 G of those and 8.18 GFLOPs here.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+
+class ReliabilityTable(NamedTuple):
+    """Calibration by confidence; all of shape (bins,) float64. Empty bins have confidence and accuracy 0.
+
+    `lower` and `upper`: edges, the upper one belongs to the bin; `images`: predictions in it; `confidence`: their mean
+    largest probability; `accuracy`: the share of them that is right.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    images: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+    def ece(self) -> float:
+        """Expected calibration error: mean over predictions of |accuracy - confidence| of their bin."""
+        total = self.images.sum().clamp(min=1)
+        return float((self.images * (self.accuracy - self.confidence).abs()).sum() / total)
+
+
+class Parameters(NamedTuple):
+    """`total` parameters of all kinds; `nonzero` of them; `prunable` weights; `kept`, the nonzero among those."""
+
+    total: int
+    nonzero: int
+    prunable: int
+    kept: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of prunable weights that are exactly zero, [0, 1]."""
+        return 1 - self.kept / self.prunable if self.prunable else 0.0
+
+    @property
+    def compression(self) -> float:
+        """Compression ratio: all parameters / nonzero parameters, >= 1."""
+        return self.total / max(self.nonzero, 1)
+
+
+class Flops(NamedTuple):
+    """FLOPs of one image's forward pass (2 per multiply-accumulate). `sparse`: without products by exact zeros."""
+
+    dense: int
+    sparse: int
+
+
+def topk(logits: Tensor, labels: Tensor, k: int = 1) -> float:
+    """Share of rows whose label is among the k largest logits. `logits` (N, K), `labels` (N,).
+
+    k above K is read as K: with three classes top-5 is 1.
+    """
+    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return float((best == labels[:, None]).any(dim=1).double().mean())
+
+
+def nll(logits: Tensor, labels: Tensor) -> float:
+    """Mean negative log-likelihood in nats. `logits` (N, K), `labels` (N,)."""
+    return float(F.cross_entropy(logits.double(), labels))
+
+
+def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> ReliabilityTable:
+    """Predictions sorted into `bins` equal widths of confidence, (0, 1/n], (1/n, 2/n], ...
+
+    The definition of Guo et al. (ICML 2017), which PS-KD's code uses with 10 bins; 15 is Guo's number.
+    """
+    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=logits.device)
+    index = torch.bucketize(confidence, edges[1:-1])
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add(0, index, values.double())
+
+    count = total(torch.ones_like(confidence))
+    mean = total(confidence) / count.clamp(min=1)
+    return ReliabilityTable(edges[:-1], edges[1:], count, mean, total(predicted == labels) / count.clamp(min=1))
+
+
+def ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error over `bins` equal-width bins, [0, 1]."""
+    return reliability(logits, labels, bins).ece()
+
+
+def confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    """(K, K) int64: row = true class, column = predicted class."""
+    classes = logits.shape[1]
+    return torch.bincount(labels * classes + logits.argmax(dim=1), minlength=classes**2).reshape(classes, classes)
+
+
+def per_class_accuracy(table: Tensor) -> Tensor:
+    """(K,) float64 from a confusion matrix (K, K): right / all of that class; NaN for a class without images."""
+    return table.diagonal().double() / table.sum(dim=1)
+
+
+def count_parameters(model: nn.Module, prunable: dict[str, nn.Parameter]) -> Parameters:
+    """Counts from the weights themselves, whatever any mask says. `prunable`: `epsd.masks.prunable(model)`."""
+    nonzero = {name: int(parameter.detach().count_nonzero()) for name, parameter in model.named_parameters()}
+    return Parameters(
+        total=sum(parameter.numel() for parameter in model.parameters()),
+        nonzero=sum(nonzero.values()),
+        prunable=sum(parameter.numel() for parameter in prunable.values()),
+        kept=sum(nonzero[name] for name in prunable),
+    )
+
+
+def _products(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Iterator[tuple[Tensor, int]]:
+    """Each weight that `module` multiplies by, with how often each of its entries is used (batch included)."""
+    if isinstance(module, _ConvNd):
+        many = inputs[0].numel() // module.in_channels if module.transposed else output.numel() // module.out_channels
+        yield module.weight, many
+    elif isinstance(module, nn.Linear):
+        yield module.weight, output.numel() // module.out_features
+    elif isinstance(module, nn.MultiheadAttention):
+        tokens = inputs[0].numel() // module.embed_dim
+        if module.in_proj_weight is not None:
+            yield module.in_proj_weight, tokens
+        yield module.out_proj.weight, tokens
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; each module's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _hooked(model: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], Any], None]) -> Iterator[None]:
+    """`hook` after the forward pass of each submodule, inside the block only."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+def flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
+    """FLOPs of the forward pass of one image (C, H, W): matrix products and convolutions, attention included.
+
+    Normalisation, activation, pooling and biases are not counted (about 1 % of a ResNet). `sparse` leaves out the
+    products by weights that are exactly zero, of every convolution, Linear and MultiheadAttention: what a kernel that
+    skips every zero would do, not what a dense one does.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    saved = 0
+
+    def count_zeros(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal saved
+        for weight, uses in _products(module, inputs, output):
+            saved += 2 * uses * int((weight.detach() == 0).sum())
+
+    image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
+    counter = FlopCounterMode(display=False)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # the counter does not see into this kernel, nor into fused attention
+    try:
+        with evaluating(model), _hooked(model, count_zeros), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+            model(image)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    dense = int(counter.get_total_flops())
+    return Flops(dense, dense - saved)
