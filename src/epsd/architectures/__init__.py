@@ -5,6 +5,9 @@ from typing import Protocol
 from torch import nn
 
 from epsd.architectures.resnet import ResNet
+from epsd.architectures.timm_zoo import TimmZoo
+from epsd.architectures.torchvision_zoo import TorchvisionZoo
+from epsd.architectures.vgg import Vgg
 
 
 class Architecture(Protocol):
@@ -23,4 +26,7 @@ class Architecture(Protocol):
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
     "resnet": ResNet,
+    "vgg": Vgg,
+    "torchvision_zoo": TorchvisionZoo,
+    "timm_zoo": TimmZoo,
 }
