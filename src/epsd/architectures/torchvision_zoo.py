@@ -5,11 +5,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 from torch import nn
 
-from epsd.architectures._features import (
-    ArchitectureError,
-    adapt_channels,
-    try_on,
-)
+from epsd.architectures._features import ArchitectureError, adapt_channels, pyramid, try_on
 from epsd.registry import unknown, variant
 
 
