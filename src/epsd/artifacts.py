@@ -1,9 +1,10 @@
 """Every path that a stage writes, typed save and load, written to a temporary name and renamed."""
 
+import csv
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,13 @@ MODEL_CARD = TRAIN / "model.json"
 HISTORY = TRAIN / "history.csv"
 RUN = TRAIN / "run.json"
 METRICS = EVALUATE / "metrics.json"
+PER_CLASS = EVALUATE / "per_class.csv"
+CONFUSION = EVALUATE / "confusion.csv"
+RELIABILITY = EVALUATE / "reliability.csv"
+CONFUSION_FIGURE = EVALUATE / "confusion.png"
+RELIABILITY_FIGURE = EVALUATE / "reliability.png"
+DENSITY_FIGURE = EVALUATE / "density.png"
+CURVES_FIGURE = EVALUATE / "curves.png"
 SPARSE_MODEL = EVALUATE / "model.sparse.safetensors"
 DETECT_METRICS = DETECT / "metrics.json"
 
@@ -109,3 +117,22 @@ def load_state(path: Path) -> "dict[str, Tensor]":
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path}: cannot be read as safetensors ({error}).") from None
+
+
+def load_into(model: "nn.Module", path: Path) -> "nn.Module":
+    """`model` itself with the weights of `path`. Raises ArtifactError: missing, unreadable, or of another network."""
+    state = load_state(path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArtifactError(f"{path}: does not fit the network of its card ({reason}).") from None
+    return model
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table with one line of column names; floats as Python prints them, so that they read back exactly."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
