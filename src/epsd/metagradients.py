@@ -1,0 +1,432 @@
+"""Exact meta-gradients of a mask through SGD steps, by the adjoint recursion.
+
+The mask m multiplies the initial weights once, θ₀ = m ⊙ θ_init (ProsPr's convention), and every parameter then takes
+i plain SGD steps on the losses L₀ … L_{i−1}:
+
+    v_{k+1} = μ v_k + ∇L_k(θ_k),     θ_{k+1} = θ_k − η v_{k+1}.
+
+The gradient of L_i(θ_i) with respect to m at m = 1 follows by going back through the steps:
+
+    λ ← ∇L_i(θ_i), ν ← 0;     for k = i−1 … 0:   ν ← ν − η λ;   λ ← λ + H_k(θ_k) ν;   ν ← μ ν;     ∂L_i/∂m = λ ⊙ θ_init.
+
+H_k ν is a Hessian-vector product, for which step k is evaluated again, with the same batch, objective state and
+random numbers. So only one step's graph is alive at a time, and memory grows with i by one copy of the parameters a
+step, where unrolled automatic differentiation (the official ProsPr code) keeps every graph. `graphs_kept` trades the
+second evaluation back for memory.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from epsd.masks import prunable
+from epsd.registry import variant
+from epsd.types import Batch, EpsdError, Forward, Loss, Objective, Scores
+
+Reading = Literal["full", "first_order", "local"]
+LossFunction = Callable[[Forward, Batch], Loss]
+"""A loss that may carry state from call to call; `copy.copy` of it is a snapshot."""
+Vector = dict[str, Tensor]
+
+
+class MetaGradientError(EpsdError):
+    """The loss or the model cannot be differentiated as asked."""
+
+
+@variant
+class LookAhead:
+    """Settings of a score that looks i SGD steps ahead.
+
+    steps : i ≥ 0. Default 3 (ProsPr's command line); 0 with cross entropy is SNIP.
+    lr : η > 0 of those steps. Default 0.1 (ProsPr's command line; its README example uses 0.5).
+    momentum : [0, 1). Default 0 (ProsPr's command line; its README example uses 0.9).
+    reading : "full" (default, as ProsPr's), "first_order", "local": see `mask_gradient`.
+    new_batch_per_step : a fresh batch for each step and for the outer loss. Default true (ProsPr's package default;
+        its command line uses one batch throughout).
+    detach_first_step : with momentum, treat the first buffer as a constant, as the official code does by detaching
+        it. Default false: the exact derivative.
+    micro_batch : images evaluated at once, null = the whole batch. See `Unroll` for when that is exact.
+    graphs_kept : steps whose graph is kept rather than evaluated again: faster, more memory. Default 0.
+    """
+
+    steps: Annotated[int, Field(ge=0)] = 3
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    reading: Reading = "full"
+    new_batch_per_step: bool = True
+    detach_first_step: bool = False
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    graphs_kept: Annotated[int, Field(ge=0)] = 0
+
+
+class Following:
+    """An objective as a loss function: its state goes from step to step, and a copy is a snapshot of it."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = copy.copy(objective)
+
+    def __call__(self, forward: Forward, batch: Batch) -> Loss:
+        """One evaluation; the state moves on."""
+        return self.objective.loss(forward, batch, 1.0)
+
+    def __copy__(self) -> "Following":
+        return Following(self.objective)
+
+
+class MetaGradient(NamedTuple):
+    """`gradient`: signed ∂L_i/∂m of each named weight. `losses`: L₀ … L_i, `terms` likewise by name."""
+
+    gradient: Vector
+    losses: list[float]
+    terms: list[dict[str, float]]
+
+
+@contextmanager
+def scoring(model: nn.Module, train: bool = True) -> Iterator[None]:
+    """Put `model` in train or eval mode for a score; restore every module's mode and the random state afterwards.
+
+    Attention runs in its plain form meanwhile: the fused kernels are not twice differentiable.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    modes = {module: module.training for module in model.modules()}
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        model.train(train)
+        with torch.random.fork_rng(devices=devices), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def calling(model: nn.Module, weights: Vector) -> Forward:
+    """`model` called with `weights` in place of its own (the rest stays). Buffers are copied: no call changes them."""
+
+    def forward(images: Tensor) -> Tensor:
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        logits: Tensor = functional_call(model, {**weights, **buffers}, (images,))
+        return logits
+
+    return forward
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+
+
+class _Part(NamedTuple):
+    """One micro-batch of a step, and what is needed to evaluate it again."""
+
+    loss: LossFunction
+    batch: Batch
+    weight: float
+    random_state: Tensor
+
+
+def _chunks(batch: Batch, micro_batch: int | None) -> list[Batch]:
+    if micro_batch is None or micro_batch >= len(batch.labels):
+        return [batch]
+    fields = [
+        [None] * math.ceil(len(batch.labels) / micro_batch) if f is None else torch.split(f, micro_batch) for f in batch
+    ]
+    return [Batch(*parts) for parts in zip(*fields, strict=True)]
+
+
+def _gradient(loss: Tensor, weights: Vector, create_graph: bool) -> list[Tensor]:
+    try:
+        return list(
+            torch.autograd.grad(loss, list(weights.values()), create_graph=create_graph, materialize_grads=True)
+        )
+    except RuntimeError as error:
+        raise _not_differentiable(error) from error
+
+
+def _not_differentiable(error: RuntimeError) -> Exception:
+    text = str(error).splitlines()[0]
+    signs = ("does not require grad", "not implemented", "once_differentiable", "differentiate twice", "no grad_fn")
+    if not any(sign in text for sign in signs):
+        return error
+    return MetaGradientError(
+        f"the loss is not differentiable twice with respect to the weights ({text}). "
+        "Reading 'full' needs second derivatives; 'first_order' and 'local' need first ones only."
+    )
+
+
+class Unroll:
+    """i SGD steps on copies of a model's trainable parameters, remembered so that one can go back through them.
+
+    Parameters
+    ----------
+    model : its trainable parameters are the start; nothing of it is changed.
+    loss : evaluated once per step; state follows from step to step.
+    lr, momentum : η > 0 and μ in [0, 1) of the steps.
+    micro_batch : images evaluated at once. Exact where the loss is a batch mean and the net has no batch statistics;
+        with BatchNorm in train mode each micro-batch is normalised by its own statistics.
+    graphs_kept : the last so many steps keep their graph instead of being evaluated again: faster, more memory.
+    all_reduce : averages tensors over processes in place; called on every gradient and Hessian-vector product.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        micro_batch: int | None = None,
+        graphs_kept: int = 0,
+        all_reduce: Callable[[list[Tensor]], None] | None = None,
+    ) -> None:
+        self._model = model
+        self._lr, self._momentum = lr, momentum
+        self._micro_batch, self._graphs_kept, self._all_reduce = micro_batch, graphs_kept, all_reduce
+        self._loss = loss
+        self._streams: list[LossFunction] = []
+        self._velocity: list[Tensor] | None = None
+        start = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        self._device = next(iter(start.values())).device if start else torch.device("cpu")
+        self.weights: list[Vector] = [start]
+        self._parts: list[list[_Part]] = []
+        self._graphs: dict[int, list[list[Tensor]]] = {}
+        self._leaves: dict[int, Vector] = {}
+        self.losses: list[float] = []
+        self.terms: list[dict[str, float]] = []
+
+    def _evaluate(self, part: _Part, weights: Vector) -> tuple[Loss, LossFunction]:
+        loss = copy.copy(part.loss)
+        _set_random_state(self._device, part.random_state)
+        return loss(calling(self._model, weights), part.batch), loss
+
+    def _reduced(self, tensors: list[Tensor]) -> list[Tensor]:
+        if self._all_reduce is not None:
+            self._all_reduce(tensors)
+        return tensors
+
+    def gradient(self, batch: Batch, keep_graph: bool = False) -> Vector:
+        """∇L_k(θ_k) on `batch`, which becomes step k's. Advances the loss's state."""
+        step = len(self._parts)
+        leaves = {name: w.detach().requires_grad_() for name, w in self.weights[-1].items()}
+        chunks = _chunks(batch, self._micro_batch)
+        self._streams += [copy.copy(self._loss) for _ in chunks[len(self._streams) :]]
+        parts, graphs = [], []
+        total = [torch.zeros_like(w) for w in leaves.values()]
+        value, terms = 0.0, dict[str, float]()
+        for position, chunk in enumerate(chunks):
+            share = len(chunk.labels) / len(batch.labels)
+            part = _Part(self._streams[position], chunk, share, _random_state(self._device))
+            loss, self._streams[position] = self._evaluate(part, leaves)
+            gradient = _gradient(loss.total, leaves, keep_graph)
+            torch._foreach_add_(total, [g.detach() for g in gradient], alpha=share)
+            parts.append(part)
+            if keep_graph:
+                graphs.append(gradient)
+            value += share * float(loss.total.detach())
+            for name, term in loss.terms.items():
+                terms[name] = terms.get(name, 0.0) + share * float(term)
+        self._parts.append(parts)
+        if keep_graph:
+            self._graphs[step], self._leaves[step] = graphs, leaves
+        self.losses.append(value)
+        self.terms.append(terms)
+        return dict(zip(leaves, self._reduced(total), strict=True))
+
+    def advance(self, batches: Sequence[Batch]) -> None:
+        """Take one SGD step per batch."""
+        for step, batch in enumerate(batches):
+            gradient = list(self.gradient(batch, step >= len(batches) - self._graphs_kept).values())
+            if self._velocity is None or self._momentum == 0:
+                self._velocity = gradient
+            else:
+                torch._foreach_mul_(self._velocity, self._momentum)
+                torch._foreach_add_(self._velocity, gradient)
+            moved = torch._foreach_add(list(self.weights[-1].values()), self._velocity, alpha=-self._lr)
+            self.weights.append(dict(zip(self.weights[-1], moved, strict=True)))
+
+    def hessian_vector(self, step: int, vector: list[Tensor]) -> list[Tensor]:
+        """H_k(θ_k) · vector for step k, one micro-batch's graph at a time."""
+        total = [torch.zeros_like(v) for v in vector]
+        leaves = self._leaves.pop(step, None)
+        kept = self._graphs.pop(step, None)
+        if leaves is None:
+            leaves = {name: w.detach().requires_grad_() for name, w in self.weights[step].items()}
+        for position, part in enumerate(self._parts[step]):
+            if kept is not None:
+                gradient, kept[position] = kept[position], []
+            else:
+                gradient = _gradient(self._evaluate(part, leaves)[0].total, leaves, create_graph=True)
+            product = _contract(gradient, vector, leaves)
+            del gradient
+            torch._foreach_add_(total, product, alpha=part.weight)
+        return self._reduced(total)
+
+    def back(self, outer: Vector, *, detach_first_step: bool = False) -> Vector:
+        """∂L_i/∂θ₀ from `outer` = ∂L_i/∂θ_i, by the recursion of the module's docstring."""
+        names = list(outer)
+        adjoint = [tensor.clone() for tensor in outer.values()]
+        velocity = [torch.zeros_like(tensor) for tensor in adjoint]
+        for step in reversed(range(len(self.weights) - 1)):
+            torch._foreach_add_(velocity, adjoint, alpha=-self._lr)
+            if not (step == 0 and detach_first_step):
+                torch._foreach_add_(adjoint, self.hessian_vector(step, velocity))
+            torch._foreach_mul_(velocity, self._momentum)
+            self.weights.pop()
+        return dict(zip(names, adjoint, strict=True))
+
+
+def _contract(gradient: list[Tensor], vector: list[Tensor], leaves: Vector) -> list[Tensor]:
+    live = [(g, v) for g, v in zip(gradient, vector, strict=True) if g.requires_grad]
+    if not live:
+        return [torch.zeros_like(v) for v in vector]
+    try:
+        outputs, vectors = [g for g, _ in live], [v for _, v in live]
+        return list(torch.autograd.grad(outputs, list(leaves.values()), vectors, materialize_grads=True))
+    except RuntimeError as error:
+        raise _not_differentiable(error) from error
+
+
+def mask_gradient(
+    model: nn.Module,
+    loss: LossFunction,
+    batches: Sequence[Batch],
+    names: Sequence[str],
+    *,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    reading: Reading = "full",
+    detach_first_step: bool = False,
+    micro_batch: int | None = None,
+    graphs_kept: int = 0,
+    all_reduce: Callable[[list[Tensor]], None] | None = None,
+) -> MetaGradient:
+    """∂L(θ_i)/∂m of the weights `names`, after i = len(batches) − 1 SGD steps; the last batch is the outer loss's.
+
+    `reading` (method.md §2.2): "full" differentiates through the steps; "first_order" takes the inner gradients as
+    constants, g_i ⊙ θ_init; "local" puts the mask at θ_i, g_i ⊙ θ_i. Equal for i = 0, where with cross entropy they
+    are SNIP. `detach_first_step`: treat the first momentum buffer as a constant, as the official ProsPr code does
+    where momentum ≠ 0. Call inside `scoring(model)`. Parameters, buffers and gradients of `model` are not touched.
+
+    Raises
+    ------
+    MetaGradientError : a loss that is not differentiable (twice, for "full").
+    """
+    full = reading == "full"
+    unroll = Unroll(
+        model,
+        loss,
+        lr=lr,
+        momentum=momentum,
+        micro_batch=micro_batch,
+        graphs_kept=graphs_kept if full else 0,
+        all_reduce=all_reduce,
+    )
+    start = unroll.weights[0]
+    unroll.advance(batches[:-1])
+    if not full:
+        unroll.weights = unroll.weights[-1:]
+    outer = unroll.gradient(batches[-1])
+    factor = unroll.weights[-1] if reading == "local" else start
+    if full:
+        outer = unroll.back(outer, detach_first_step=detach_first_step and momentum > 0)
+    return MetaGradient({name: outer[name] * factor[name] for name in names}, unroll.losses, unroll.terms)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """`batch` on `device`; no copy where it is there already."""
+    partner = None if batch.partner is None else batch.partner.to(device)
+    return Batch(batch.images.to(device), batch.labels.to(device), batch.indices.to(device), partner)
+
+
+def draw(batches: Iterable[Batch], count: int, who: str, device: torch.device) -> list[Batch]:
+    """The first `count` batches, on `device`. MetaGradientError says how many are needed when there are fewer."""
+    drawn = [to_device(batch, device) for batch in itertools.islice(batches, count)]
+    if len(drawn) < count:
+        raise MetaGradientError(
+            f"{who} needs {count} batches, the data gave {len(drawn)}. Use a smaller prune.batch_size, fewer "
+            "steps, or restart=True (begin the data again when they are used up)."
+        )
+    return drawn
+
+
+def normalised(saliency: Vector) -> Scores:
+    """|saliency| / Σ |saliency| over all weights, the sum in float64. Changes no ranking."""
+    scores = {name: tensor.detach().abs() for name, tensor in saliency.items()}
+    total = sum(float(score.sum(dtype=torch.float64)) for score in scores.values())
+    return {name: score / total for name, score in scores.items()} if 0 < total < math.inf else scores
+
+
+def look_ahead_scores(
+    model: nn.Module,
+    loss: LossFunction,
+    batches: Iterable[Batch],
+    settings: "LookAhead",
+    who: str,
+) -> Scores:
+    """The score of EPSD and of ProsPr: normalised |∂L(θ_i)/∂m| of every prunable weight of `model`.
+
+    Draws i + 1 batches (one, used throughout, with `new_batch_per_step` off).
+    """
+    names = list(prunable(model))
+    if not names:
+        return {}
+    device = next(model.parameters()).device
+    count = settings.steps + 1
+    drawn = draw(
+        batches, count if settings.new_batch_per_step else 1, f"score {who} with steps={settings.steps}", device
+    )
+    with scoring(model):
+        result = mask_gradient(
+            model,
+            loss,
+            drawn if settings.new_batch_per_step else drawn * count,
+            names,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            reading=settings.reading,
+            detach_first_step=settings.detach_first_step,
+            micro_batch=settings.micro_batch,
+            graphs_kept=settings.graphs_kept,
+        )
+    return normalised(result.gradient)
+
+
+def gradient_norms(
+    model: nn.Module, loss: LossFunction, batches: Sequence[Batch], *, lr: float = 0.1, momentum: float = 0.0
+) -> list[dict[str, float]]:
+    """Euclidean norm of the gradient of each summand of the loss (`Loss.parts`) at θ₀ … θ_i of the scoring steps.
+
+    The prune report's ‖g_KL‖/‖g_CE‖: whether the self-distillation term is live while scoring (method.md §2.4).
+    """
+    unroll = Unroll(model, loss, lr=lr, momentum=momentum)
+    norms = []
+    for step, batch in enumerate(batches):
+        leaves = {name: w.detach().requires_grad_() for name, w in unroll.weights[-1].items()}
+        state = unroll._streams[0] if unroll._streams else unroll._loss
+        part = _Part(state, batch, 1.0, _random_state(unroll._device))
+        parts = unroll._evaluate(part, leaves)[0].parts
+        norms.append({name: _norm(term, leaves) for name, term in parts.items()})
+        if step + 1 < len(batches):
+            unroll.advance([batch])
+    return norms
+
+
+def _norm(term: Tensor, leaves: Vector) -> float:
+    if not term.requires_grad:
+        return 0.0
+    gradient = torch.autograd.grad(term, list(leaves.values()), retain_graph=True, materialize_grads=True)
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.double()) for g in gradient])))

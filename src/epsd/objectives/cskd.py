@@ -1,0 +1,57 @@
+"""CS-KD: class-wise self-distillation (Yun et al., CVPR 2020; official code alinlab/cs-kd)."""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from epsd import losses
+from epsd.registry import stateful_variant
+from epsd.types import Batch, BatchNeeds, Forward, Loss, Purpose
+
+
+@stateful_variant
+class CsKd:
+    """CE(anchors) + weight · T² · KL(softmax(partner/T) ‖ softmax(anchor/T)), the partner without gradient.
+
+    The partner is a random training image of the same class, in a forward pass of its own, so that BatchNorm
+    normalises each half by its own statistics and updates its running statistics twice, as the official code does.
+    The method is stateless, so scoring and training see the same loss; at initialisation both outputs are near
+    uniform and the KL gradient is small (see the prune report).
+
+    temperature : T > 0. Default 4 (official command line).
+    weight : λ ≥ 0. Default 1 (official command line); the authors use 3 on CUB.
+    label_smoothing : [0, 1) of the cross entropy. Default 0 (official code has none).
+    """
+
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def needs(self) -> BatchNeeds:
+        """A partner of the same class per image."""
+        return BatchNeeds(partner="same_class")
+
+    def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
+        """Nothing to forget."""
+
+    def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
+        """Anchors first, then partners: the order in which the official code updates running statistics."""
+        assert batch.partner is not None
+        logits = forward(batch.images)
+        with torch.no_grad():
+            target = forward(batch.partner)
+        supervised = losses.cross_entropy(logits, batch.labels, self.label_smoothing)
+        distillation = losses.kl_divergence(target, logits, self.temperature)
+        total = supervised + self.weight * distillation
+        terms = {"cross_entropy": supervised.detach(), "distillation": distillation.detach()}
+        parts = {"supervised": supervised, "distillation": self.weight * distillation}
+        return Loss(total, terms, logits.detach(), parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to remember."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""

@@ -1,0 +1,70 @@
+"""DLB: self-distillation from the last mini-batch (Shen et al., CVPR 2022; official code Meta-knowledge-Lab/DLB)."""
+
+from dataclasses import field
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from epsd import losses
+from epsd.registry import stateful_variant
+from epsd.types import Batch, BatchNeeds, Forward, Loss, Purpose
+
+
+@stateful_variant
+class Dlb:
+    """CE of this batch and of the last one's second view, plus weight · T² · KL from the last batch's earlier logits.
+
+    Step t: logits of batch t, view 0; logits of batch t−1, view 1, with the current weights, in a forward pass of
+    its own; CE over both halves as one mean; KL pulls the second half towards what the net said of view 0 one step
+    earlier (detached). State carries over the end of an epoch. The very first step is plain cross entropy, so
+    scoring needs at least one look-ahead step for the distillation to be live.
+
+    temperature : T > 0. The official script has no default; 3 as its example tag "TP3" hints and a known
+        re-implementation uses.
+    weight : α ≥ 0. Default 1 (likewise).
+    label_smoothing : [0, 1) of the cross entropy. Default 0 (official code has none).
+    """
+
+    temperature: Annotated[float, Field(gt=0)] = 3.0
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    last: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def needs(self) -> BatchNeeds:
+        """A second augmentation per image."""
+        return BatchNeeds(partner="view")
+
+    def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
+        """Forget the last batch."""
+        self.last = {}
+
+    def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
+        """Current batch first, then the last one: the order in which the official code updates running statistics."""
+        assert batch.partner is not None
+        logits = forward(batch.images)
+        last = self.last
+        self.last = {"images": batch.partner, "labels": batch.labels, "logits": logits.detach()}
+        if not last:
+            supervised = losses.cross_entropy(logits, batch.labels, self.label_smoothing)
+            zero = torch.zeros_like(supervised)
+            terms = {"cross_entropy": supervised.detach(), "distillation": zero}
+            return Loss(supervised, terms, logits.detach(), {"supervised": supervised, "distillation": zero})
+        again = forward(last["images"])
+        both = torch.cat([again, logits]), torch.cat([last["labels"], batch.labels])
+        supervised = losses.cross_entropy(*both, self.label_smoothing)
+        distillation = losses.kl_divergence(last["logits"], again, self.temperature)
+        total = supervised + self.weight * distillation
+        terms = {"cross_entropy": supervised.detach(), "distillation": distillation.detach()}
+        parts = {"supervised": supervised, "distillation": self.weight * distillation}
+        return Loss(total, terms, logits.detach(), parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last batch's second view, labels and logits."""
+        return dict(self.last)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the batch in `state`."""
+        self.last = dict(state)

@@ -1,0 +1,120 @@
+"""GraSP: keep gradient flow (Wang et al., ICLR 2020; official code alecwangcq/GraSP)."""
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from epsd.losses import cross_entropy
+from epsd.masks import prunable
+from epsd.metagradients import MetaGradientError, calling, draw, scoring
+from epsd.registry import variant
+from epsd.types import Batch, Objective, Scores
+
+
+@variant
+class Grasp:
+    """w ⊙ Hg / |Σ|, g and H of the cross entropy with logits divided by a temperature. Higher = keep.
+
+    The official code computes −w ⊙ Hg and removes the highest; the sign is turned here, so that higher means keep as
+    everywhere.
+
+    temperature : divides the logits. Default 200 (official).
+    samples_per_class : take this many images of each class, in the order of the data, and split them in two halves;
+        null = whole batches. Default 10 (official for CIFAR-10; CIFAR-100 with VGG 10, Tiny-ImageNet 1 with
+        `repeats: 10`).
+    interleave : deal the classes of the selected images evenly over the two halves. Default true; the official code
+        concatenates class by class and cuts in the middle, so that each half holds half of the classes and BatchNorm
+        sees class-sorted halves: `false`.
+    batches : [1, ...) whole batches where samples_per_class is null. Default 1 (Synaptic-Flow's port).
+    repeats : fetch and add up this often ("num_iters"). Default 1.
+    mode : "train" (default, official) or "eval" (Synaptic-Flow's port).
+    """
+
+    temperature: Annotated[float, Field(gt=0)] = 200.0
+    samples_per_class: Annotated[int, Field(ge=1)] | None = 10
+    interleave: bool = True
+    batches: Annotated[int, Field(ge=1)] = 1
+    repeats: Annotated[int, Field(ge=1)] = 1
+    mode: Literal["train", "eval"] = "train"
+
+    def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
+        """Draws batches until every class has its samples (or `batches` of them), `repeats` times."""
+        names = list(prunable(model))
+        if not names:
+            return {}
+        device = next(model.parameters()).device
+        source = iter(batches)
+        groups = [group for _ in range(self.repeats) for group in self._groups(source, model, device)]
+        with scoring(model, self.mode == "train"):
+            weights = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+            curvature = self._curvature(model, weights, groups, names)
+        saliency = {name: weights[name].detach() * curvature[name] for name in names}
+        return _normalised(saliency)
+
+    def _loss(self, model: nn.Module, weights: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(calling(model, weights)(images) / self.temperature, labels)
+
+    def _curvature(
+        self, model: nn.Module, weights: dict[str, Tensor], groups: list[tuple[Tensor, Tensor]], names: list[str]
+    ) -> dict[str, Tensor]:
+        """H g over the prunable weights, one group's graph at a time: first all of g, then each H_b g."""
+        chosen = [weights[name] for name in names]
+        states = []
+        g = [torch.zeros_like(w) for w in chosen]
+        for images, labels in groups:
+            states.append(torch.get_rng_state())
+            part = torch.autograd.grad(self._loss(model, weights, images, labels), chosen, materialize_grads=True)
+            torch._foreach_add_(g, part)
+        product = [torch.zeros_like(w) for w in chosen]
+        for (images, labels), state in zip(groups, states, strict=True):
+            torch.set_rng_state(state)
+            loss = self._loss(model, weights, images, labels)
+            part = torch.autograd.grad(loss, chosen, create_graph=True, materialize_grads=True)
+            live = [(p, v) for p, v in zip(part, g, strict=True) if p.requires_grad]
+            if live:
+                outputs, vectors = [p for p, _ in live], [v for _, v in live]
+                torch._foreach_add_(product, torch.autograd.grad(outputs, chosen, vectors, materialize_grads=True))
+        return dict(zip(names, product, strict=True))
+
+    def _groups(self, source: Iterator[Batch], model: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        if self.samples_per_class is None:
+            drawn = draw(source, self.batches, f"score grasp with batches={self.batches}", device)
+            return [(batch.images, batch.labels) for batch in drawn]
+        first = draw(source, 1, "score grasp", device)[0]
+        with torch.no_grad(), scoring(model, False):
+            classes = calling(model, {})(first.images[:2]).shape[1]
+        images, labels = self._selected(first, source, classes, device)
+        half = len(labels) // 2
+        return [(images[:half], labels[:half]), (images[half:], labels[half:])]
+
+    def _selected(
+        self, first: Batch, source: Iterator[Batch], classes: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        wanted = self.samples_per_class or 0
+        found: list[list[Tensor]] = [[] for _ in range(classes)]
+        batch: Batch | None = first
+        while batch is not None:
+            for image, label in zip(batch.images, batch.labels.tolist(), strict=True):
+                if len(found[label]) < wanted:
+                    found[label].append(image.to(device))
+            missing = [label for label, images in enumerate(found) if len(images) < wanted]
+            batch = next(source, None) if missing else None
+        if missing:
+            raise MetaGradientError(
+                f"score grasp needs samples_per_class={wanted} images of each class; the data ran out "
+                f"with class {missing[0]} at {len(found[missing[0]])}. Lower prune.score.samples_per_class."
+            )
+        pairs = [(image, label) for label, images in enumerate(found) for image in images]
+        if self.interleave:
+            pairs = pairs[::2] + pairs[1::2]
+        images, labels = zip(*pairs, strict=True)
+        return torch.stack(list(images)), torch.tensor(labels, device=device)
+
+
+def _normalised(saliency: dict[str, Tensor]) -> Scores:
+    """Divide by |Σ saliency| (float64): GraSP's own normaliser, without the 1e-10 that distorts small sums."""
+    total = abs(sum(float(tensor.sum(dtype=torch.float64)) for tensor in saliency.values()))
+    return {name: tensor / total for name, tensor in saliency.items()} if total > 0 else saliency
