@@ -64,7 +64,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be written ({error.strerror or error}).") from error
     finally:
