@@ -1,0 +1,736 @@
+"""The only importer of mlflow: one run per trained model, opened by train, reopened by later stages.
+
+Nothing here raises into the caller. A store that cannot be reached is said once; from then on every event goes to a
+spool on disk and is replayed at the next start of any tracker (or as soon as the store is back), each point once.
+`python -m epsd.tracking` prints the address of the runs in a local `mlflow ui`.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import sqlite3
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from filelock import FileLock, Timeout
+
+from epsd.runtime import no_telemetry, note, project_root, state_folder, versions
+from epsd.spool import Event, Spool, waiting
+
+LOCAL = "local-"
+"""Prefix of the id of a run that began while the store was away."""
+
+_STORE = "store"
+_REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"}
+_STALE_IF = {"detect/": ("detect.", "voc."), "test/": ("evaluate.",), "model/": ("evaluate.",)}
+"""Metric prefix -> the parameters whose change makes that metric of the parent run untrue for its sibling."""
+
+_RELOCATED = {
+    "experiments": "artifact_location",
+    "runs": "artifact_uri",
+    "logged_models": "artifact_location",
+    "model_versions": "storage_location",
+}
+_HTTP = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+"""A dead server costs two to three seconds instead of MLflow's four minutes, and only once."""
+
+_said: set[str] = set()
+
+
+def say_once(text: str, subject: str = "") -> None:
+    """A line on stderr, the first time only that this `subject` (or this very text) comes up."""
+    if (subject or text) not in _said:
+        _said.add(subject or text)
+        note(text)
+
+
+def tracking_uri() -> str:
+    """Where runs go: `MLFLOW_TRACKING_URI`, else `mlflow.db` in the project's root (also from a queued experiment)."""
+    told = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if re.match(r"sqlite:///[^/]", told):  # a relative file would land in the throw-away copy of a queued experiment
+        return f"sqlite:///{project_root() / told.removeprefix('sqlite:///')}"
+    return told or f"sqlite:///{project_root() / 'mlflow.db'}"
+
+
+def _shown(uri: str) -> str:
+    """`uri` without a password, as it may be printed and written down."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _milliseconds() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def as_text(value: Any) -> str:
+    """A parameter as MLflow keeps it: as in params.yaml (`null`, `true`, `0.95`, `[1, 2]`), strings without quotes."""
+    text = value if isinstance(value, str) else json.dumps(value, default=_plain)
+    return text[:6000]
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy or torch as Python's, anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _key(name: str) -> str:
+    """`name` with the characters that MLflow refuses replaced."""
+    return re.sub(r"[^/\w.\- :]", "_", name).strip("/")[:250]
+
+
+def _same(first: str, second: str) -> bool:
+    """Equal as numbers where both are numbers: MLflow compares text, in which 1 is not 1.0."""
+    with contextlib.suppress(ValueError):
+        return float(first) == float(second)
+    return first == second
+
+
+def conflicts(known: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """Names of the parameters that both have, with different values."""
+    return [name for name, value in wanted.items() if name in known and not _same(known[name], value)]
+
+
+# --- who and where --------------------------------------------------------------------------------------------------
+
+
+def _process_tags() -> dict[str, str]:
+    import psutil
+
+    started = str(int(psutil.Process().create_time()))
+    return {"host": platform.node(), "pid": str(os.getpid()), "pid.started": started}
+
+
+def _gone(tags: Mapping[str, str]) -> bool:
+    """True when the process that wrote these tags on this machine has ended (another one may have its number now)."""
+    import psutil
+
+    try:
+        process = psutil.Process(int(tags["pid"]))
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        return bool(abs(process.create_time() - float(tags.get("pid.started", process.create_time()))) > 2)
+    except psutil.NoSuchProcess:
+        return True
+    except (KeyError, ValueError, psutil.Error):
+        return False
+
+
+def identity_tags(stage: str, params: Mapping[str, str]) -> dict[str, str]:
+    """Who made the run, from which code, which experiment of DVC and which configuration."""
+    found = versions()
+    digest = hashlib.sha256(json.dumps(sorted(params.items())).encode()).hexdigest()[:12]
+    tags = {"config_hash": digest, "mlflow.source.name": f"stages/{stage}.py", "mlflow.source.type": "LOCAL"}
+    with contextlib.suppress(Exception):  # no user name in some containers
+        import getpass
+
+        tags["mlflow.user"] = getpass.getuser()
+    for tag, variable in {"dvc.exp_name": "DVC_EXP_NAME", "dvc.baseline_rev": "DVC_EXP_BASELINE_REV"}.items():
+        if value := os.environ.get(variable):
+            tags[tag] = value
+    if commit := found.get("git.commit"):
+        tags |= {"git.commit": commit, "git.dirty": found["git.dirty"], "mlflow.source.git.commit": commit}
+    shown = ("python", "torch", "torchvision", "dvc", "mlflow", "cpu", "gpu")
+    return tags | {f"versions.{name}": found[name] for name in shown if name in found}
+
+
+def _identity(stage: str, params: Mapping[str, str]) -> dict[str, str]:
+    try:
+        return {**identity_tags(stage, params), **_process_tags()}
+    except Exception as error:  # an odd machine is no reason to stop a training
+        say_once(f"tracking: this machine cannot be described ({_reason(error)}).")
+        return {}
+
+
+# --- the store ------------------------------------------------------------------------------------------------------
+
+
+def relocate(database: Path, root: Path) -> None:
+    """Point the artifact addresses of a store whose project folder was moved, renamed or copied to where it is now.
+
+    MLflow makes them absolute when an experiment is created (mlflow/mlflow#3144). The old place is the tag
+    `epsd.root` that `_Store` leaves on every experiment.
+    """
+    if not database.is_file():
+        return
+    with contextlib.closing(sqlite3.connect(database, timeout=30)) as link, link:
+        tables = {name for (name,) in link.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if "experiment_tags" not in tables:
+            return
+        rows = link.execute("SELECT DISTINCT value FROM experiment_tags WHERE key = 'epsd.root'").fetchall()
+        for (old,) in rows:
+            if old != str(root):
+                _replace_prefix(link, tables, old, str(root))
+        link.execute("UPDATE experiment_tags SET value = ? WHERE key = 'epsd.root'", (str(root),))
+
+
+def _replace_prefix(link: sqlite3.Connection, tables: set[str], old: str, new: str) -> None:
+    for table, column in _RELOCATED.items():
+        if table in tables and any(row[1] == column for row in link.execute(f"PRAGMA table_info({table})")):
+            for scheme in ("", "file://"):
+                before = f"{scheme}{old}/"
+                link.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                    (f"{scheme}{new}/", len(before) + 1, len(before), before),
+                )
+
+
+class _Store:
+    """Runs at one tracking URI. Every method raises what MLflow raises."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.remote = uri.startswith(("http://", "https://", "databricks"))
+        self.database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+        self.home = self.database.parent if self.database else project_root()
+        self._client: Any = None
+        self._points: dict[tuple[str, str], list[tuple[int, float, int]]] = {}
+        self._fresh: set[str] = set()
+
+    @property
+    def name(self) -> str:
+        """As written down in a spool: the project's own store keeps its name when the folder is moved."""
+        return _STORE if self.uri == f"sqlite:///{project_root() / 'mlflow.db'}" else _shown(self.uri)
+
+    def reachable(self) -> bool:
+        """Whether trying again is worth it, in two seconds at most; any answer of a server counts."""
+        if not self.uri.startswith(("http://", "https://")):
+            return True
+        import requests
+
+        try:
+            requests.get(_shown(self.uri), timeout=2)
+        except requests.RequestException as error:
+            return isinstance(error, requests.exceptions.SSLError)
+        return True
+
+    @property
+    def client(self) -> Any:
+        """The MLflow client; its database is created (or moved) by one process at a time."""
+        if self._client is None:
+            no_telemetry()
+            for variable, value in _HTTP.items():
+                os.environ.setdefault(variable, value)
+            self._client = self._connect()
+        return self._client
+
+    def _connect(self) -> Any:
+        import logging
+
+        logging.getLogger("alembic").setLevel(logging.ERROR)
+        from mlflow import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        if self.remote:
+            return MlflowClient(tracking_uri=self.uri)
+        with _locked("store", timeout=120):
+            if self.database:
+                self.database.parent.mkdir(parents=True, exist_ok=True)
+                relocate(self.database, self.home)
+            client = MlflowClient(tracking_uri=self.uri)
+            client.search_experiments(max_results=1)
+        return client
+
+    def experiment(self, name: str) -> str:
+        """The id of the experiment, created or brought back from the bin where need be."""
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            with _locked("experiment", timeout=60):
+                found = self.client.get_experiment_by_name(name)
+                if found is None:
+                    return self._new_experiment(name)
+        if found.lifecycle_stage == "deleted":
+            self.client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+    def _new_experiment(self, name: str) -> str:
+        try:
+            if self.remote:
+                return str(self.client.create_experiment(name))
+            place = {"artifact_location": str(self.home / "mlruns"), "tags": {"epsd.root": str(self.home)}}
+            return str(self.client.create_experiment(name, **place))
+        except Exception as error:
+            if _code(error) != "RESOURCE_ALREADY_EXISTS":  # another machine was faster
+                raise
+            return str(self.client.get_experiment_by_name(name).experiment_id)
+
+    def open(self, opening: Event, replayed: bool = False) -> str:
+        """The id of the run that `opening` asks for, RUNNING: found, a sibling of the one found, or a new one."""
+        experiment = self.experiment(opening["experiment"])
+        self.bury(experiment)
+        if replayed and (made := self.by_local_id(opening["local"])):
+            return made
+        run = self.find(opening["run"]) if opening["run"] else None
+        if run is None:
+            if opening["run"]:
+                note(f"tracking: run {opening['run']} is no more in {_shown(self.uri)}; a new one takes its place.")
+            return self.create(experiment, opening)
+        if clash := conflicts(run.data.params, opening["params"]):
+            return self.sibling(experiment, run, clash, opening)
+        self.reopen(run, opening)
+        return str(run.info.run_id)
+
+    def find(self, run_id: str) -> Any:
+        """The run, or None when it was deleted or never was here."""
+        real = resolve(run_id)
+        if real.startswith(LOCAL):
+            real = self.by_local_id(real) or real
+        try:
+            run = self.client.get_run(real)
+        except Exception as error:
+            if _code(error) not in _REFUSALS:
+                raise
+            return None
+        return run if run.info.lifecycle_stage == "active" else None
+
+    def by_local_id(self, local: str) -> str | None:
+        """The run that was created for this local id, if it was."""
+        ids = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        runs = self.client.search_runs(ids, f"tags.`epsd.local_id` = '{local}'", max_results=1)
+        return str(runs[0].info.run_id) if runs else None
+
+    def create(self, experiment: str, opening: Event, extra: Mapping[str, str] | None = None) -> str:
+        """A new run with its identity, tags, description and parameters."""
+        tags = {**opening["identity"], **opening["tags"], "epsd.local_id": opening["local"], **(extra or {})}
+        tags["mlflow.note.content"] = opening["description"]
+        run = self.client.create_run(experiment, opening["time"], tags, opening["name"])
+        self._fresh.add(run.info.run_id)
+        self.params(run.info.run_id, opening["params"])
+        return str(run.info.run_id)
+
+    def reopen(self, run: Any, opening: Event) -> None:
+        """Go on in `run`: what it says about its origin stays, who works on it now is updated."""
+        origin = {key: value for key, value in opening["identity"].items() if key not in run.data.tags}
+        now = {key: value for key, value in opening["identity"].items() if key in ("host", "pid", "pid.started")}
+        described = {"mlflow.note.content": opening["description"]} if opening["description"] else {}
+        self.tags(run.info.run_id, {**origin, **now, **opening["tags"], **described})
+        missing = {key: value for key, value in opening["params"].items() if key not in run.data.params}
+        self.params(run.info.run_id, missing)
+        if "error" in run.data.tags:  # of a session that this one makes good
+            self.client.delete_tag(run.info.run_id, "error")
+        self.client.update_run(run.info.run_id, status="RUNNING")
+
+    def sibling(self, experiment: str, run: Any, clash: list[str], opening: Event) -> str:
+        """The run of the same trained model under other settings of a later stage: found, or new with what still holds.
+
+        Parameters of a run cannot change, and its earlier row must stay true; so the new settings get their own row.
+        """
+        parent = run.info.run_id
+        for other in self.client.search_runs([experiment], f"tags.derived_from = '{parent}'"):
+            if not conflicts(other.data.params, opening["params"]):
+                self.reopen(other, opening)
+                return str(other.info.run_id)
+        made = self.create(experiment, opening, {"derived_from": parent})
+        if run.inputs and run.inputs.dataset_inputs:
+            self.client.log_inputs(made, datasets=run.inputs.dataset_inputs)
+        stale = [prefix for prefix, sections in _STALE_IF.items() if any(key.startswith(sections) for key in clash)]
+        kept = [key for key in run.data.metrics if not key.startswith(tuple(stale))]
+        history = [point for key in kept for point in self.client.get_metric_history(parent, key)]
+        for start in range(0, len(history), 1000):
+            self.client.log_batch(made, metrics=history[start : start + 1000])
+        self._fresh.discard(made)
+        return made
+
+    def bury(self, experiment: str) -> None:
+        """Mark runs as KILLED that say RUNNING though their process on this machine is no more."""
+        query = f"attributes.status = 'RUNNING' and tags.host = '{platform.node()}'"
+        for run in self.client.search_runs([experiment], query):
+            if _gone(run.data.tags):
+                self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def send(self, run_id: str, event: Event) -> None:
+        """Apply one event to the run; applying it twice changes nothing more."""
+        match event["op"]:
+            case "metrics":
+                self.metrics(run_id, event)
+            case "params":
+                self.params(run_id, event["params"])
+            case "tags":
+                self.tags(run_id, event["tags"])
+            case "artifact":
+                self.artifact(run_id, Path(event["path"]), event["folder"])
+            case "dataset":
+                self.dataset(run_id, event)
+            case "end":
+                self.client.set_terminated(run_id, event["status"], event["time"])
+
+    def metrics(self, run_id: str, event: Event) -> None:
+        """Log the points that the run has not yet: one per (key, step), or changed values where there is no step."""
+        from mlflow.entities import Metric
+
+        step, when = event["step"], event["time"]
+        new = {key: value for key, value in event["metrics"].items() if not self._has(run_id, key, value, step, when)}
+        points = [Metric(key, value, when, step or 0) for key, value in new.items()]
+        for start in range(0, len(points), 1000):
+            self.client.log_batch(run_id, metrics=points[start : start + 1000])
+        for key, value in new.items():
+            self._points[run_id, key].append((when, value, step or 0))
+
+    def _has(self, run_id: str, key: str, value: float, step: int | None, when: int) -> bool:
+        if (run_id, key) not in self._points:
+            known = [] if run_id in self._fresh else self.client.get_metric_history(run_id, key)
+            self._points[run_id, key] = [(point.timestamp, point.value, point.step) for point in known]
+        points = self._points[run_id, key]
+        if step is not None:
+            return any(point[2] == step for point in points)
+        return any(point[:2] == (when, value) for point in points) or bool(points and max(points)[1] == value)
+
+    def forget(self) -> None:
+        """Ask the store again which points it has: a call that failed may have been carried out."""
+        self._points.clear()
+        self._fresh.clear()
+
+    def params(self, run_id: str, params: Mapping[str, str]) -> None:
+        """At most 100 in one call, as MLflow wants it."""
+        from mlflow.entities import Param
+
+        batch = [Param(key, value) for key, value in params.items()]
+        for start in range(0, len(batch), 100):
+            self.client.log_batch(run_id, params=batch[start : start + 100])
+
+    def tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """At most 100 in one call."""
+        from mlflow.entities import RunTag
+
+        batch = [RunTag(key, value[:5000]) for key, value in tags.items()]
+        for start in range(0, len(batch), 100):
+            self.client.log_batch(run_id, tags=batch[start : start + 100])
+
+    def artifact(self, run_id: str, path: Path, folder: str | None) -> None:
+        """A file, or a folder with all that is in it."""
+        if path.is_dir():
+            self.client.log_artifacts(run_id, str(path), "/".join(filter(None, [folder, path.name])))
+        else:
+            self.client.log_artifact(run_id, str(path), folder)
+
+    def dataset(self, run_id: str, event: Event) -> None:
+        """The data set that the run has seen, as MLflow's UI shows it."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source = json.dumps({"uri": event["source"]})
+        entity = Dataset(event["name"], event["digest"][:36], "local", source, None, json.dumps(event["sizes"]))
+        tag = InputTag("mlflow.data.context", event["context"])
+        self.client.log_inputs(run_id, datasets=[DatasetInput(entity, [tag])])
+
+
+def _code(error: BaseException) -> str:
+    """MLflow's name for the error, "" for an error that is not MLflow's."""
+    return str(getattr(error, "error_code", ""))
+
+
+@contextlib.contextmanager
+def _locked(name: str, timeout: float) -> Iterator[None]:
+    folder = state_folder("locks")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{name}.lock", timeout=timeout):
+        yield
+
+
+# --- outages --------------------------------------------------------------------------------------------------------
+
+
+def resolve(run_id: str) -> str:
+    """The real id behind a local one, once it is known; any other id as it is."""
+    path = state_folder("runs", run_id)
+    if run_id.startswith(LOCAL) and path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    return run_id
+
+
+def _remember(local: str, real: str) -> None:
+    path = state_folder("runs", local)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(real, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _replay(store: _Store, events: list[Event]) -> str:
+    """Send the events of one session; returns the id of its run. Safe to begin again after any interruption."""
+    first, *rest = events
+    store.forget()
+    if first["op"] == "attach":
+        run_id = str(first["run"])
+    else:
+        run_id = store.open(first, replayed=True)
+        _remember(first["local"], run_id)
+    for event in rest:
+        try:
+            store.send(run_id, event)
+        except Exception as error:
+            if _code(error) not in _REFUSALS and not isinstance(error, FileNotFoundError):
+                raise
+            _reject(run_id, event, error)
+    return run_id
+
+
+def _reject(run_id: str, event: Event, error: Exception) -> None:
+    """An event that the store will never take is put aside, so that it does not block the others."""
+    path = state_folder("spool", "rejected.txt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"run": run_id, "error": str(error), **event}, default=str) + "\n")
+    say_once(f"tracking: {_shown(tracking_uri())} refused {event['op']} of run {run_id} ({_reason(error)}).")
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def replay(store: _Store) -> int:
+    """Send what earlier sessions could not; the number of events sent. Raises what MLflow raises if it cannot be."""
+    folder, sent = state_folder("spool"), 0
+    if not any(folder.glob("*.jsonl")):
+        return 0
+    try:
+        with _locked("replay", timeout=0):
+            for spool in waiting(folder):
+                events = spool.events()
+                if events and events[0]["store"] != store.name:
+                    continue
+                if events:
+                    _replay(store, events)
+                spool.discard()
+                sent += len(events)
+    except Timeout:  # another process is at it
+        return sent
+    if sent:
+        note(f"tracking: sent {sent} events that were kept while {_shown(store.uri)} was away.")
+    return sent
+
+
+# --- what the stages see --------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """One session of one stage in one run. Made by `track`. No method raises an `Exception`."""
+
+    def __init__(self, stage: str, opening: Event) -> None:
+        self.stage = stage
+        self._opening = opening
+        self._store = _Store(tracking_uri())
+        self._run: str | None = None
+        self._spool: Spool | None = None
+        self._online = False
+        self._next_try, self._pause = 0.0, 30.0 if self._store.remote else 1.0
+        self._logged: set[str] = set()
+        self._odd: set[str] = set()
+        self._started = time.monotonic()
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run. While the store is away a stand-in (`local-...`), which `track` takes as well."""
+        return self._run or resolve(str(self._opening["run"] or self._opening["local"]))
+
+    def metrics(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        """Log numbers, at `step` (an epoch) or as the run's one figure. NaN and infinity are named in a tag instead."""
+        self._safely(lambda: self._metrics(values, step))
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Further parameters, flat, with the dotted names of params.yaml."""
+        self._do("params", params={_key(key): as_text(value) for key, value in values.items()})
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Set tags."""
+        self._do("tags", tags={_key(key): as_text(value) for key, value in values.items()})
+
+    def artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Upload a file or a folder; without `folder` to the root, where the UI can compare it between runs."""
+        if not Path(path).exists():
+            say_once(f"tracking: {path} is not there, so it was not logged.")
+            return
+        self._do("artifact", path=str(Path(path)), folder=folder)
+
+    def dataset(
+        self,
+        name: str,
+        digest: str,
+        source: str = "",
+        sizes: Mapping[str, int] | None = None,
+        context: str = "training",
+    ) -> None:
+        """Record the data set: its name, digest of its content, where it came from, images per split."""
+        self._do("dataset", name=name, digest=digest, source=source or name, sizes=dict(sizes or {}), context=context)
+
+    def _metrics(self, values: Mapping[str, Any], step: int | None) -> None:
+        numbers = {_key(key): float(value) for key, value in values.items()}
+        finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
+        self._logged.update(finite)
+        if finite:
+            self._do("metrics", metrics=finite, step=None if step is None else int(step))
+        if odd := sorted(numbers.keys() - finite.keys() - self._odd):
+            self._odd.update(odd)
+            at = "" if step is None else f" from step {step}"
+            self._do("tags", tags={"nonfinite": f"{', '.join(odd)}{at}"})
+
+    def _safely(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            say_once(f"tracking: not recorded ({type(error).__name__}: {_reason(error)}).")
+
+    def _do(self, op: str, **fields: Any) -> None:
+        self._safely(lambda: self._record({"op": op, "time": _milliseconds(), **fields}))
+
+    def _record(self, event: Event) -> None:
+        if not self._online and time.monotonic() >= self._next_try:
+            self._try_again()
+        if self._online and self._sent(event):
+            return
+        if event["op"] == "artifact":
+            event["path"] = str(self._kept().keep(Path(event["path"])))
+        self._kept().append(event)
+
+    def _sent(self, event: Event) -> bool:
+        """Whether the store has dealt with it (a refusal is an answer too)."""
+        assert self._run is not None
+        try:
+            self._store.send(self._run, event)
+        except Exception as error:
+            if _code(error) not in _REFUSALS:
+                self._lost(error)
+                return False
+            _reject(self._run, event, error)
+        return True
+
+    def _kept(self) -> Spool:
+        """This session's spool, begun with the line that says which run it belongs to."""
+        if self._spool is None:
+            spool = Spool.new(state_folder("spool"), str(self._opening["local"]))
+            attach = {"op": "attach", "run": self._run}
+            spool.append({"store": self._store.name, **(attach if self._run else self._opening)})
+            self._spool = spool
+        return self._spool
+
+    def _lost(self, error: Exception) -> None:
+        self._online = False
+        self._next_try = time.monotonic() + self._pause
+        self._pause = min(self._pause * 2, 300.0)
+        where = state_folder("spool")
+        say_once(
+            f"tracking: {_shown(self._store.uri)} cannot be used ({_reason(error)}). The work goes on; "
+            f"its numbers are kept in {where} and sent when it is back.",
+            subject=self._store.uri,
+        )
+
+    def _try_again(self) -> None:
+        """Send what was kept if the store is back. Costs two seconds at most while it is not."""
+        if not self._store.reachable():
+            self._next_try = time.monotonic() + self._pause
+            self._pause = min(self._pause * 2, 300.0)
+            return
+        try:
+            replay(self._store)
+            if self._spool is None:
+                self._run = self._store.open(self._opening)
+            else:
+                self._run = _replay(self._store, self._spool.events())
+                self._spool.discard()
+                self._spool = None
+            self._online = True
+        except Exception as error:
+            self._lost(error)
+
+    def start(self) -> None:
+        """Open the run, after sending what earlier sessions had to keep."""
+        self._safely(self._start)
+
+    def _start(self) -> None:
+        try:
+            replay(self._store)
+            self._run = self._store.open(self._opening)
+            self._online = True
+        except Exception as error:
+            self._lost(error)
+            self._kept()  # the run exists from here on, though only on disk
+
+    def finish(self, status: str, error: BaseException | None = None) -> None:
+        """End the session: `status` is MLflow's word (FINISHED, FAILED)."""
+        if error is not None:
+            self.tags({"error": f"{type(error).__name__}: {_reason(error)}"})
+        elif f"time/{self.stage}" not in self._logged:
+            self.metrics({f"time/{self.stage}": time.monotonic() - self._started})
+        self._do("end", status=status)
+        if not self._online:
+            self._safely(self._try_again)
+        if self._spool is not None:
+            self._spool.close()
+
+
+@contextlib.contextmanager
+def track(
+    stage: str,
+    *,
+    experiment: str,
+    name: str,
+    run_id: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    description: str = "",
+) -> Iterator[Tracker]:
+    """A session of `stage` in an MLflow run; the run ends FINISHED, or FAILED when the block raises.
+
+    Parameters
+    ----------
+    experiment : MLflow experiment, created where it does not exist.
+    name : the run's name, which tells its story in the table of runs (`epsd-cskd-s0.95-seed0`).
+    run_id : the run to go on in, as a former session gave it (`Tracker.run_id`); None makes a new run. A run that is
+        not there any more is replaced by a new one, with a warning. If `params` contradict those of the run, the
+        session gets a sibling run (tag `derived_from`) that starts with the metrics that still hold.
+    params : flat, dotted names as in params.yaml; numbers are logged as numbers.
+    tags : kind, method, dataset, seed ...; who, where, which code and which DVC experiment are added.
+    description : shown on the run's page (Markdown).
+    """
+    texts = {_key(key): as_text(value) for key, value in (params or {}).items()}
+    opening: Event = {
+        "op": "open",
+        "time": _milliseconds(),
+        "local": f"{LOCAL}{uuid.uuid4().hex}",
+        "run": run_id,
+        "experiment": experiment,
+        "name": name,
+        "params": texts,
+        "tags": {_key(key): as_text(value) for key, value in (tags or {}).items()},
+        "identity": _identity(stage, texts),
+        "description": description,
+    }
+    tracker = Tracker(stage, opening)
+    try:
+        tracker.start()
+        yield tracker
+    except BaseException as error:
+        tracker.finish("FAILED", error)
+        raise
+    tracker.finish("FINISHED")
+
+
+def ui_address(port: int = 5000) -> str:
+    """The address of the charts of the experiment with the newest run in a `mlflow ui` on this machine."""
+    address = f"http://127.0.0.1:{port}/"
+    database = project_root() / "mlflow.db"
+    if not database.is_file():
+        return address
+    with contextlib.closing(sqlite3.connect(database)) as link, contextlib.suppress(sqlite3.Error):
+        newest = link.execute("SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1").fetchone()
+        if newest:
+            return f"{address}#/experiments/{newest[0]}/runs?compareRunsMode=CHART"
+    return address
+
+
+if __name__ == "__main__":
+    print(ui_address(*map(int, sys.argv[1:2])))
