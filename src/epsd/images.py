@@ -1,0 +1,96 @@
+"""From the bytes of an image file to uint8 pixels: every mode to RGB or grey, EXIF rotation applied, damage named."""
+
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epsd.types import EpsdError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+_SIXTEEN_TO_EIGHT = 257  # 65535 / 255
+
+
+class ImageError(EpsdError):
+    """An image file that is truncated, corrupt, or no image."""
+
+
+def is_image(name: str) -> bool:
+    """Whether the name ends like an image file that is read here."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def decode(content: bytes, name: str, *, grayscale: bool = False) -> "Image":
+    """The picture as it is meant to be seen, in mode RGB, or L with `grayscale`.
+
+    Grey, palette, CMYK, 1-bit and 16-bit images are converted (16-bit scaled to 8), the EXIF orientation is
+    applied, transparent parts become white. Of an animation, the first frame.
+
+    Raises ImageError naming `name` when the content is truncated, corrupt, or no image.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.load()
+            upright = ImageOps.exif_transpose(picture)
+            return _to_mode(upright, "L" if grayscale else "RGB")
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image, or one that is damaged at its start.") from None
+    except Exception as error:  # Pillow's readers raise nearly any type on damaged input
+        raise ImageError(f"{name}: cannot be read as an image ({' '.join(str(error).split())}).") from None
+
+
+def _to_mode(picture: "Image", mode: str) -> "Image":
+    from PIL import Image
+
+    if picture.mode.startswith(("I", "F")):
+        picture = _eight_bit(picture)
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        seen = picture.convert("RGBA")
+        white = Image.new("RGBA", seen.size, "white")
+        picture = Image.alpha_composite(white, seen)
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _eight_bit(picture: "Image") -> "Image":
+    """16-bit or floating grey to 8 bits; values that already fit 8 bits stay (Pillow would clip the others)."""
+    from PIL import Image
+
+    values = np.asarray(picture).astype(np.float64)
+    if picture.mode.startswith("I;16") or values.max() > 255:
+        values = values / _SIXTEEN_TO_EIGHT
+    elif picture.mode == "F" and values.max() <= 1:
+        values = values * 255
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+
+
+def fit(picture: "Image", size: int | None, resize: int | None = None) -> "Image":
+    """Resize the shorter side to `resize` pixels (None: to `size`), then cut the middle `size` x `size`.
+
+    `size` None leaves the picture as it is. Bilinear with antialiasing, which is the evaluation transform of the
+    ImageNet literature (256, then 224).
+    """
+    from PIL import Image
+
+    if size is None:
+        return picture
+    width, height = picture.size
+    factor = max(resize or size, size) / min(width, height)
+    if factor != 1:
+        shape = max(size, round(width * factor)), max(size, round(height * factor))
+        picture = picture.resize(shape, Image.Resampling.BILINEAR)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    if (left, top) == (0, 0) and picture.size == (size, size):
+        return picture
+    return picture.crop((left, top, left + size, top + size))
+
+
+def pixels(picture: "Image") -> NDArray[np.uint8]:
+    """(C, H, W) uint8, C = 1 or 3."""
+    array = np.array(picture, dtype=np.uint8)
+    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))

@@ -1,0 +1,218 @@
+"""Large images: decoded and augmented by worker processes as they are needed, the same in any number of them.
+
+Every sample's random numbers come from (seed, epoch, purpose, position), never from the worker that happens to
+draw it.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from epsd.images import decode, fit, pixels
+from epsd.runtime import mix
+from epsd.sampling import SameClass, Sampler, cut, partner_positions
+from epsd.sources import Files, Reading
+from epsd.types import Batch, BatchNeeds, EpsdError
+
+
+class Augmentation(NamedTuple):
+    """Of training images. Kept in memory: `crop_padding` black pixels on each side, then a random crop of the
+    original size. Streamed: a random resized crop (8 to 100 % of the area, aspect 3/4 to 4/3, the ImageNet recipe)
+    whatever `crop_padding` says. `flip`: mirror half of them left to right.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+
+
+class Normalise:
+    """(B, C, H, W) uint8 -> float32, (x / 255 - mean) / std as one multiplication and one addition."""
+
+    def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
+        means, stds = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
+        self._scale = (1 / (255 * stds)).float().to(device)
+        self._shift = (-means / stds).float().to(device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """A new tensor, contiguous, on the device of `images`."""
+        floats = images.to(torch.float32, memory_format=torch.contiguous_format)
+        return floats.mul_(self._scale).add_(self._shift)
+
+
+class Pictures:
+    """Image files as uint8 tensors (C, H, W). Travels to worker processes; each opens the files for itself."""
+
+    def __init__(self, files: Files, reading: Reading, image_shape: tuple[int, int, int]) -> None:
+        self.files, self.reading, self.image_shape = files, reading, image_shape
+
+    def __getitem__(self, position: int) -> Tensor:
+        """Resized and cut as for evaluation."""
+        picture = fit(self._decode(position), self.reading.size, self.reading.resize)
+        return torch.from_numpy(pixels(picture))
+
+    def augmented(self, position: int, flip: bool) -> Tensor:
+        """A random resized crop, perhaps mirrored. Draws from torch's global generator."""
+        return torch.from_numpy(pixels(self._augment(flip)(self._decode(position))))
+
+    def _decode(self, position: int) -> Any:
+        name = self.files.names[position]
+        where = f"{self.files.tree.where}: {name}"
+        return decode(self.files.tree.read(name), where, grayscale=self.reading.grayscale)
+
+    def _augment(self, flip: bool) -> Callable[[Any], Any]:
+        return self._augment_flipped if flip else self._augment_plain
+
+    @cached_property
+    def _augment_plain(self) -> Callable[[Any], Any]:
+        from torchvision.transforms import v2
+
+        crop: Callable[[Any], Any] = v2.RandomResizedCrop(self.image_shape[1:], antialias=True)
+        return crop
+
+    @cached_property
+    def _augment_flipped(self) -> Callable[[Any], Any]:
+        from torchvision.transforms import v2
+
+        both: Callable[[Any], Any] = v2.Compose([self._augment_plain, v2.RandomHorizontalFlip()])
+        return both
+
+
+@contextmanager
+def drawing_from(*parts: int | str) -> Iterator[None]:
+    """Seed the global generators (torch's CPU one, numpy, random) by `parts` inside the block, restore them after."""
+    seed = mix(*parts)
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+class Request(NamedTuple):
+    """One batch to draw: positions in the split, and of the second images where these are wanted."""
+
+    epoch: int
+    positions: list[int]
+    partners: list[int] | None
+
+
+class Drawn(NamedTuple):
+    """What a worker hands back: the collated samples, and the collated second ones."""
+
+    samples: Any
+    partners: Any = None
+
+
+class Requests(Dataset[Drawn | EpsdError]):
+    """Answers a `Request` with a `Drawn`: `draw` makes one sample, `collate` a batch of them.
+
+    A user's mistake (a damaged image) is handed back as a value: raised in a worker it would lose its one clear line.
+    """
+
+    def __init__(self, draw: Callable[[int], Any], collate: Callable[[list[Any]], Any], seed: int) -> None:
+        self._draw, self._collate, self._seed = draw, collate, seed
+
+    def __getitem__(self, request: Request) -> Drawn | EpsdError:
+        epoch, positions, partners = request
+        try:
+            samples = self._batch("image", epoch, positions, positions)
+            return Drawn(samples, None if partners is None else self._batch("partner", epoch, positions, partners))
+        except EpsdError as error:
+            return error
+
+    def _batch(self, purpose: str, epoch: int, anchors: list[int], positions: list[int]) -> Any:
+        return self._collate(
+            [
+                self._sample(purpose, epoch, anchor, position)
+                for anchor, position in zip(anchors, positions, strict=True)
+            ]
+        )
+
+    def _sample(self, purpose: str, epoch: int, anchor: int, position: int) -> Any:
+        with drawing_from(self._seed, purpose, epoch, anchor):
+            return self._draw(position)
+
+
+def draw_batches(requests: Requests, asked: list[Request], **loader: Any) -> Iterator[Drawn]:
+    """The answers in order; `loader`: what DataLoader takes (num_workers, pin_memory, ...)."""
+    # its own generator: a DataLoader without one takes a number from the global random state
+    answers: DataLoader[Any] = DataLoader(
+        requests, batch_size=None, sampler=asked, collate_fn=_as_is, generator=torch.Generator(), **loader
+    )
+    for answer in answers:
+        if isinstance(answer, EpsdError):
+            raise answer
+        yield answer
+
+
+def as_requests(epoch: int, batches: Sequence[Tensor], partners: Sequence[Tensor] | None) -> list[Request]:
+    """One request per batch of positions."""
+    seconds = [None] * len(batches) if partners is None else [part.tolist() for part in partners]
+    return [Request(epoch, part.tolist(), second) for part, second in zip(batches, seconds, strict=True)]
+
+
+def _as_is(answer: Any) -> Any:
+    return answer
+
+
+class StreamedBatches:
+    """Batches of a split that is read from files. Parameters as `epsd.data.MemoryBatches`.
+
+    `augmentation` None: resized and cut as for evaluation. `workers`: processes that decode, 0 = this one.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        labels: Tensor,
+        *,
+        num_classes: int,
+        mean: list[float],
+        std: list[float],
+        batch_size: int,
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+    ) -> None:
+        self.size, self.num_classes = len(labels), num_classes
+        self._sampler = Sampler(len(labels), batch_size, seed, shuffle, drop_last)
+        self._same_class = SameClass(labels, seed)
+        self._labels, self._device, self._workers = labels, torch.device(device), workers
+        draw = partial(pictures.augmented, flip=augmentation.flip) if augmentation else pictures.__getitem__
+        self._requests = Requests(draw, torch.stack, seed)
+        self._normalise = Normalise(mean, std, self._device)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]:
+        """The batches of epoch `number`; `partner` is filled as `needs` asks, `indices` always."""
+        order = self._sampler.order(number)
+        second = partner_positions(needs, order, number, self._same_class)
+        size = self._sampler.batch_size
+        batches = cut(order, size)
+        asked = as_requests(number, batches, None if second is None else cut(second, size))
+        pinned = self._device.type == "cuda"
+        answers = draw_batches(self._requests, asked, num_workers=self._workers, pin_memory=pinned)
+        for indices, drawn in zip(batches, answers, strict=True):
+            partner = None if drawn.partners is None else self._ready(drawn.partners)
+            moved = indices.to(self._device)
+            yield Batch(self._ready(drawn.samples), self._labels[indices].to(self._device), moved, partner)
+
+    def _ready(self, images: Tensor) -> Tensor:
+        return self._normalise(images.to(self._device, non_blocking=True))
