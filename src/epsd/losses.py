@@ -1,10 +1,13 @@
 """Pure tensor maths of the objectives. One KL, one soft cross entropy; twice differentiable."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from epsd.types import Batch, Forward, Loss
+from epsd.types import Batch, BatchNeeds, Forward, Loss, Objective, Purpose
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -16,11 +19,11 @@ def kl_divergence(target_logits: Tensor, logits: Tensor, temperature: float) -> 
     """T² · batch mean of KL(softmax(target/T) ‖ softmax(logits/T)).
 
     Both (B, K) -> scalar. The factor T² keeps the gradient's size independent of T (Hinton et al., 2015); CS-KD and DLB
-    both carry it. Gradients flow into both arguments: callers detach what is a target.
+    both carry it. No gradient flows into the target.
     """
     divergence = F.kl_div(
         F.log_softmax(logits / temperature, dim=1),
-        F.log_softmax(target_logits / temperature, dim=1),
+        F.log_softmax(target_logits.detach() / temperature, dim=1),
         reduction="batchmean",
         log_target=True,
     )
@@ -43,3 +46,36 @@ def supervised(forward: Forward, batch: Batch) -> Loss:
     logits = forward(batch.images)
     total = cross_entropy(logits, batch.labels)
     return Loss(total, {"cross_entropy": total.detach()}, logits.detach(), {"supervised": total})
+
+
+class PlainLoss:
+    """A user's own `loss(logits, labels) -> scalar` as an objective: nothing is distilled, nothing remembered."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._function = function
+
+    @property
+    def needs(self) -> BatchNeeds:
+        """Images and labels."""
+        return BatchNeeds()
+
+    def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
+        """Nothing to forget."""
+
+    def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
+        """One forward pass."""
+        logits = forward(batch.images)
+        total = self._function(logits, batch.labels)
+        return Loss(total, {"loss": total.detach()}, logits.detach(), {"supervised": total})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to remember."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+def as_objective(loss: Objective | Callable[[Tensor, Tensor], Tensor]) -> Objective:
+    """`loss` itself where it is an objective, else the plain function wrapped as one."""
+    return loss if hasattr(loss, "begin") else PlainLoss(loss)  # type: ignore[return-value]

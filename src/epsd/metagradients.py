@@ -112,11 +112,11 @@ def scoring(model: nn.Module, train: bool = True) -> Iterator[None]:
 
 
 def calling(model: nn.Module, weights: Vector) -> Forward:
-    """`model` called with `weights` in place of its own (the rest stays). Buffers are copied: no call changes them."""
+    """`model` called with `weights` (or buffers) in place of its own; other buffers are copied, never changed."""
 
     def forward(images: Tensor) -> Tensor:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        logits: Tensor = functional_call(model, {**weights, **buffers}, (images,))
+        logits: Tensor = functional_call(model, {**buffers, **weights}, (images,))
         return logits
 
     return forward

@@ -1,0 +1,1 @@
+"""Our code held to numbers computed by the official implementations."""
