@@ -1,5 +1,6 @@
 """Every path that a stage writes, typed save and load, written to a temporary name and renamed."""
 
+import contextlib
 import csv
 import json
 import os
@@ -40,6 +41,8 @@ CONFUSION_FIGURE = EVALUATE / "confusion.png"
 RELIABILITY_FIGURE = EVALUATE / "reliability.png"
 DENSITY_FIGURE = EVALUATE / "density.png"
 CURVES_FIGURE = EVALUATE / "curves.png"
+EVALUATE_FIGURES = (CONFUSION_FIGURE, RELIABILITY_FIGURE, DENSITY_FIGURE, CURVES_FIGURE)
+EVALUATE_TABLES = (METRICS, PER_CLASS, CONFUSION, RELIABILITY)
 SPARSE_MODEL = EVALUATE / "model.sparse.safetensors"
 DETECT_METRICS = DETECT / "metrics.json"
 
@@ -136,3 +139,22 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def read_csv(path: Path) -> dict[str, list[float | None]]:
+    """The columns of a table of numbers by name; an empty field is None, a column with other text is left out.
+
+    Raises ArtifactError when the file is missing or cannot be read.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: missing. `dvc repro` runs the stage that writes it.") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ArtifactError(f"{path}: cannot be read ({error}).") from None
+    columns: dict[str, list[float | None]] = {}
+    for name in rows[0] if rows else ():
+        with contextlib.suppress(ValueError, TypeError):
+            columns[name] = [float(row[name]) if row[name] else None for row in rows]
+    return columns

@@ -1,9 +1,10 @@
 """How good a network is, and what it costs: accuracy and calibration on one split, latency."""
 
 import copy
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -131,3 +132,41 @@ def filled(model: nn.Module, prunable: Mapping[str, nn.Parameter]) -> nn.Module:
             weight = dense.get_parameter(name)
             weight[weight == 0] = 0.01
     return dense
+
+
+def cost(model: nn.Module, prunable: Mapping[str, nn.Parameter], image_shape: tuple[int, int, int]) -> dict[str, float]:
+    """What `model` costs, recounted from its weights. `prunable`: `epsd.masks.prunable(model)`.
+
+    sparsity and density (of prunable weights), compression (all parameters / nonzero ones), parameters of four kinds,
+    gflops_dense and gflops_sparse of one image's forward pass (10^9; 2 per multiply-accumulate).
+    """
+    count, work = metrics.count_parameters(model, prunable), metrics.flops(model, image_shape)
+    return {
+        "sparsity": count.sparsity,
+        "density": 1 - count.sparsity,
+        "compression": count.compression,
+        "parameters": count.total,
+        "parameters_nonzero": count.nonzero,
+        "prunable": count.prunable,
+        "prunable_nonzero": count.kept,
+        "gflops_dense": work.dense / 1e9,
+        "gflops_sparse": work.sparse / 1e9,
+    }
+
+
+def per_class_rows(result: Evaluation, class_names: Sequence[str]) -> Iterator[tuple[str, int, float | str]]:
+    """Class, test images, accuracy ("" for a class without images)."""
+    for name, row, accuracy in zip(class_names, result.confusion, result.per_class.tolist(), strict=True):
+        yield name, int(row.sum()), "" if math.isnan(accuracy) else accuracy
+
+
+def confusion_rows(result: Evaluation, class_names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(true, predicted), one row for each image, grouped: the form that DVC's confusion template reads."""
+    for true, row in zip(class_names, result.confusion.tolist(), strict=True):
+        for predicted, images in zip(class_names, row, strict=True):
+            yield from [(true, predicted)] * images
+
+
+def reliability_rows(result: Evaluation) -> Iterator[tuple[float, ...]]:
+    """lower, upper, images, confidence, accuracy of each bin."""
+    yield from zip(*(column.tolist() for column in result.reliability), strict=True)

@@ -4,7 +4,7 @@ One multiply-accumulate counts as two FLOPs (a product and a sum); many papers p
 our figure, under the name FLOPs: torchvision's ResNet-50 at 224 px is 4.09 G of those and 8.18 GFLOPs here.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -106,7 +106,7 @@ def per_class_accuracy(table: Tensor) -> Tensor:
     return table.diagonal().double() / table.sum(dim=1)
 
 
-def count_parameters(model: nn.Module, prunable: dict[str, nn.Parameter]) -> Parameters:
+def count_parameters(model: nn.Module, prunable: Mapping[str, nn.Parameter]) -> Parameters:
     """Counts from the weights themselves, whatever any mask says. `prunable`: `epsd.masks.prunable(model)`."""
     nonzero = {name: int(parameter.detach().count_nonzero()) for name, parameter in model.named_parameters()}
     return Parameters(
@@ -115,6 +115,11 @@ def count_parameters(model: nn.Module, prunable: dict[str, nn.Parameter]) -> Par
         prunable=sum(parameter.numel() for parameter in prunable.values()),
         kept=sum(nonzero[name] for name in prunable),
     )
+
+
+def densities(weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Share of each tensor's entries that are not exactly zero, by name."""
+    return {name: int(weight.detach().count_nonzero()) / weight.numel() for name, weight in weights.items()}
 
 
 def _products(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Iterator[tuple[Tensor, int]]:

@@ -1,0 +1,96 @@
+"""Read the test split, once: accuracy, calibration, and what the network costs. Writes artifacts/evaluate/."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from epsd import artifacts, evaluation, figures, metrics, sparse
+from epsd.architectures import ARCHITECTURES
+from epsd.data import Prepared
+from epsd.masks import prunable
+from epsd.params import EvaluateParams, Params, flatten
+from epsd.registry import choose
+from epsd.runtime import pick_device
+from epsd.stage import run_stage
+from epsd.tracking import track
+
+
+def main(params: Params) -> str:
+    """Load the trained network, evaluate it, save tables and figures, add them to the network's run."""
+    data = Prepared.load(artifacts.DATA)
+    card = artifacts.read_json(artifacts.MODEL_CARD)
+    device = pick_device(params.device)
+    model = choose(ARCHITECTURES, card["architecture"])(card["num_classes"], tuple(card["image_shape"]))
+    artifacts.load_into(model, artifacts.MODEL).to(device)
+
+    settings = params.evaluate
+    test = data.batches("test", batch_size=settings.batch_size, device=device, workers=params.data.workers)
+    result = evaluation.evaluate(model, test, ece_bins=settings.ece_bins)
+    report = {"test": result.metrics, "model": cost(model, settings, card)}
+
+    artifacts.write_json(artifacts.METRICS, report)
+    save_tables(result, data.class_names)
+    save_figures(result, model, data.class_names)
+    log(params, report)
+    return (
+        f"test top-1 {result.metrics['top1']:.4f}, ECE {result.metrics['ece']:.4f}, "
+        f"sparsity {report['model']['sparsity']:.4f}, {report['model']['compression']:.1f} times fewer parameters"
+    )
+
+
+def cost(model: nn.Module, settings: EvaluateParams, card: Mapping[str, Any]) -> dict[str, float]:
+    """Parameters, FLOPs, bytes on disk (the compact file is written here) and milliseconds."""
+    image_shape = tuple(card["image_shape"])
+    weights = prunable(model)
+    compact = sparse.save(model.state_dict(), artifacts.SPARSE_MODEL, card)
+    twins = {"latency_dense_ms": evaluation.filled(model, weights), "latency_pruned_ms": model}
+    timing = {"batch_size": settings.latency_batch_size, "repeats": settings.latency_repeats}
+    return {
+        **evaluation.cost(model, weights, image_shape),
+        "bytes_dense": artifacts.MODEL.stat().st_size,
+        "bytes_sparse": compact.file,
+        **evaluation.latency(twins, image_shape, **timing),
+    }
+
+
+def save_tables(result: evaluation.Evaluation, names: list[str]) -> None:
+    """Per-class accuracy, every prediction, and the reliability bins, as CSV."""
+    artifacts.write_csv(artifacts.PER_CLASS, ("class", "images", "accuracy"), evaluation.per_class_rows(result, names))
+    artifacts.write_csv(artifacts.CONFUSION, ("actual", "predicted"), evaluation.confusion_rows(result, names))
+    artifacts.write_csv(artifacts.RELIABILITY, result.reliability._fields, evaluation.reliability_rows(result))
+
+
+def save_figures(result: evaluation.Evaluation, model: nn.Module, names: list[str]) -> None:
+    """Confusion, reliability, density by layer and training curves, as PNG."""
+    densities = metrics.densities(prunable(model))
+    overall = metrics.count_parameters(model, prunable(model))
+    panels = figures.history_panels(artifacts.read_csv(artifacts.HISTORY))
+    figures.save(figures.confusion(result.confusion, names), artifacts.CONFUSION_FIGURE)
+    figures.save(figures.reliability(result.reliability), artifacts.RELIABILITY_FIGURE)
+    figures.save(figures.density_per_layer(densities, 1 - overall.sparsity), artifacts.DENSITY_FIGURE)
+    figures.save(figures.curves(panels), artifacts.CURVES_FIGURE)
+
+
+def log(params: Params, report: Mapping[str, Mapping[str, float]]) -> None:
+    """Add everything to the run that `train` opened; headline figures at the artifact root, tables in a folder."""
+    run = artifacts.read_json(artifacts.RUN)
+    flat = dict(flatten(params.model_dump()))
+    with track(
+        "evaluate",
+        experiment=params.tracking.experiment,
+        name=run.get("name", "evaluate"),
+        run_id=run["run_id"],
+        params=flat,
+        tags={"latency.note": evaluation.LATENCY_NOTE},
+    ) as tracker:
+        tracker.metrics({f"{group}/{name}": value for group, part in report.items() for name, value in part.items()})
+        for figure in artifacts.EVALUATE_FIGURES:
+            tracker.artifact(figure)
+        for table in artifacts.EVALUATE_TABLES:
+            tracker.artifact(table, folder="evaluate")
+        tracker.artifact(artifacts.SPARSE_MODEL, folder="model")
+
+
+if __name__ == "__main__":
+    run_stage("evaluate", main)
