@@ -2,12 +2,20 @@
 
 from typing import Any
 
+from epsd.datasets.cifar import Cifar
+from epsd.datasets.cub import Cub
 from epsd.datasets.digits import Digits
 from epsd.datasets.image_folder import ImageFolder
+from epsd.datasets.imagenet import Imagenet
+from epsd.datasets.tiny_imagenet import TinyImagenet
 
 DATASETS: dict[str, type[Any]] = {
     "digits": Digits,
     "image_folder": ImageFolder,
+    "cifar": Cifar,
+    "tiny_imagenet": TinyImagenet,
+    "imagenet": Imagenet,
+    "cub": Cub,
 }
 
 DEVKITS: dict[str, type[Any]] = {}
