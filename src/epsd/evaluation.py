@@ -49,7 +49,7 @@ def predict(model: nn.Module, batches: Batches, device: torch.device | str | Non
         for batch in batches.epoch(0):
             logits.append(model(batch.images.to(place)).float().cpu())
             labels.append(batch.labels.cpu())
-    if not logits:
+    if not sum(map(len, labels)):
         raise EvaluationError("evaluate: the split has no images.")
     return torch.cat(logits), torch.cat(labels)
 

@@ -57,7 +57,7 @@ class TorchvisionZoo:
         try:
             arguments = _arguments(self.model, image_shape)
             net = torchvision.models.get_model(self.model, weights=None, num_classes=num_classes, **arguments)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, AssertionError) as error:
             size = "x".join(map(str, image_shape))
             raise ArchitectureError(f"architecture: '{self.model}' cannot take images of {size} ({error}).") from None
         adapt_channels(net, image_shape[0])
