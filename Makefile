@@ -1,0 +1,33 @@
+# Two commands on a fresh machine: `make repro` runs the pipeline, `make test` the tests. Each sets up .venv first.
+PYTHON ?= python3
+PORT ?= 5000
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: repro test ui check clean-venv
+
+repro: .venv/complete  ## run what is stale of prepare, prune, train, evaluate, detect
+	$(BIN)/python -m epsd.stage && $(BIN)/dvc repro
+
+test: .venv/complete  ## every test
+	$(BIN)/python -m pytest
+
+check: .venv/complete  ## style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+ui: .venv/complete  ## the recorded runs in the browser
+	@echo "Runs: $$($(BIN)/python -m epsd.tracking $(PORT))   (Ctrl-C ends it)"
+	$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --default-artifact-root "$(CURDIR)/mlruns"
+
+# Made again when the lock or the package's own settings change.
+.venv/complete: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "epsd needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+	@echo "Setting up .venv (once, some minutes) ..."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) -r requirements.lock
+	@$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+clean-venv:
+	rm -rf .venv
