@@ -1,19 +1,26 @@
-"""Prepare: read and verify the images, split them, write compact arrays. Writes artifacts/data/ and artifacts/voc/."""
+"""Prepare: read, verify and split images and scenes, write them compactly. Writes artifacts/data/ and artifacts/voc/."""
 
 from epsd import artifacts
-from epsd.datasets import DATASETS
+from epsd.data import Prepared
+from epsd.datasets import DATASETS, DEVKITS
 from epsd.params import Params
 from epsd.preparing import prepare, summary
 from epsd.registry import choose
 from epsd.stage import run_stage
+from epsd.voc import read_index
 
 
 def main(params: Params) -> str:
-    """Read the chosen data set; carve the splits it does not bring."""
-    dataset = choose(DATASETS, params.dataset, "dataset")
+    """Read the chosen data set and devkit; carve the splits that the data set does not bring."""
+    dataset, devkit = choose(DATASETS, params.dataset, "dataset"), choose(DEVKITS, params.voc, "voc")
     shares = {"validation": params.data.validation, "test": params.data.test}
     index = prepare(dataset(), artifacts.DATA, seed=params.seed, limit=params.data.limit, **shares)
-    return summary(index)
+    data = Prepared.load(artifacts.DATA)
+    sources = devkit(artifacts.VOC, seed=params.seed, images=data.arrays(), class_names=data.class_names)
+    scenes = read_index(sources, seed=params.seed, **devkit.reading)
+    scenes.save(artifacts.VOC_INDEX)
+    pictures = ", ".join(f"{count['pictures']} {split}" for split, count in scenes.counts().items())
+    return f"{summary(index)}; detection: {pictures} scenes of {len(scenes.class_names)} classes"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from epsd.archives import open_tree
 from epsd.artifacts import ArtifactError, read_json
 from epsd.loaders import as_batches
 from epsd.sampling import SameClass, Sampler, generator, partner_positions
-from epsd.sources import Files, Reading, Split
+from epsd.sources import SPLITS, Files, Reading, Split
 from epsd.streaming import Augmentation, Normalise, Pictures, StreamedBatches
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError
 
@@ -169,6 +169,12 @@ class Prepared:
             raise EpsdError(f"{self.folder}: its images are read from files, not held as one array.")
         return self._array(split, "images")
 
+    def arrays(self) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]] | None:
+        """Split -> `images`, `labels`, of the splits that are there; None where the images are streamed."""
+        if self.index["storage"] != "memory":
+            return None
+        return {split: (self.images(split), self.labels(split)) for split in SPLITS if self.sizes.get(split)}
+
     def batches(
         self,
         split: Split,
@@ -223,7 +229,7 @@ class Prepared:
     def _array(self, split: Split, kind: str) -> NDArray[Any]:
         path = self.folder / f"{split}_{kind}.npy"
         try:
-            array: NDArray[Any] = np.load(path, allow_pickle=False)
+            array: NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ArtifactError(f"{path}: missing or damaged ({error}). Run prepare again.") from None
         if len(array) != self.sizes[split]:

@@ -71,6 +71,30 @@ def fetch(published: Published, folder: Path, *, tries: int = 5, pause: float = 
     return target
 
 
+def locate(root: Path, published: Published, download: bool, terms: str = "") -> Path:
+    """Where a published data set lies: `root` as it is, the published archive inside it, or that archive downloaded.
+
+    `root` may be the unpacked folder or any archive of it; a folder that holds only the published archive stands
+    for this archive, whose checksum is then verified. `terms`: what a user who downloads agrees to.
+
+    Raises DownloadError naming the file to place and where, when it is not there and `download` is false, or
+    when it cannot be fetched.
+    """
+    archive = root / published.name
+    if archive.is_file():
+        verify(archive, published.checksum)
+        return archive
+    if root.is_file() or (root.is_dir() and any(not entry.name.endswith(".part") for entry in root.iterdir())):
+        return root
+    if download:
+        return fetch(published, root)
+    agree = f" ({terms})" if terms else ""
+    raise DownloadError(
+        f"{root}: nothing there. Place {published.name} ({published.url}) or its unpacked folder in it, "
+        f"or set dataset.download: true{agree}."
+    )
+
+
 class _Lost(Exception):
     """The connection broke; another try may go on."""
 

@@ -7,14 +7,12 @@ arrays, the others the names of files inside a tree (a folder or an archive) and
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from epsd.archives import Tree
-from epsd.downloads import Published, fetch, verify
 from epsd.images import is_image
 from epsd.types import EpsdError
 
@@ -181,30 +179,6 @@ def _by_class(splits: Mapping[Split, Found], class_names: Sequence[str], tree: T
 def as_labels(labels: Iterable[int]) -> NDArray[np.int64]:
     """(N,) int64."""
     return np.fromiter(labels, dtype=np.int64)
-
-
-def locate(root: Path, published: Published, download: bool, terms: str = "") -> Path:
-    """Where a published data set lies: `root` as it is, the published archive inside it, or that archive downloaded.
-
-    `root` may be the unpacked folder or any archive of it; a folder that holds only the published archive stands
-    for this archive, whose checksum is then verified. `terms`: what a user who downloads agrees to.
-
-    Raises SourceError naming the file to place and where, when it is not there and `download` is false;
-    DownloadError when it cannot be fetched.
-    """
-    archive = root / published.name
-    if archive.is_file():
-        verify(archive, published.checksum)
-        return archive
-    if root.is_file() or (root.is_dir() and any(not entry.name.endswith(".part") for entry in root.iterdir())):
-        return root
-    if download:
-        return fetch(published, root)
-    agree = f" ({terms})" if terms else ""
-    raise SourceError(
-        f"{root}: nothing there. Place {published.name} ({published.url}) or its unpacked folder in it, "
-        f"or set dataset.download: true{agree}."
-    )
 
 
 def below(tree: Tree, marker: str, top: str | None = None) -> str:

@@ -4,6 +4,8 @@ from typing import Any
 
 from epsd.datasets.cifar import Cifar
 from epsd.datasets.cub import Cub
+from epsd.datasets.devkit import Devkit
+from epsd.datasets.digit_scenes import DigitScenes
 from epsd.datasets.digits import Digits
 from epsd.datasets.image_folder import ImageFolder
 from epsd.datasets.imagenet import Imagenet
@@ -18,4 +20,7 @@ DATASETS: dict[str, type[Any]] = {
     "cub": Cub,
 }
 
-DEVKITS: dict[str, type[Any]] = {}
+DEVKITS: dict[str, type[Any]] = {
+    "digit_scenes": DigitScenes,
+    "devkit": Devkit,
+}

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsd.archives import Tree, open_tree
-from epsd.downloads import Published
+from epsd.downloads import Published, locate
 from epsd.registry import variant
-from epsd.sources import Labelled, Source, SourceError, Split, below, locate
+from epsd.sources import Labelled, Source, SourceError, Split, below
 
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32

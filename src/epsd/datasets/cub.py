@@ -9,9 +9,9 @@ from typing import Annotated
 from pydantic import Field
 
 from epsd.archives import Tree, open_tree
-from epsd.downloads import Published
+from epsd.downloads import Published, locate
 from epsd.registry import variant
-from epsd.sources import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below, locate
+from epsd.sources import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below
 
 PUBLISHED = Published(
     "CUB_200_2011.tgz",

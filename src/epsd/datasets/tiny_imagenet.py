@@ -8,10 +8,10 @@ is carved from train.
 from pathlib import Path
 
 from epsd.archives import Tree, open_tree
-from epsd.downloads import Published
+from epsd.downloads import Published, locate
 from epsd.images import is_image
 from epsd.registry import variant
-from epsd.sources import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below, locate
+from epsd.sources import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below
 
 PUBLISHED = Published(
     "tiny-imagenet-200.zip",
