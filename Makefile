@@ -4,8 +4,10 @@ PORT ?= 5000
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
 
-.PHONY: repro test ui check clean-venv
+.PHONY: repro test ui check
 
 repro: .venv/complete  ## run what is stale of prepare, prune, train, evaluate, detect
 	$(BIN)/python -m epsd.stage && $(BIN)/dvc repro
@@ -18,7 +20,7 @@ check: .venv/complete  ## style and types
 
 ui: .venv/complete  ## the recorded runs in the browser
 	@echo "Runs: $$($(BIN)/python -m epsd.tracking $(PORT))   (Ctrl-C ends it)"
-	$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --default-artifact-root "$(CURDIR)/mlruns"
+	$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --default-artifact-root "$(CURDIR)/mlruns"
 
 # Made again when the lock or the package's own settings change.
 .venv/complete: requirements.lock pyproject.toml
@@ -28,6 +30,3 @@ ui: .venv/complete  ## the recorded runs in the browser
 	@$(PIP) -r requirements.lock
 	@$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
-
-clean-venv:
-	rm -rf .venv
