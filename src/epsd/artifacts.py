@@ -15,6 +15,8 @@ from epsd.types import EpsdError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from epsd.masks import Mask
+
 ROOT = Path("artifacts")
 DATA = ROOT / "data"
 VOC = ROOT / "voc"
@@ -101,12 +103,16 @@ def save_model(model: "nn.Module", path: Path, card: Mapping[str, Any]) -> None:
     `class_names`, `image_shape`, `mean`, `std`; the stage may add what it likes (a mask summary). The weights
     are written first: a card without its weights never exists.
     """
+    _save_state(model, path)
+    write_json(path.with_suffix(".json"), card)
+
+
+def _save_state(model: "nn.Module", path: Path) -> None:
     from safetensors.torch import save_file
 
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     with replacing(path) as temporary:
         save_file(state, temporary)
-    write_json(path.with_suffix(".json"), card)
 
 
 def load_state(path: Path) -> "dict[str, Tensor]":
@@ -131,6 +137,16 @@ def load_into(model: "nn.Module", path: Path) -> "nn.Module":
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(f"{path}: does not fit the network of its card ({reason}).") from None
     return model
+
+
+def save_pruned(mask: "Mask", initial: "nn.Module", report: Mapping[str, Any]) -> None:
+    """What `prune` found: mask, the initial weights it was found for (all of them), report, density per layer."""
+    with replacing(MASK) as temporary:
+        mask.save(temporary)
+    _save_state(initial, INITIAL)
+    write_json(PRUNE_REPORT, report)
+    rows = [(name, kept, total, kept / total) for name, (kept, total) in mask.per_layer().items()]
+    write_csv(LAYERS, ("layer", "kept", "total", "density"), rows)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -49,15 +49,15 @@ def supervised(forward: Forward, batch: Batch) -> Loss:
 
 
 class PlainLoss:
-    """A user's own `loss(logits, labels) -> scalar` as an objective: nothing is distilled, nothing remembered."""
+    """A user's own `loss(logits, labels) -> scalar` as an objective: nothing is distilled, nothing remembered.
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    `needs`: what its batches shall carry all the same, so that it can be compared with another objective on the same
+    images.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], needs: BatchNeeds = BatchNeeds()) -> None:
         self._function = function
-
-    @property
-    def needs(self) -> BatchNeeds:
-        """Images and labels."""
-        return BatchNeeds()
+        self.needs = needs
 
     def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
         """Nothing to forget."""

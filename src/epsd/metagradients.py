@@ -289,12 +289,27 @@ class Unroll:
         return dict(zip(names, adjoint, strict=True))
 
 
+def _refuse_broken(gradient: list[Tensor]) -> None:
+    """Find functions that may be differentiated once only: autograd, asked for some inputs, passes them over silently."""
+    seen: set[object] = set()
+    waiting = [g.grad_fn for g in gradient]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().endswith("::Error"):
+            raise _not_differentiable(RuntimeError("a function is marked with @once_differentiable"))
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+
+
 def _contract(gradient: list[Tensor], vector: list[Tensor], leaves: Vector) -> list[Tensor]:
     live = [(g, v) for g, v in zip(gradient, vector, strict=True) if g.requires_grad]
     if not live:
         return [torch.zeros_like(v) for v in vector]
+    outputs, vectors = [g for g, _ in live], [v for _, v in live]
+    _refuse_broken(outputs)
     try:
-        outputs, vectors = [g for g, _ in live], [v for _, v in live]
         return list(torch.autograd.grad(outputs, list(leaves.values()), vectors, materialize_grads=True))
     except RuntimeError as error:
         raise _not_differentiable(error) from error

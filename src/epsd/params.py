@@ -48,7 +48,7 @@ class DataParams(Section):
 
 
 class PruneParams(Section):
-    """The early-prune mask. `docs`: method.md; each key's unit and range stand beside it in params.yaml."""
+    """The early-prune mask. Each key's unit and range stand beside it in params.yaml."""
 
     score: Choice
     sparsity: Share
@@ -57,6 +57,7 @@ class PruneParams(Section):
     batch_size: Count
     keep_at_least_one: bool
     control: Literal["none", "shuffled", "reinitialised"]
+    compare: bool
 
 
 class TrainParams(Section):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from epsd.losses import as_objective, cross_entropy
+from epsd.losses import PlainLoss, as_objective, cross_entropy
 from epsd.masks import Mask, Scope, prunable
 from epsd.metagradients import Following, LookAhead, draw, gradient_norms, scoring
 from epsd.types import Batch, Batches, BatchNeeds, Objective, Score
@@ -127,18 +127,8 @@ def overlap_with_cross_entropy(
     mask: Mask, model: nn.Module, batches: Source, *, score: Score, objective: Objective, **selection: Any
 ) -> float:
     """Jaccard overlap of `mask` with the mask of the same score, on the same images, under cross entropy."""
-    return mask.jaccard(prune(model, batches, score=score, objective=_CrossEntropyOn(objective), **selection))
-
-
-class _CrossEntropyOn:
-    """Cross entropy that asks for the batches of another objective, so that both see the same images."""
-
-    def __init__(self, other: Objective) -> None:
-        self._plain = as_objective(cross_entropy)
-        self.needs = other.needs
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._plain, name)
+    plain = PlainLoss(cross_entropy, objective.needs)
+    return mask.jaccard(prune(model, batches, score=score, objective=plain, **selection))
 
 
 class Stopwatch:

@@ -1,0 +1,294 @@
+"""The one classifier loop: self-distilled training with the mask held after every step, checkpoint and resume."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from epsd import checkpoints
+from epsd.console import Progress
+from epsd.losses import as_objective, cross_entropy
+from epsd.masks import Mask, MaskHolder
+from epsd.metagradients import to_device
+from epsd.registry import variant
+from epsd.runtime import mix, pick_precision
+from epsd.types import Batch, Batches, EpsdError, Objective
+
+Record = dict[str, float]
+"""One epoch: `epoch` (from 1), `train/loss`, `train/<term>`, `train/top1`, `train/lr`, `time/epoch`, `val/top1`, ..."""
+
+_CHECK_EVERY = 50
+"""Steps between looks at the loss on a GPU: each look waits for the device."""
+
+
+class TrainingError(EpsdError):
+    """Training cannot go on: the loss is not finite, or there is nothing to train on."""
+
+
+@variant
+class Recipe:
+    """How to train. Defaults: the CIFAR recipe shared by ProsPr and CS-KD (200 epochs, SGD, 0.1, ÷10 at 50 and 75 %).
+
+    epochs : passes over train.  lr : peak learning rate.  momentum, nesterov, weight_decay : of SGD, on every
+        parameter.
+    schedule : "step" (× gamma at each of `milestones`, shares of the epochs), "cosine" (to 0 at the end) or "constant".
+    warmup_epochs : linear warm-up from lr / steps.  clip_norm : largest gradient norm, null = none.
+    precision : "auto" (bf16 on a GPU that computes in it, else fp32), "fp32", "bf16", "fp16" (with loss scaling).
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 200
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = True
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    milestones: list[float] = Field(default_factory=lambda: [0.5, 0.75])
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of optimiser step `step` (from 0)."""
+        warmup = self.warmup_epochs * steps_per_epoch
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        if self.schedule == "step":
+            passed = sum(step // steps_per_epoch >= round(share * self.epochs) for share in self.milestones)
+            return self.lr * self.gamma**passed
+        if self.schedule == "cosine":
+            total = max(1, self.epochs * steps_per_epoch - warmup)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / total))
+        return self.lr
+
+
+def fit(
+    model: nn.Module,
+    train: Batches | DataLoader[Any],
+    *,
+    objective: Objective | Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+    mask: Mask | None = None,
+    recipe: Recipe | None = None,
+    validation: Batches | DataLoader[Any] | None = None,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    mark: str = "",
+    on_epoch: Callable[[Record], None] | None = None,
+) -> list[Record]:
+    """Train `model` in place on its own device; weights that `mask` removed are exactly zero after every step.
+
+    Parameters
+    ----------
+    train : prepared batches, or a `DataLoader` of (image, label) pairs.
+    objective : a self-distillation method, or a plain `loss(logits, labels)`.
+    validation : judged after every epoch where given.
+    seed : of everything random inside the loop (dropout): epoch n draws from (seed, n) alone, so a resumed run draws
+        the same. The global random state is restored afterwards.
+    checkpoint : file written after every epoch (model, optimiser, objective, history); training goes on from it
+        where it exists and carries the same `mark` (`checkpoints.fingerprint`). The caller deletes it when the
+        result is safe.
+    on_epoch : called with each epoch's record; after a resume also with the records of the epochs done before.
+
+    Returns
+    -------
+    One record per epoch.
+
+    Raises
+    ------
+    TrainingError : a loss that is NaN or infinite (says at which epoch and step; the last good checkpoint stays).
+    MaskError : the mask does not fit the model.  CheckpointError : a checkpoint of something else.
+    """
+    return _Loop(model, train, as_objective(objective), mask, recipe or Recipe(), seed).run(
+        validation, checkpoint, mark, on_epoch or (lambda record: None)
+    )
+
+
+def _as_batches(source: Batches | DataLoader[Any]) -> Batches:
+    if isinstance(source, Batches):
+        return source
+    from epsd.loaders import as_batches
+
+    return as_batches(source)
+
+
+class _Loop:
+    """State of one training."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Batches | DataLoader[Any],
+        objective: Objective,
+        mask: Mask | None,
+        recipe: Recipe,
+        seed: int,
+    ) -> None:
+        self.model, self.objective, self.recipe, self.seed = model, objective, recipe, seed
+        self.train = _as_batches(train)
+        self.device = next(model.parameters()).device
+        self.holder = MaskHolder(mask, model) if mask is not None else None
+        self.autocast = pick_precision(recipe.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
+        self.optimiser = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov and recipe.momentum > 0,
+            weight_decay=recipe.weight_decay,
+        )
+        self.history: list[Record] = []
+        objective.begin("train", self.train.size, self.train.num_classes)
+
+    def run(
+        self,
+        validation: Batches | DataLoader[Any] | None,
+        checkpoint: Path | None,
+        mark: str,
+        on_epoch: Callable[[Record], None],
+    ) -> list[Record]:
+        if self.holder is not None:
+            self.holder.weights_()
+        if checkpoint is not None and (state := checkpoints.load(checkpoint, mark)):
+            self._restore(state)
+        for record in self.history:
+            on_epoch(record)
+        judged = None if validation is None else _as_batches(validation)
+        steps, epochs = len(self.train), self.recipe.epochs
+        devices = [self.device] if self.device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices=devices),
+            Progress("train", steps * epochs, steps * len(self.history)) as bar,
+        ):
+            for epoch in range(len(self.history), epochs):
+                record = self._epoch(epoch, bar)
+                if judged is not None:
+                    record |= {f"val/{name}": value for name, value in self.judge(judged).items()}
+                self.history.append(record)
+                if checkpoint is not None:
+                    checkpoints.save(checkpoint, self._state(), mark)
+                on_epoch(record)
+                bar.say(" ".join(f"{key} {value:.4g}" for key, value in record.items() if key in _SHOWN))
+        return self.history
+
+    def _epoch(self, epoch: int, bar: Progress) -> Record:
+        torch.manual_seed(mix(self.seed, "train", epoch))
+        self.model.train()
+        started = time.perf_counter()
+        tally = _Tally(len(self.train), self.device, epoch)
+        progress = (epoch + 1) / self.recipe.epochs
+        step = -1
+        for step, batch in enumerate(self.train.epoch(epoch, self.objective.needs)):
+            self._step(epoch * len(self.train) + step, to_device(batch, self.device), progress, tally)
+            bar.step()
+        if step < 0:
+            raise TrainingError("there is no batch to train on: use a smaller train.batch_size.")
+        record = {"epoch": epoch + 1.0, **tally.means()}
+        record["train/lr"] = self.optimiser.param_groups[0]["lr"]
+        record["time/epoch"] = time.perf_counter() - started
+        return record
+
+    def _forward(self, images: Tensor) -> Tensor:
+        if self.autocast is None:
+            logits: Tensor = self.model(images)
+            return logits
+        with torch.autocast(self.device.type, self.autocast):
+            logits = self.model(images)
+        return logits.float()
+
+    def _step(self, number: int, batch: Batch, progress: float, tally: "_Tally") -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.recipe.lr_at(number, len(self.train))
+        loss = self.objective.loss(self._forward, batch, progress)
+        tally.add(loss.total.detach(), loss.terms, loss.logits, batch.labels)
+        self.optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(self.optimiser)
+        if self.holder is not None:
+            self.holder.gradients_()
+        if self.recipe.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        if self.holder is not None:
+            self.holder.weights_()
+
+    @torch.no_grad()
+    def judge(self, batches: Batches) -> Record:
+        """top1 and nll of the model in eval mode."""
+        self.model.eval()
+        right = nll = torch.zeros((), device=self.device)
+        for drawn in batches.epoch(0):
+            batch = to_device(drawn, self.device)
+            logits = self._forward(batch.images)
+            nll = nll + nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+            right = right + (logits.argmax(1) == batch.labels).sum()
+        return {"top1": float(right) / batches.size, "nll": float(nll) / batches.size}
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "objective": self.objective.state_dict(),
+            "history": self.history,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        placed = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in state["objective"].items()}
+        self.objective.load_state_dict(placed)
+        self.history = copy.deepcopy(state["history"])
+
+
+_SHOWN = ("epoch", "train/loss", "train/top1", "val/top1")
+
+
+class _Tally:
+    """Sums of an epoch, kept on the device so that no step waits for it; watches that the loss stays finite."""
+
+    def __init__(self, steps: int, device: torch.device, epoch: int) -> None:
+        self._every = 1 if device.type == "cpu" else _CHECK_EVERY
+        self._device, self._epoch = device, epoch
+        self._losses: list[Tensor] = []
+        self._checked = 0
+        self._sums: dict[str, Tensor] = {}
+        self._right = torch.zeros((), device=device)
+        self._images = 0
+        self._steps = steps
+
+    def add(self, total: Tensor, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
+        self._losses.append(total)
+        for name, term in terms.items():
+            self._sums[name] = self._sums.get(name, 0) + term
+        self._right += (logits.argmax(1) == labels).sum()
+        self._images += len(labels)
+        if len(self._losses) % self._every == 0:
+            self._check()
+
+    def _check(self) -> None:
+        fresh = torch.stack(self._losses[self._checked :])
+        bad = torch.nonzero(~torch.isfinite(fresh)).flatten()
+        if len(bad):
+            step = self._checked + int(bad[0]) + 1
+            raise TrainingError(
+                f"the loss is {float(fresh[bad[0]])} at epoch {self._epoch + 1}, step {step} of {self._steps}. "
+                "The last good epoch is kept. A smaller train.lr, a warm-up or train.clip_norm usually helps."
+            )
+        self._checked = len(self._losses)
+
+    def means(self) -> Record:
+        if self._checked < len(self._losses):
+            self._check()
+        count = max(1, len(self._losses))
+        record = {"train/loss": float(torch.stack(self._losses).mean()) if self._losses else 0.0}
+        record |= {f"train/{name}": float(total) / count for name, total in self._sums.items()}
+        return record | {"train/top1": float(self._right) / max(1, self._images)}

@@ -1,0 +1,147 @@
+"""Self-distilled training of the pruned network, from its initial weights. Writes artifacts/train/."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from epsd import artifacts, checkpoints
+from epsd.architectures import ARCHITECTURES
+from epsd.data import Augmentation, Prepared
+from epsd.masks import Mask
+from epsd.objectives import OBJECTIVES
+from epsd.params import Params, flatten
+from epsd.registry import choose
+from epsd.runtime import mix, pick_device, state_folder
+from epsd.stage import run_stage
+from epsd.tracking import Tracker, track
+from epsd.training import Recipe, Record, fit
+from epsd.types import Batches
+
+
+def main(params: Params) -> str:
+    """Load mask and initial weights, train (or go on from the last finished epoch), save, log."""
+    data = Prepared.load(artifacts.DATA)
+    mask = Mask.load(artifacts.MASK)
+    architecture = choose(ARCHITECTURES, params.architecture, "architecture")
+    model = artifacts.load_into(architecture(data.num_classes, data.image_shape), artifacts.INITIAL)
+    model.to(pick_device(params.device))
+    mark = fingerprint(params)
+    folder = state_folder("checkpoints", mark)
+    with opened(params, data, folder) as tracker:
+        artifacts.write_json(folder / "run.json", {"run_id": tracker.run_id})
+        history = fit(
+            model,
+            batches(params, data, "train"),
+            objective=choose(OBJECTIVES, params.objective, "objective"),
+            mask=mask,
+            recipe=Recipe(**params.train.model_dump(exclude={"batch_size"})),
+            validation=batches(params, data, "validation") if data.sizes["validation"] else None,
+            seed=params.seed,
+            checkpoint=folder / "last.safetensors",
+            mark=mark,
+            on_epoch=lambda record: log_epoch(tracker, record),
+        )
+        save(params, data, model, mask, history, tracker)
+    shutil.rmtree(folder, ignore_errors=True)
+    last = history[-1]
+    judged = f", validation top-1 {last['val/top1']:.4f}" if "val/top1" in last else ""
+    return f"{len(history)} epochs, train loss {last['train/loss']:.4f}{judged}; run '{run_name(params)}'"
+
+
+def fingerprint(params: Params) -> str:
+    """Of everything this training depends on: parameters, data, mask, initial weights, code and torch."""
+    sections = params.model_dump(include={"seed", "device", "data", "architecture", "objective", "train"})
+    files = [artifacts.DATA_INDEX, artifacts.MASK, artifacts.INITIAL, *checkpoints.code_files(), Path(__file__)]
+    return checkpoints.fingerprint({**sections, "torch": torch.__version__}, files)
+
+
+def batches(params: Params, data: Prepared, split: Any) -> Batches:
+    """Augmented and shuffled for train; as they are for validation."""
+    training = split == "train"
+    return data.batches(
+        split,
+        batch_size=params.train.batch_size,
+        seed=mix(params.seed, "train"),
+        device=pick_device(params.device),
+        augmentation=Augmentation(params.data.crop_padding, params.data.flip) if training else None,
+        shuffle=training,
+        drop_last=training,
+        workers=params.data.workers,
+    )
+
+
+def run_name(params: Params) -> str:
+    """The run's story in a few words: data, score, objective, sparsity, seed."""
+    control = "" if params.prune.control == "none" else f"-{params.prune.control}"
+    return (
+        f"{params.dataset['name']}-{params.prune.score['name']}{control}-{params.objective['name']}"
+        f"-s{params.prune.sparsity:g}-seed{params.seed}"
+    )
+
+
+def opened(params: Params, data: Prepared, folder: Path) -> Any:
+    """The run of this model: a new one, or the one that an interrupted training of the same fingerprint began."""
+    begun = artifacts.read_json(folder / "run.json")["run_id"] if (folder / "run.json").exists() else None
+    return track(
+        "train",
+        experiment=params.tracking.experiment,
+        name=run_name(params),
+        run_id=begun,
+        params=dict(flatten(params.model_dump())),
+        tags={
+            "kind": "pipeline",
+            "method": f"{params.prune.score['name']}+{params.objective['name']}",
+            "dataset": params.dataset["name"],
+            "data.digest": data.digest,
+            "seed": params.seed,
+        },
+        description=story(params, data),
+    )
+
+
+def story(params: Params, data: Prepared) -> str:
+    """What the run was, in plain words, for its page."""
+    shape = "x".join(str(size) for size in data.image_shape)
+    return (
+        f"A {params.architecture['name']} network for {data.num_classes} classes of `{params.dataset['name']}` "
+        f"({shape}, {data.sizes['train']} training images). `{params.prune.score['name']}` removed "
+        f"{params.prune.sparsity:.1%} of its weights before training; `{params.objective['name']}` then trained the rest "
+        f"for {params.train.epochs} epochs. Seed {params.seed}."
+    )
+
+
+def log_epoch(tracker: Tracker, record: Record) -> None:
+    """One epoch's figures, at that epoch."""
+    tracker.metrics({name: value for name, value in record.items() if name != "epoch"}, step=int(record["epoch"]))
+
+
+def save(params: Params, data: Prepared, model: nn.Module, mask: Mask, history: list[Record], tracker: Tracker) -> None:
+    """Weights, card, curves, and the run's id, which later stages need to add to it."""
+    card = {
+        "architecture": params.architecture,
+        "num_classes": data.num_classes,
+        "class_names": data.class_names,
+        "image_shape": data.image_shape,
+        "mean": data.mean,
+        "std": data.std,
+        "mask": mask.summary(),
+        "seed": params.seed,
+    }
+    artifacts.save_model(model, artifacts.MODEL, card)
+    artifacts.write_csv(artifacts.HISTORY, list(history[0]), [list(record.values()) for record in history])
+    artifacts.write_json(artifacts.RUN, {"run_id": tracker.run_id, "name": run_name(params)})
+    report = artifacts.read_json(artifacts.PRUNE_REPORT)
+    tracker.metrics({f"mask/{name}": value for name, value in report.items()})
+    tracker.metrics({f"data/{split}": size for split, size in data.sizes.items()})
+    tracker.dataset(params.dataset["name"], data.digest, str(data.index.get("source", "")), data.sizes)
+    tracker.artifact(artifacts.MODEL, folder="model")
+    tracker.artifact(artifacts.MODEL_CARD, folder="model")
+    tracker.artifact(artifacts.MASK, folder="model")
+    tracker.artifact("params.yaml")
+
+
+if __name__ == "__main__":
+    run_stage("train", main)

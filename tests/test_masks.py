@@ -1,0 +1,180 @@
+"""Masks: exact counts, ties by position, saving, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from epsd.masks import Mask, MaskError, MaskHolder, prunable
+from toys import convnet
+
+
+def scores_of(**layers: list[float]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(values) for name, values in layers.items()}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.36, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99])
+@pytest.mark.parametrize("total", [100, 1000, 1260, 77])
+def test_exactly_round_of_sparsity_times_n_are_removed(total: int, sparsity: float) -> None:
+    mask = Mask.from_scores({"w": torch.randn(total)}, sparsity)
+    assert mask.kept == total - round(sparsity * total)
+    assert mask.sparsity == pytest.approx(round(sparsity * total) / total)
+
+
+def test_the_highest_scores_stay_whatever_their_sign() -> None:
+    mask = Mask.from_scores(scores_of(a=[-3.0, 5.0, 0.0], b=[-1.0, 4.0]), 0.6)
+    assert mask.keep["a"].tolist() == [False, True, False]
+    assert mask.keep["b"].tolist() == [False, True]
+
+
+def test_ties_keep_the_earlier_position() -> None:
+    mask = Mask.from_scores(scores_of(a=[1.0, 2.0, 1.0], b=[1.0, 1.0]), 0.4)
+    assert mask.keep["a"].tolist() == [True, True, True]
+    assert mask.keep["b"].tolist() == [False, False]
+
+
+def test_layer_scope_gives_each_layer_its_share() -> None:
+    mask = Mask.from_scores(scores_of(a=[9.0, 8.0, 7.0, 6.0], b=[1.0, 2.0]), 0.5, "layer")
+    assert mask.per_layer() == {"a": (2, 4), "b": (1, 2)}
+
+
+def test_keep_at_least_one_revives_dead_layers_at_the_same_total() -> None:
+    scores = scores_of(a=[9.0, 8.0, 7.0, 6.0], b=[1.0, 2.0])
+    assert Mask.from_scores(scores, 0.5).dead_layers() == ["b"]
+    mask = Mask.from_scores(scores, 0.5, keep_at_least_one=True)
+    assert mask.kept == 3
+    assert mask.keep["b"].tolist() == [False, True]
+    assert mask.keep["a"].tolist() == [True, True, False, False]
+
+
+def test_within_removed_weights_stay_removed_even_with_negative_scores() -> None:
+    first = Mask.from_scores(scores_of(a=[4.0, 3.0, 2.0, 1.0]), 0.5)
+    second = Mask.from_scores(scores_of(a=[-9.0, -8.0, 7.0, 6.0]), 0.75, within=first)
+    assert second.keep["a"].tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("scores", "sparsity", "message"),
+    [
+        ({}, 0.5, "no prunable weight"),
+        (scores_of(a=[1.0, float("nan")]), 0.5, "'a': 1 of 2 are NaN"),
+        (scores_of(a=[1.0, float("inf")]), 0.5, "NaN or infinite"),
+        (scores_of(a=[0.0, 0.0]), 0.5, "every score is zero"),
+        (scores_of(a=[1.0, 2.0]), 1.0, r"outside \[0, 1\)"),
+        (scores_of(a=[1.0, 2.0]), -0.1, r"outside \[0, 1\)"),
+        (scores_of(a=[1.0] * 10, b=[1.0] * 10), 0.95, "fewer weights than layers"),
+    ],
+)
+def test_unfit_scores_are_refused(scores: dict[str, torch.Tensor], sparsity: float, message: str) -> None:
+    with pytest.raises(MaskError, match=message):
+        Mask.from_scores(scores, sparsity)
+
+
+def test_prunable_leaves_biases_norms_and_frozen_weights_alone() -> None:
+    model = convnet()
+    assert list(prunable(model)) == ["0.weight", "3.weight", "8.weight"]
+    model[0].weight.requires_grad_(False)
+    assert list(prunable(model)) == ["3.weight", "8.weight"]
+
+
+def test_prunable_finds_attention_and_names_tied_weights_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.first = nn.Linear(8, 8)
+            self.second = nn.Linear(8, 8)
+            self.second.weight = self.first.weight
+
+    assert list(prunable(Tied())) == ["attention.in_proj_weight", "attention.out_proj.weight", "first.weight"]
+
+
+def test_apply_sets_removed_weights_to_zero_and_no_others() -> None:
+    model = convnet()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    mask = Mask.from_scores({name: p.abs() for name, p in prunable(model).items()}, 0.8)
+    mask.apply_(model)
+    for name, parameter in model.named_parameters():
+        keep = mask.keep.get(name, torch.ones_like(parameter, dtype=torch.bool))
+        assert torch.equal(parameter, torch.where(keep, before[name], 0.0))
+
+
+def test_the_holder_masks_gradients_too() -> None:
+    model = convnet()
+    mask = Mask.from_scores({name: p.abs() for name, p in prunable(model).items()}, 0.8)
+    holder = MaskHolder(mask, model)
+    model(torch.randn(4, 1, 4, 4)).sum().backward()
+    model[3].weight.grad = None
+    holder.gradients_()
+    assert not model[0].weight.grad[~mask.keep["0.weight"]].any()
+    assert model[0].weight.grad[mask.keep["0.weight"]].any()
+
+
+def test_save_and_load_give_the_same_mask_in_the_same_order(tmp_path: Path) -> None:
+    mask = Mask.from_scores(scores_of(z=[1.0, 2.0, 3.0], a=[4.0, 0.0]), 0.4)
+    mask.save(tmp_path / "mask.safetensors")
+    loaded = Mask.load(tmp_path / "mask.safetensors")
+    assert list(loaded.keep) == ["z", "a"]
+    assert loaded.jaccard(mask) == 1.0
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage that is no safetensors file", b"\x80\x04K\x01."])
+def test_a_damaged_mask_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "mask.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(MaskError, match=r"mask\.safetensors"):
+        Mask.load(path)
+
+
+def test_a_truncated_mask_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mask.safetensors"
+    Mask.from_scores({"w": torch.randn(1000)}, 0.5).save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(MaskError, match="damaged"):
+        Mask.load(path)
+
+
+def test_another_safetensors_file_is_no_mask(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(MaskError, match="not a mask file"):
+        Mask.load(tmp_path / "model.safetensors")
+    with pytest.raises(MaskError, match="no such file"):
+        Mask.load(tmp_path / "absent.safetensors")
+
+
+def test_a_mask_for_another_model_is_refused() -> None:
+    mask = Mask.from_scores({"0.weight": torch.randn(6, 1, 3, 3), "other": torch.randn(3)}, 0.5)
+    with pytest.raises(MaskError, match="no parameter 'other'"):
+        mask.apply_(convnet())
+    with pytest.raises(MaskError, match="shape"):
+        Mask.from_scores({"0.weight": torch.randn(5)}, 0.5).apply_(convnet())
+
+
+def test_shuffled_keeps_every_layers_density_and_moves_the_weights() -> None:
+    mask = Mask.from_scores({"a": torch.randn(30, 10), "b": torch.randn(400)}, 0.7)
+    shuffled = mask.shuffled(3)
+    assert shuffled.per_layer() == mask.per_layer()
+    assert shuffled.jaccard(mask) < 0.5
+    assert shuffled.jaccard(mask.shuffled(3)) == 1.0
+
+
+def test_jaccard_counts_the_survivors() -> None:
+    a = Mask({"w": torch.tensor([True, True, False, False])})
+    b = Mask({"w": torch.tensor([True, False, True, False])})
+    assert a.jaccard(b) == pytest.approx(1 / 3)
+
+
+def test_renamed_and_restricted_follow_a_backbone() -> None:
+    mask = Mask.from_scores(scores_of(conv=[1.0, 2.0], fc=[3.0, 4.0]), 0.5)
+    moved = mask.restricted(["conv"]).renamed(lambda name: f"body.{name}")
+    assert list(moved.keep) == ["body.conv"]
+
+
+def test_a_mask_must_be_bool_and_not_empty() -> None:
+    with pytest.raises(MaskError, match="bool"):
+        Mask({"w": torch.ones(3)})
+    with pytest.raises(MaskError, match="at least one layer"):
+        Mask({})
