@@ -1,0 +1,65 @@
+"""The `epsd` command: what it prints, its exit status, and one line for a mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from epsd.cli import main
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path) -> Path:
+    """An empty project folder with the repository's presets."""
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "presets").symlink_to(root / "presets")
+    return tmp_path
+
+
+@pytest.mark.parametrize("arguments", [["preset"], ["preset", "--list"]])
+def test_list_names_every_preset(arguments: list[str], project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(path.stem for path in (project / "presets").iterdir())
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_show_prints_the_file(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preset", "cifar10-vgg19"]) == 0
+    assert capsys.readouterr().out == (project / "presets/cifar10-vgg19.yaml").read_text()
+    assert not (project / "params.yaml").exists()
+
+
+def test_apply_writes_and_says_where_the_copy_is(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "params.yaml").write_text("mine: 1\n")
+    assert main(["preset", "digits", "--apply"]) == 0
+    assert (project / "params.yaml").read_text() == (project / "presets/digits.yaml").read_text()
+    (copy,) = project.glob("params.yaml.*")
+    assert copy.read_text() == "mine: 1\n"
+    assert copy.name in capsys.readouterr().out
+
+
+def test_an_unknown_preset_is_one_line_and_changes_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "params.yaml").write_text("mine: 1\n")
+    assert main(["preset", "cifar10-resnet", "--apply"]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "Did you mean 'cifar10-resnet18'" in message
+    assert (project / "params.yaml").read_text() == "mine: 1\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["presets"], ["preset", "digits", "--aply"]])
+def test_unknown_arguments_show_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: epsd" in capsys.readouterr().err
+
+
+def test_starts_without_the_heavy_libraries() -> None:
+    heavy = "{'torch', 'mlflow', 'optuna', 'pandas'}"
+    code = f"import sys, epsd.cli; epsd.cli.parser(); sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
