@@ -56,7 +56,7 @@ def mix(*parts: int | str) -> int:
 
     The same on every machine and in every process (`hash()` is not); 1 and "1" differ, ("ab",) and ("a", "b") too.
     """
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    text = "\x1f".join(f"{'text' if isinstance(part, str) else 'int'}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

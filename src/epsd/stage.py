@@ -32,7 +32,7 @@ LEAVE_WITHIN = 1.0
 
 _AGAIN = "`dvc repro` goes on from here."
 _SHELLS = {"sh", "dash", "bash", "zsh", "fish", "ksh", "tcsh", "csh", "ash", "busybox"}
-_USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+_USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST}
 
 
 class Terminated(BaseException):

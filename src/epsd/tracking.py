@@ -88,6 +88,14 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
+def _number(value: Any) -> float | None:
+    """`value` as a float; None for what is no number (a report's text or list), which is no metric."""
+    try:
+        return None if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
 def _key(name: str) -> str:
     """`name` with the characters that MLflow refuses replaced."""
     return re.sub(r"[^/\w.\- :]", "_", name).strip("/")[:250]
@@ -568,7 +576,7 @@ class Tracker:
         self._do("dataset", name=name, digest=digest, source=source or name, sizes=dict(sizes or {}), context=context)
 
     def _metrics(self, values: Mapping[str, Any], step: int | None) -> None:
-        numbers = {_key(key): float(value) for key, value in values.items()}
+        numbers = {_key(key): number for key, value in values.items() if (number := _number(value)) is not None}
         finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
         self._logged.update(finite)
         if finite:

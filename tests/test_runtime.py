@@ -1,0 +1,149 @@
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from epsd import runtime
+from epsd.types import EpsdError
+
+
+def test_mix_is_the_same_on_every_machine():
+    """Results of published runs hang on these numbers: they may never change."""
+    assert runtime.mix(0, "order", 3) == 361703984695591259
+    code = "from epsd.runtime import mix; print(mix(0, 'order', 3))"
+    assert int(subprocess.check_output([sys.executable, "-c", code])) == runtime.mix(0, "order", 3)
+
+
+def test_mix_tells_parts_apart():
+    calls = [(1,), ("1",), (1, 2), (12,), ("a", "b"), ("ab",), ("a", "b", ""), (-1,), (2**63,)]
+    seeds = {runtime.mix(*call) for call in calls}
+    assert len(seeds) == len(calls)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def draws() -> tuple:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_seed_everything_repeats_all_three():
+    runtime.seed_everything(7)
+    first = draws()
+    runtime.seed_everything(7)
+    assert draws() == first
+    runtime.seed_everything(8)
+    assert not set(draws()) & set(first)
+
+
+def test_seed_everything_takes_what_mix_gives():
+    runtime.seed_everything(runtime.mix(0, "train"))
+    runtime.seed_everything(2**63 - 1)
+
+
+def test_auto_takes_the_best_device_there_is(monkeypatch):
+    monkeypatch.setattr(runtime, "devices", lambda: ["mps", "cpu"])
+    assert runtime.pick_device("auto") == torch.device("mps")
+    assert runtime.pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "CPU", ""])
+def test_unknown_device_lists_those_of_the_machine(name):
+    with pytest.raises(EpsdError, match=r"device: '.*' is not on this machine. Valid here: auto, .*cpu"):
+        runtime.pick_device(name)
+
+
+def test_precision():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert runtime.pick_precision("auto", cpu) is None
+    assert runtime.pick_precision("fp32", cuda) is None
+    assert runtime.pick_precision("bf16", cpu) is torch.bfloat16
+    assert runtime.pick_precision("fp16", cuda) is torch.float16
+
+
+def test_precision_auto_follows_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert runtime.pick_precision("auto", torch.device("cuda")) is torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert runtime.pick_precision("auto", torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("name, device", [("fp16", "cpu"), ("int8", "cpu"), ("half", "cuda")])
+def test_precision_that_is_not_there(name, device):
+    with pytest.raises(EpsdError, match="precision"):
+        runtime.pick_precision(name, torch.device(device))
+
+
+def test_root_is_where_dvc_says(monkeypatch, tmp_path):
+    copy = tmp_path / ".dvc" / "tmp" / "exps" / "tmp1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert runtime.project_root() == tmp_path.resolve()
+    assert runtime.state_folder("locks") == tmp_path.resolve() / ".epsd" / "locks"
+
+
+def test_root_without_dvc_is_the_folder_of_dvc_yaml(monkeypatch, tmp_path):
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    assert runtime.project_root() == inner.resolve()
+    (tmp_path / "dvc.yaml").touch()
+    assert runtime.project_root() == tmp_path.resolve()
+
+
+def test_determinism_gives_the_same_bits(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    runtime.determinism()
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        runtime.determinism(False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_versions_say_what_made_a_result():
+    found = runtime.versions()
+    assert {"python", "platform", "epsd", "torch", "torchvision", "mlflow", "cpu"} <= set(found)
+    assert found["torch"] == torch.__version__.split("+")[0]
+    assert all(isinstance(value, str) and value for value in found.values())
+    found["torch"] = "changed"
+    assert runtime.versions()["torch"] != "changed"
+
+
+def test_versions_name_commit_and_dirt(monkeypatch, tmp_path):
+    runtime._versions.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    assert "git.commit" not in runtime.versions()
+    for command in (
+        ["init", "-q"],
+        ["-c", "user.email=a@b", "-c", "user.name=n", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
+        subprocess.run(["git", *command], check=True)
+    runtime._versions.cache_clear()
+    assert (len(runtime.versions()["git.commit"]), runtime.versions()["git.dirty"]) == (40, "false")
+    (tmp_path / "file").touch()
+    subprocess.run(["git", "add", "file"], check=True)
+    runtime._versions.cache_clear()
+    assert runtime.versions()["git.dirty"] == "true"
+    runtime._versions.cache_clear()
+
+
+@pytest.mark.parametrize("value, quiet", [("1", True), ("true", True), ("0", False), ("", False)])
+def test_quiet(monkeypatch, value, quiet):
+    monkeypatch.setenv("EPSD_QUIET", value)
+    assert runtime.quiet() is quiet
+
+
+def test_telemetry_is_off_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("DO_NOT_TRACK", raising=False)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
+    runtime.no_telemetry()
+    import os
+
+    assert os.environ["DO_NOT_TRACK"] == "true"
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
