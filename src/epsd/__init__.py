@@ -1,1 +1,69 @@
-"""EPSD: early pruning with self-distillation. A small vision network without a big one first."""
+"""EPSD: early pruning with self-distillation. A small vision network without a big one first.
+
+    from epsd import CsKd, Epsd, fit, prune
+
+    mask = prune(model, loader, score=Epsd(steps=3), sparsity=0.95, objective=CsKd())
+    history = fit(model, loader, mask=mask, objective=CsKd())
+
+Names are loaded when first used: `import epsd` itself costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from epsd.evaluation import evaluate
+    from epsd.masks import Mask
+    from epsd.objectives import CrossEntropy, CsKd, Dlb, PsKd
+    from epsd.pruning import prune
+    from epsd.scores import Epsd, Grasp, Magnitude, ProsPr, Random, Snip, SynFlow
+    from epsd.training import Recipe, fit
+    from epsd.types import Batch, EpsdError
+
+_HOME = {
+    "evaluate": "evaluation",
+    "Mask": "masks",
+    "CrossEntropy": "objectives",
+    "CsKd": "objectives",
+    "Dlb": "objectives",
+    "PsKd": "objectives",
+    "prune": "pruning",
+    "Epsd": "scores",
+    "Grasp": "scores",
+    "Magnitude": "scores",
+    "ProsPr": "scores",
+    "Random": "scores",
+    "Snip": "scores",
+    "SynFlow": "scores",
+    "Recipe": "training",
+    "fit": "training",
+    "Batch": "types",
+    "EpsdError": "types",
+}
+
+__all__ = [
+    "Batch",
+    "CrossEntropy",
+    "CsKd",
+    "Dlb",
+    "Epsd",
+    "EpsdError",
+    "Grasp",
+    "Magnitude",
+    "Mask",
+    "ProsPr",
+    "PsKd",
+    "Random",
+    "Recipe",
+    "Snip",
+    "SynFlow",
+    "evaluate",
+    "fit",
+    "prune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'epsd' has no attribute '{name}'. It has: {', '.join(__all__)}")
+    return getattr(import_module(f"epsd.{_HOME[name]}"), name)

@@ -290,7 +290,7 @@ class Unroll:
 
 
 def _refuse_broken(gradient: list[Tensor]) -> None:
-    """Find functions that may be differentiated once only: autograd, asked for some inputs, passes them over silently."""
+    """Find functions that may be differentiated once only: autograd, asked for some inputs, passes over them."""
     seen: set[object] = set()
     waiting = [g.grad_fn for g in gradient]
     while waiting:

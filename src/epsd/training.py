@@ -61,7 +61,7 @@ class Recipe:
         if step < warmup:
             return self.lr * (step + 1) / warmup
         if self.schedule == "step":
-            passed = sum(step // steps_per_epoch >= round(share * self.epochs) for share in self.milestones)
+            passed = sum(step // steps_per_epoch >= max(1, round(share * self.epochs)) for share in self.milestones)
             return self.lr * self.gamma**passed
         if self.schedule == "cosine":
             total = max(1, self.epochs * steps_per_epoch - warmup)

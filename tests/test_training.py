@@ -1,0 +1,195 @@
+"""The training loop: the mask holds, a killed run goes on bit for bit, bad losses stop it."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from epsd.checkpoints import CheckpointError
+from epsd.masks import Mask, MaskError, prunable
+from epsd.objectives import OBJECTIVES
+from epsd.training import Recipe, Record, TrainingError, fit
+from toys import ToyBatches, convnet
+
+NAMES = sorted(OBJECTIVES)
+QUICK = {"epochs": 3, "lr": 0.1, "schedule": "cosine"}
+
+
+def half(model: nn.Module, sparsity: float = 0.7) -> Mask:
+    return Mask.from_scores({name: p.detach().abs() for name, p in prunable(model).items()}, sparsity)
+
+
+class Watched(ToyBatches):
+    """Looks at the network before every step."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        super().__init__()
+        self.look = look
+
+    def epoch(self, number, needs=None):  # type: ignore[no-untyped-def, override]
+        for batch in super().epoch(number, *([] if needs is None else [needs])):
+            self.look()
+            yield batch
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_removed_weights_are_exactly_zero_after_every_step(name: str, nesterov: bool) -> None:
+    """Identity 9, under momentum, weight decay and clipping."""
+    model = convnet()
+    mask = half(model)
+    looks = []
+
+    def look() -> None:
+        looks.append(all(not p[~mask.keep[key]].any() for key, p in prunable(model).items()))
+
+    recipe = Recipe(**QUICK, momentum=0.9, nesterov=nesterov, weight_decay=0.1, clip_norm=1.0)
+    fit(model, Watched(look), objective=OBJECTIVES[name](), mask=mask, recipe=recipe)
+    look()
+    assert len(looks) == 13
+    assert all(looks)
+    assert all(p[mask.keep[key]].all() for key, p in prunable(model).items())
+
+
+def test_without_the_mask_the_same_training_uses_every_weight() -> None:
+    model = convnet()
+    half(model).apply_(model)
+    fit(model, ToyBatches(), recipe=Recipe(**QUICK))
+    assert all(p.all() for p in prunable(model).values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns(name: str) -> None:
+    data = ToyBatches(size=96)
+    history = fit(convnet(), data, objective=OBJECTIVES[name](), recipe=Recipe(epochs=12, lr=0.05), validation=data)
+    assert history[-1]["train/loss"] < 0.7 * history[0]["train/loss"]
+    assert history[-1]["val/top1"] > 0.9
+    assert [record["epoch"] for record in history] == [float(n) for n in range(1, 13)]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL at the end of an epoch."""
+
+
+def stop_after(epoch: int) -> Callable[[Record], None]:
+    def on_epoch(record: Record) -> None:
+        if record["epoch"] == epoch:
+            raise Killed
+
+    return on_epoch
+
+
+def net_with_dropout() -> nn.Module:
+    model = convnet()
+    model.insert(6, nn.Dropout(0.3))
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("killed_after", [1, 2, 4])
+def test_a_killed_training_goes_on_to_bit_identical_weights(tmp_path: Path, name: str, killed_after: int) -> None:
+    """Identity 11: PS-KD's memory, DLB's last batch, momentum and dropout included."""
+    recipe = Recipe(epochs=5, lr=0.1, warmup_epochs=1, schedule="cosine")
+    start = net_with_dropout()
+    mask = half(start)
+
+    def train(model: nn.Module, **more: object) -> list[Record]:
+        common = {"mask": mask, "recipe": recipe, "validation": ToyBatches(), "seed": 4}
+        return fit(model, ToyBatches(), objective=OBJECTIVES[name](), **common, **more)
+
+    whole = copy.deepcopy(start)
+    expected = train(whole)
+    torch.manual_seed(99)  # another process has another global state
+    broken, path = copy.deepcopy(start), tmp_path / "last.safetensors"
+    with pytest.raises(Killed):
+        train(broken, checkpoint=path, mark="m", on_epoch=stop_after(killed_after))
+    torch.manual_seed(100)
+    resumed, seen = copy.deepcopy(start), []
+    history = train(resumed, checkpoint=path, mark="m", on_epoch=seen.append)
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in resumed.state_dict().items())
+    timeless = [{key: value for key, value in record.items() if key != "time/epoch"} for record in history]
+    assert timeless == [{key: value for key, value in record.items() if key != "time/epoch"} for record in expected]
+    assert seen == history, "the records of the epochs done before are told again"
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    model = net_with_dropout()
+    state = torch.get_rng_state()
+    fit(model, ToyBatches(), recipe=Recipe(epochs=1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    fit(convnet(), ToyBatches(), recipe=Recipe(epochs=1), checkpoint=path, mark="one")
+    with pytest.raises(CheckpointError, match="belongs to other parameters"):
+        fit(convnet(), ToyBatches(), recipe=Recipe(epochs=1), checkpoint=path, mark="two")
+
+
+def test_a_nan_loss_says_where_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss.calls += 1  # type: ignore[attr-defined]
+        value = nn.functional.cross_entropy(logits, labels)
+        return value * float("nan") if loss.calls == 7 else value  # type: ignore[attr-defined]
+
+    loss.calls = 0  # type: ignore[attr-defined]
+    with pytest.raises(TrainingError, match="nan at epoch 2, step 3 of 4"):
+        fit(convnet(), ToyBatches(), objective=loss, recipe=Recipe(epochs=3), checkpoint=path, mark="m")
+    history = fit(convnet(), ToyBatches(), objective=loss, recipe=Recipe(epochs=3), checkpoint=path, mark="m")
+    assert len(history) == 3
+    assert loss.calls == 7 + 8, "only the epochs after the checkpoint were trained again"  # type: ignore[attr-defined]
+
+
+def test_nothing_to_train_on() -> None:
+    data = ToyBatches(size=8, batch_size=12)
+    with pytest.raises(TrainingError, match=r"train\.batch_size"):
+        fit(convnet(), data, recipe=Recipe(epochs=1))
+
+
+def test_a_mask_of_another_network_is_refused_before_training() -> None:
+    with pytest.raises(MaskError, match="no parameter"):
+        fit(convnet(), ToyBatches(), mask=Mask({"nowhere.weight": torch.ones(3, dtype=torch.bool)}))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0] + [1.0] * 6),
+        ("step", [0.5, 1.0, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01]),
+        ("cosine", [0.5, 1.0, 1.0, 0.933, 0.75, 0.5, 0.25, 0.067]),
+    ],
+)
+def test_learning_rates(schedule: str, expected: list[float]) -> None:
+    recipe = Recipe(epochs=4, lr=1.0, schedule=schedule, warmup_epochs=1, milestones=[0.5, 0.75])
+    assert [recipe.lr_at(step, 2) for step in range(8)] == pytest.approx(expected, abs=1e-3)
+
+
+def test_gradient_clipping_bounds_the_step() -> None:
+    model = convnet()
+    before = copy.deepcopy(model.state_dict())
+    fit(
+        model,
+        ToyBatches(batch_size=48),
+        recipe=Recipe(epochs=1, lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=1e-3),
+    )
+    moved = sum(float((p.detach() - before[key]).square().sum()) for key, p in model.named_parameters()) ** 0.5
+    assert moved == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_lower_precision_trains_too() -> None:
+    history = fit(convnet(), ToyBatches(size=96), recipe=Recipe(epochs=8, lr=0.05, precision="bf16"))
+    assert history[-1]["train/top1"] > 0.8
+
+
+def test_a_plain_loader_works_with_every_objective() -> None:
+    data = ToyBatches()
+    loader = DataLoader(TensorDataset(data.images, data.labels), batch_size=12, shuffle=True)
+    for name in NAMES:
+        history = fit(convnet(), loader, objective=OBJECTIVES[name](), recipe=Recipe(epochs=2))
+        assert len(history) == 2
