@@ -398,30 +398,42 @@ def overlaps(some: Floats, others: Floats) -> Floats:
 
 
 HIT, MISS, IGNORED = 1, 0, -1
+NOTHING = -1
 
 
-def judge(found: Detections, scene: Scene, label: int, threshold: float = 0.5) -> npt.NDArray[np.int64]:
-    """HIT, MISS or IGNORED for each detection of class `label` in one picture, in the order given (best first).
+class Verdicts(NamedTuple):
+    """For each detection of a class in a picture: HIT, MISS or IGNORED, and the object it hit, or NOTHING (n,).
+
+    Objects are positions in the scene.
+    """
+
+    kinds: npt.NDArray[np.int64]
+    objects: npt.NDArray[np.int64]
+
+
+def judge(found: Detections, scene: Scene, label: int, threshold: float = 0.5) -> Verdicts:
+    """What each detection of class `label` in one picture is worth, in the order given (best first).
 
     The devkit's rule (VOCevaldet.m): a detection goes to the object of its class that it overlaps most; below
     `threshold` it is a miss; at a difficult object it is ignored; the first at an object is the hit, later ones
     are misses, even where another object would have been free.
     """
     mine = found.labels == label
-    theirs = scene.labels == label
-    verdicts = np.full(int(mine.sum()), MISS, dtype=np.int64)
-    if not theirs.any() or not mine.any():
+    theirs = np.flatnonzero(scene.labels == label)
+    verdicts = Verdicts(np.full(int(mine.sum()), MISS), np.full(int(mine.sum()), NOTHING))
+    if not len(theirs) or not mine.any():
         return verdicts
-    difficult, taken = scene.difficult[theirs], set()
     overlap = overlaps(found.boxes[mine], scene.boxes[theirs])
+    taken: set[int] = set()
     for position, best in enumerate(overlap.argmax(1)):
         if overlap[position, best] < threshold:
             continue
-        if difficult[best]:
-            verdicts[position] = IGNORED
-        elif best not in taken:
-            verdicts[position] = HIT
-            taken.add(best)
+        target = int(theirs[best])
+        if scene.difficult[target]:
+            verdicts.kinds[position] = IGNORED
+        elif target not in taken:
+            verdicts.kinds[position], verdicts.objects[position] = HIT, target
+            taken.add(target)
     return verdicts
 
 
@@ -432,7 +444,7 @@ def curve(found: Sequence[Detections], scenes: Sequence[Scene], label: int, thre
         order = np.argsort(-one.scores, kind="stable")
         ranked = Detections(one.boxes[order], one.scores[order], one.labels[order])
         scores.append(ranked.scores[ranked.labels == label])
-        verdicts.append(judge(ranked, scene, label, threshold))
+        verdicts.append(judge(ranked, scene, label, threshold).kinds)
     every = np.concatenate(verdicts)[np.argsort(-np.concatenate(scores), kind="stable")]
     counted = every[every != IGNORED]
     objects = sum(int(((scene.labels == label) & ~scene.difficult).sum()) for scene in scenes)

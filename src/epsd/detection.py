@@ -1,0 +1,364 @@
+"""A detector around a classifier backbone: the training loop, detections, and their scores. The mask follows along."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from epsd.console import Progress
+from epsd.masks import Mask, MaskHolder
+from epsd.runtime import mix
+from epsd.types import EpsdError
+from epsd.voc import Curve, Detections, Scene, ap_11point, ap_area, curve, read_picture
+
+IN_MEMORY_UP_TO = 512 * 2**20
+"""Bytes of decoded pictures that are kept; a larger set is decoded anew in each epoch."""
+
+Target = dict[str, Tensor]
+Sample = tuple[Tensor, Target]
+"""A picture (C, H, W) in [0, 1], and its `boxes` (n, 4) and `labels` (n,) counted from 1, as torchvision wants them."""
+
+OnEpoch = Callable[[dict[str, float]], None]
+
+
+class DetectionError(EpsdError):
+    """A detector that cannot be trained or scored: a loss that is no number, a test split without objects."""
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+class Pictures(Dataset[Sample]):
+    """Scenes as a detector learns them: difficult objects left out. Kept decoded where all fit in memory.
+
+    `flip` (N,) bool: which scenes of this epoch are mirrored left to right; None: none.
+    """
+
+    def __init__(self, scenes: Sequence[Scene], channels: int) -> None:
+        self.scenes, self.channels = scenes, channels
+        self.flip: Tensor | None = None
+        size = sum(scene.width * scene.height for scene in scenes) * channels
+        self.kept: dict[int, Tensor] | None = {} if size <= IN_MEMORY_UP_TO else None
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Sample:
+        scene, image = self.scenes[index], self._pixels(index).float().div(255)
+        wanted = ~scene.difficult
+        boxes = torch.from_numpy(scene.boxes[wanted].astype(np.float32))
+        labels = torch.from_numpy(scene.labels[wanted] + 1)
+        if self.flip is not None and self.flip[index]:
+            image = image.flip(2)
+            boxes = torch.stack([scene.width - boxes[:, 2], boxes[:, 1], scene.width - boxes[:, 0], boxes[:, 3]], 1)
+        return image, {"boxes": boxes, "labels": labels}
+
+    def _pixels(self, index: int) -> Tensor:
+        if self.kept is not None and index in self.kept:
+            return self.kept[index]
+        pixels = torch.from_numpy(read_picture(self.scenes[index], self.channels))
+        if self.kept is not None:
+            self.kept[index] = pixels
+        return pixels
+
+
+def typical_size(scenes: Sequence[Scene]) -> tuple[int, int]:
+    """Median height and width of the pictures, in pixels."""
+    return int(np.median([s.height for s in scenes])), int(np.median([s.width for s in scenes]))
+
+
+def _loaded(pictures: Pictures, order: Sequence[int], batch_size: int, workers: int) -> Iterator[list[Sample]]:
+    batches = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+    workers = 0 if pictures.kept is not None else workers
+    return iter(DataLoader(pictures, batch_sampler=batches, num_workers=workers, collate_fn=list))
+
+
+def _to(samples: Sequence[Sample], device: torch.device) -> tuple[list[Tensor], list[Target]]:
+    targets = [{key: value.to(device) for key, value in target.items()} for _, target in samples]
+    return [image.to(device) for image, _ in samples], targets
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def follow(mask: Mask, model: nn.Module, detector: nn.Module) -> Mask:
+    """The part of a classifier's mask that its backbone took along, under the detector's parameter names.
+
+    Goes by identity, not by name: `detector` was built from the very parameters of `model`. DetectionError when it
+    holds none of the masked ones.
+    """
+    names = {id(parameter): name for name, parameter in detector.named_parameters()}
+    moved = {name: names[id(p)] for name, p in model.named_parameters() if id(p) in names and name in mask.keep}
+    if not moved:
+        raise DetectionError("the detector holds none of the classifier's masked weights.")
+    return mask.restricted(moved).renamed(moved.__getitem__)
+
+
+def sparsity(detector: nn.Module, mask: Mask) -> float:
+    """Share of the weights under `mask` (by the detector's names) that are exactly 0, recounted."""
+    weights = dict(detector.named_parameters())
+    return 1 - sum(int(weights[name].count_nonzero()) for name in mask.keep) / mask.total
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a detector is trained: SGD, linear warm-up by steps, then a cosine to zero.
+
+    `clip_norm`: largest gradient norm, None: no clipping. `flip`: mirror half of the pictures, drawn anew each epoch.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    clip_norm: float | None = None
+    warmup_steps: int = 0
+    flip: bool = False
+
+    @classmethod
+    def fields(cls) -> set[str]:
+        """The names of its settings, which are those of the section `detect` of params.yaml."""
+        return {field.name for field in dataclasses.fields(cls)}
+
+    def factor(self, step: int, steps: int) -> float:
+        """Share of the peak learning rate at `step` of `steps`, from 0."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return warm * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+
+
+class _Run(NamedTuple):
+    """What stays the same through a training."""
+
+    detector: nn.Module
+    optimiser: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    scaler: torch.amp.GradScaler
+    holder: MaskHolder | None
+    device: torch.device
+    precision: torch.dtype | None
+    clip_norm: float | None
+
+
+def fit_detector(
+    detector: nn.Module,
+    scenes: Sequence[Scene],
+    recipe: Recipe,
+    *,
+    channels: int,
+    mask: Mask | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype | None = None,
+    workers: int = 0,
+    on_epoch: OnEpoch | None = None,
+) -> list[dict[str, float]]:
+    """Train a detector of torchvision's interface in place. Deterministic in `seed` on the CPU.
+
+    Parameters
+    ----------
+    detector : called with pictures and targets it returns its losses by name, which are added.
+    scenes : the training split. channels : 1 grey, 3 RGB: what the detector's backbone takes.
+    mask : under the detector's parameter names (`follow`); removed weights are exactly 0 after every step.
+    precision : autocast type, None: fp32. workers : processes that decode pictures, where they are not kept in memory.
+    on_epoch : called after each epoch with its row of the history.
+
+    Returns
+    -------
+    One row per epoch: epoch (from 1), lr (of its last step), loss, the detector's terms, gradient_norm, seconds.
+
+    Raises
+    ------
+    DetectionError : no scene to train on; a loss that is NaN or infinite (says where).
+    """
+    if not scenes:
+        raise DetectionError("detect: there is no training picture.")
+    device = torch.device(device)
+    run = _start(detector, recipe, mask, device, precision, steps=recipe.epochs * -(-len(scenes) // recipe.batch_size))
+    pictures, history = Pictures(scenes, channels), []
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), Progress("detect", recipe.epochs * len(scenes)) as progress:
+        for epoch in range(recipe.epochs):
+            torch.manual_seed(mix(seed, "detect", epoch))
+            order = torch.randperm(len(scenes)).tolist()
+            pictures.flip = torch.rand(len(scenes)) < 0.5 if recipe.flip else None
+            row = _epoch(run, epoch + 1, _loaded(pictures, order, recipe.batch_size, workers), progress)
+            history.append(row)
+            if on_epoch is not None:
+                on_epoch(row)
+    return history
+
+
+def _start(
+    detector: nn.Module,
+    recipe: Recipe,
+    mask: Mask | None,
+    device: torch.device,
+    precision: torch.dtype | None,
+    steps: int,
+) -> _Run:
+    detector.to(device)
+    holder = None if mask is None else MaskHolder(mask, detector)
+    if holder is not None:
+        holder.weights_()
+    optimiser = torch.optim.SGD(
+        [p for p in detector.parameters() if p.requires_grad],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: recipe.factor(step, steps))
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    return _Run(detector, optimiser, schedule, scaler, holder, device, precision, recipe.clip_norm)
+
+
+def _epoch(run: _Run, epoch: int, batches: Iterator[list[Sample]], progress: Progress) -> dict[str, float]:
+    run.detector.train()
+    started, sums, count = time.perf_counter(), dict[str, float](), 0
+    lr = run.optimiser.param_groups[0]["lr"]
+    for step, samples in enumerate(batches):
+        lr = run.optimiser.param_groups[0]["lr"]
+        terms = _step(run, samples, f"epoch {epoch}, step {step + 1}")
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + value * len(samples)
+        count += len(samples)
+        progress.step(len(samples))
+        progress.say(f"epoch {epoch} loss {sums['loss'] / count:.3f}")
+    means = {name: total / count for name, total in sums.items()}
+    return {"epoch": epoch, "lr": lr, **means, "seconds": time.perf_counter() - started}
+
+
+def _step(run: _Run, samples: Sequence[Sample], where: str) -> dict[str, float]:
+    """One update. Returns the loss, its terms and the norm of the gradient before clipping."""
+    images, targets = _to(samples, run.device)
+    with torch.autocast(run.device.type, run.precision, enabled=run.precision is not None):
+        losses: dict[str, Tensor] = run.detector(images, targets)
+        total = torch.stack(list(losses.values())).float().sum()
+    terms = {"loss": float(total.detach()), **{name: float(loss.detach()) for name, loss in losses.items()}}
+    if not math.isfinite(terms["loss"]):
+        bad = ", ".join(f"{name} {value:g}" for name, value in terms.items() if not math.isfinite(value))
+        raise DetectionError(
+            f"detect: the loss is no number in {where} ({bad}). Lower detect.lr, lengthen detect.warmup_steps, "
+            "or set detect.clip_norm."
+        )
+    run.optimiser.zero_grad(set_to_none=True)
+    run.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+    run.scaler.unscale_(run.optimiser)
+    if run.holder is not None:
+        run.holder.gradients_()
+    norm = nn.utils.clip_grad_norm_(run.detector.parameters(), run.clip_norm or math.inf)
+    run.scaler.step(run.optimiser)
+    run.scaler.update()
+    run.schedule.step()
+    if run.holder is not None:
+        run.holder.weights_()
+    return {**terms, "gradient_norm": float(norm)}
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def detect(
+    detector: nn.Module,
+    scenes: Sequence[Scene],
+    *,
+    channels: int,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype | None = None,
+    workers: int = 0,
+) -> list[Detections]:
+    """What the detector finds in each scene, best first; boxes in pixels of the original picture, labels from 0."""
+    device = torch.device(device)
+    training = detector.training
+    detector.to(device).eval()
+    found = []
+    for samples in _loaded(Pictures(scenes, channels), range(len(scenes)), batch_size, workers):
+        with torch.autocast(device.type, precision, enabled=precision is not None):
+            outputs = detector(_to(samples, device)[0])
+        found += [_detections(output) for output in outputs]
+    detector.train(training)
+    return found
+
+
+def _detections(output: Target) -> Detections:
+    order = torch.argsort(output["scores"].float(), descending=True, stable=True)
+    boxes, scores, labels = (output[key][order].cpu() for key in ("boxes", "scores", "labels"))
+    return Detections(boxes.double().numpy(), scores.double().numpy(), labels.numpy() - 1)
+
+
+class Report(NamedTuple):
+    """How good detections are. `summary`: flat, fractions in [0, 1]. `classes`: one row per class."""
+
+    summary: dict[str, float]
+    classes: list[dict[str, Any]]
+
+
+def score_detections(found: Sequence[Detections], scenes: Sequence[Scene], class_names: Sequence[str]) -> Report:
+    """Average precision by the rules of Pascal VOC (overlap 0.5) and of COCO.
+
+    `summary`: `map50` (area rule of VOC 2010 and later), `map50_11point` (rule of VOC 2007), `map` and `map75` (COCO:
+    mean over overlaps 0.5 to 0.95, and at 0.75). Means go over the classes that have an object to find. Each row of
+    `classes`: class, pictures, objects, difficult, ap, ap_11point, recall (NaN where there is no object).
+
+    Raises DetectionError when no scene has an object that counts.
+    """
+    curves = [curve(found, scenes, label) for label in range(len(class_names))]
+    if not any(one.objects for one in curves):
+        raise DetectionError("detect: the test pictures hold no object that counts, so nothing can be scored.")
+    rows = [_row(name, label, curves[label], scenes) for label, name in enumerate(class_names)]
+    means = {
+        "map50": float(np.nanmean([row["ap"] for row in rows])),
+        "map50_11point": float(np.nanmean([row["ap_11point"] for row in rows])),
+    }
+    return Report(means | coco_map(found, scenes), rows)
+
+
+def _row(name: str, label: int, one: Curve, scenes: Sequence[Scene]) -> dict[str, Any]:
+    mine = [scene.labels == label for scene in scenes]
+    return {
+        "class": name,
+        "pictures": sum(bool(some.any()) for some in mine),
+        "objects": one.objects,
+        "difficult": sum(int(scene.difficult[some].sum()) for scene, some in zip(scenes, mine, strict=True)),
+        "ap": ap_area(one),
+        "ap_11point": ap_11point(one),
+        "recall": float(one.recall[-1]) if len(one.recall) and one.objects else (0.0 if one.objects else math.nan),
+    }
+
+
+def coco_map(found: Sequence[Detections], scenes: Sequence[Scene]) -> dict[str, float]:
+    """`map` and `map75` as COCO counts them, at most 100 detections per picture; difficult objects are its "crowd".
+
+    A detection on a crowd region is neither right nor wrong: what VOC does with difficult objects.
+    """
+    from torchmetrics.detection import MeanAveragePrecision
+
+    metric = MeanAveragePrecision(backend="faster_coco_eval")
+    metric.warn_on_many_detections = False
+    predictions = [
+        {"boxes": _float(one.boxes), "scores": _float(one.scores), "labels": torch.from_numpy(one.labels)}
+        for one in found
+    ]
+    truths = [
+        {
+            "boxes": _float(scene.boxes),
+            "labels": torch.from_numpy(scene.labels),
+            "iscrowd": torch.from_numpy(scene.difficult.astype(np.int64)),
+        }
+        for scene in scenes
+    ]
+    metric.update(predictions, truths)
+    result = metric.compute()
+    return {"map": max(0.0, float(result["map"])), "map75": max(0.0, float(result["map_75"]))}
+
+
+def _float(values: Any) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.float32))

@@ -1,0 +1,109 @@
+"""SSD: one pass over pictures of one size, boxes read from a ladder of ever coarser maps."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from epsd.detectors._features import Body, Level, Picture, choose_levels, frozen_nodes, levels_of
+from epsd.registry import variant
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Ladder(Body):
+    """`backbone` of SSD: the classifier's maps, then coarser ones, each by a 1x1 and a 3x3 convolution of stride 2."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        levels: Sequence[Level],
+        frozen: Sequence[str],
+        frozen_norms: bool,
+        *,
+        channels: int,
+        extra: int,
+    ) -> None:
+        super().__init__(model, levels, frozen, frozen_norms)
+        inputs = [levels[-1].channels, *[channels] * extra]
+        self.extra = nn.ModuleList(_step(before, after) for before, after in pairwise(inputs))
+        self.out_channels = [*(level.channels for level in levels), *[channels] * extra]
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """(B, C, H, W) -> maps by name, fine to coarse."""
+        maps = super().forward(images)
+        for step in self.extra:
+            maps[str(len(maps))] = step(maps[str(len(maps) - 1)])
+        return maps
+
+
+def _step(inputs: int, outputs: int) -> nn.Module:
+    middle = max(1, outputs // 2)
+    return nn.Sequential(
+        nn.Conv2d(inputs, middle, 1, bias=False),
+        nn.BatchNorm2d(middle),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(middle, outputs, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )
+
+
+@variant
+class Ssd:
+    """Liu et al. (ECCV 2016).
+
+    Settings (defaults: torchvision's, which are the paper's, unless said otherwise)
+    --------
+    size : side in pixels to which every picture is resized; null: the longer side of the typical picture. The paper
+        takes 300 or 512.
+    fpn : read the classifier's maps at several strides; false: only the coarsest up to 16, then the ladder.
+    finest_stride : finest feature map that is used; 8 in the paper, meant for 300 px; 4 suits small pictures.
+    extra_levels : maps added by the ladder (4 in the paper at 300 px; 2 suits small pictures, our default).
+    channels : of those (256 in the paper).
+    smallest, biggest : side of the default boxes at the finest and at the coarsest map, as a share of the picture.
+    aspect_ratios : of default boxes beside the square ones, each also turned by a right angle.
+    score_threshold, nms_threshold, max_detections : of what is reported per picture.
+    frozen_norms : norm layers of the backbone keep the running statistics of classification (for very small batches).
+    """
+
+    size: Annotated[int, Field(ge=16)] | None = None
+    fpn: bool = True
+    finest_stride: Count = 4
+    extra_levels: Annotated[int, Field(ge=0, le=6)] = 2
+    channels: Annotated[int, Field(ge=2)] = 256
+    smallest: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    biggest: Annotated[float, Field(gt=0, le=1)] = 0.9
+    aspect_ratios: list[Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: [2.0])
+    score_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    nms_threshold: Annotated[float, Field(gt=0, le=1)] = 0.45
+    max_detections: Count = 200
+    frozen_norms: bool = False
+
+    def __call__(
+        self, model: nn.Module, nodes: Sequence[str], picture: Picture, num_classes: int, frozen_stages: int = 0
+    ) -> nn.Module:
+        """See `epsd.detectors.Detector`."""
+        from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+        from torchvision.models.detection.ssd import SSD
+
+        levels = choose_levels(levels_of(model, nodes, len(picture.mean)), self.finest_stride, self.fpn)
+        frozen = frozen_nodes(nodes, frozen_stages)
+        backbone = Ladder(model, levels, frozen, self.frozen_norms, channels=self.channels, extra=self.extra_levels)
+        side = self.size or max(picture.height, picture.width)
+        ratios = [list(self.aspect_ratios)] * len(backbone.out_channels)
+        detector: nn.Module = SSD(
+            backbone,
+            DefaultBoxGenerator(ratios, min_ratio=self.smallest, max_ratio=self.biggest),
+            (side, side),
+            num_classes + 1,
+            image_mean=picture.mean,
+            image_std=picture.std,
+            score_thresh=self.score_threshold,
+            nms_thresh=self.nms_threshold,
+            detections_per_img=self.max_detections,
+        )
+        return detector

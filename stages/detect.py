@@ -1,0 +1,189 @@
+"""Detection transfer: a detector on the pruned, trained backbone, read once on test. Writes artifacts/detect/."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from epsd import artifacts, detection, figures, pictures
+from epsd.architectures import ARCHITECTURES
+from epsd.data import Augmentation, Prepared
+from epsd.detectors import DETECTORS, Picture
+from epsd.masks import Mask
+from epsd.objectives import OBJECTIVES
+from epsd.params import Params, flatten
+from epsd.registry import choose
+from epsd.runtime import mix, pick_device, pick_precision, seed_everything
+from epsd.stage import run_stage
+from epsd.tracking import Tracker, track
+from epsd.training import Recipe, fit
+from epsd.voc import Detections, VocIndex
+
+
+class Task(NamedTuple):
+    """What the detector and its twin share: parameters, scenes, and the card of the trained classifier."""
+
+    params: Params
+    voc: VocIndex
+    card: dict[str, Any]
+
+
+class Trained(NamedTuple):
+    """A trained detector, the mask under its names (None: dense), one row of figures per epoch."""
+
+    detector: nn.Module
+    mask: Mask | None
+    history: list[dict[str, float]]
+
+
+def main(params: Params) -> str:
+    """Train and score the detector on the pruned backbone, and its twin where one is asked for; save, log."""
+    task = Task(params, VocIndex.load(artifacts.VOC_INDEX), artifacts.read_json(artifacts.MODEL_CARD))
+    run = artifacts.read_json(artifacts.RUN)
+    with track(
+        "detect",
+        experiment=params.tracking.experiment,
+        name=run.get("name", "detect"),
+        run_id=run["run_id"],
+        params=dict(flatten(params.model_dump())),
+        tags={"voc.digest": task.voc.digest},
+    ) as tracker:
+        model = artifacts.load_into(network(task), artifacts.MODEL)
+        trained = fitted(task, model, Mask.load(artifacts.MASK), lambda row: log_epoch(tracker, row))
+        report = judged(task, trained) | beside(task)
+        artifacts.write_json(artifacts.DETECT_METRICS, report)
+        log(tracker, report)
+    twin = f", {params.detect.beside} twin {report['beside_map50']:.4f}" if "beside_map50" in report else ""
+    return f"test mAP@0.5 {report['map50']:.4f}{twin}, COCO mAP {report['map']:.4f}"
+
+
+def network(task: Task) -> nn.Module:
+    """The classifier of the card, with random weights."""
+    build = choose(ARCHITECTURES, task.card["architecture"], "architecture")
+    return build(task.card["num_classes"], tuple(task.card["image_shape"]))
+
+
+def fitted(
+    task: Task, model: nn.Module, mask: Mask | None, on_epoch: Callable[[dict[str, float]], None] | None = None
+) -> Trained:
+    """A detector around `model`, trained on the training scenes; the mask of `model` moves along and holds."""
+    settings, device = task.params.detect, pick_device(task.params.device)
+    picture = Picture(*detection.typical_size(task.voc.scenes["train"]), task.card["mean"], task.card["std"])
+    nodes = choose(ARCHITECTURES, task.card["architecture"], "architecture").feature_nodes(model)
+    seed_everything(mix(task.params.seed, "detect"))
+    build = choose(DETECTORS, settings.detector, "detect.detector")
+    detector = build(model, nodes, picture, len(task.voc.class_names), settings.frozen_stages)
+    moved = None if mask is None else detection.follow(mask, model, detector)
+    history = detection.fit_detector(
+        detector,
+        task.voc.scenes["train"],
+        detection.Recipe(**settings.model_dump(include=detection.Recipe.fields())),
+        channels=task.card["image_shape"][0],
+        mask=moved,
+        seed=task.params.seed,
+        device=device,
+        precision=pick_precision(settings.precision, device),
+        workers=task.params.data.workers,
+        on_epoch=on_epoch,
+    )
+    return Trained(detector, moved, history)
+
+
+def found(task: Task, detector: nn.Module, split: str) -> list[Detections]:
+    """What the detector finds in the scenes of a split."""
+    return detection.detect(
+        detector,
+        task.voc.scenes[split],
+        channels=task.card["image_shape"][0],
+        batch_size=task.params.detect.batch_size,
+        device=pick_device(task.params.device),
+        workers=task.params.data.workers,
+    )
+
+
+def scored(task: Task, detections: Sequence[Detections], split: str) -> detection.Report:
+    """Average precision on a split."""
+    return detection.score_detections(detections, task.voc.scenes[split], task.voc.class_names)
+
+
+def judged(task: Task, trained: Trained) -> dict[str, float]:
+    """Read the test scenes; save the detector, its tables and its pictures. Returns the headline figures."""
+    detections = found(task, trained.detector, "test")
+    summary, rows = scored(task, detections, "test")
+    card = task.card | {"detector": task.params.detect.detector, "detected": task.voc.class_names}
+    artifacts.save_model(trained.detector, artifacts.DETECTOR, card)
+    artifacts.write_csv(artifacts.DETECT_PER_CLASS, list(rows[0]), [list(row.values()) for row in rows])
+    artifacts.write_csv(
+        artifacts.DETECT_HISTORY, list(trained.history[0]), [list(row.values()) for row in trained.history]
+    )
+    draw(task, detections)
+    if task.voc.scenes["validation"]:
+        validation = scored(task, found(task, trained.detector, "validation"), "validation")
+        summary |= {"validation_map50": validation.summary["map50"]}
+    if trained.mask is not None:
+        summary |= {"sparsity": detection.sparsity(trained.detector, trained.mask)}
+    return summary | {"seconds": sum(row["seconds"] for row in trained.history)}
+
+
+def draw(task: Task, detections: Sequence[Detections]) -> None:
+    """Test pictures with their detections: one file each, and all of them on one page."""
+    shutil.rmtree(artifacts.DETECT_PICTURES, ignore_errors=True)
+    artifacts.DETECT_PICTURES.mkdir(parents=True)
+    scenes, names, channels = task.voc.scenes["test"], task.voc.class_names, task.card["image_shape"][0]
+    chosen = pictures.choose_pictures(detections, scenes, names, task.params.detect.pictures)
+    for position in chosen:
+        alone = pictures.gallery([scenes[position]], [detections[position]], names, channels)
+        figures.save(alone, artifacts.DETECT_PICTURES / f"{scenes[position].id}.png")
+    if chosen:
+        some = [scenes[position] for position in chosen], [detections[position] for position in chosen]
+        figures.save(pictures.gallery(*some, names, channels), artifacts.DETECT_GALLERY)
+
+
+def beside(task: Task) -> dict[str, float]:
+    """Test figures of the same detector on another backbone: dense and trained alike, or dense and untrained."""
+    params = task.params
+    if params.detect.beside == "none":
+        return {}
+    seed_everything(mix(params.seed, "beside"))
+    model = network(task)
+    if params.detect.beside == "dense":
+        artifacts.load_into(model, artifacts.INITIAL).to(pick_device(params.device))
+        train_dense(params, model)
+    twin = fitted(task, model, None)
+    summary = scored(task, found(task, twin.detector, "test"), "test").summary
+    return {f"beside_{name}": value for name, value in summary.items()}
+
+
+def train_dense(params: Params, model: nn.Module) -> None:
+    """Train the whole network as `train` trains the pruned one: same recipe, objective, batches and seed; in place."""
+    batches = Prepared.load(artifacts.DATA).batches(
+        "train",
+        batch_size=params.train.batch_size,
+        seed=mix(params.seed, "train"),
+        device=pick_device(params.device),
+        augmentation=Augmentation(params.data.crop_padding, params.data.flip),
+        shuffle=True,
+        drop_last=True,
+        workers=params.data.workers,
+    )
+    recipe = Recipe(**params.train.model_dump(exclude={"batch_size"}))
+    fit(model, batches, objective=choose(OBJECTIVES, params.objective), recipe=recipe, seed=params.seed)
+
+
+def log_epoch(tracker: Tracker, row: dict[str, float]) -> None:
+    """One epoch's losses, at that epoch."""
+    tracker.metrics({f"detect/train_{name}": row[name] for name in row if name != "epoch"}, step=int(row["epoch"]))
+
+
+def log(tracker: Tracker, report: dict[str, float]) -> None:
+    """Headline figures; the page of pictures at the artifact root, the rest in a folder."""
+    tracker.metrics({f"detect/{name}": value for name, value in report.items()})
+    if artifacts.DETECT_GALLERY.exists():
+        tracker.artifact(artifacts.DETECT_GALLERY)
+    for table in (artifacts.DETECT_METRICS, artifacts.DETECT_PER_CLASS, artifacts.DETECT_HISTORY):
+        tracker.artifact(table, folder="detect")
+
+
+if __name__ == "__main__":
+    run_stage("detect", main)
