@@ -1,4 +1,4 @@
-"""Prepare: read, verify and split images and scenes, write them compactly. Writes artifacts/data/ and artifacts/voc/."""
+"""Prepare: read, verify and split images and scenes, pack them. Writes artifacts/data/ and artifacts/voc/."""
 
 from epsd import artifacts
 from epsd.data import Prepared

@@ -20,7 +20,7 @@ from epsd.archives import open_tree
 from epsd.artifacts import ArtifactError, read_json
 from epsd.loaders import as_batches
 from epsd.sampling import SameClass, Sampler, generator, partner_positions
-from epsd.sources import SPLITS, Files, Reading, Split
+from epsd.sources import SPLITS, UNPACKED, Files, Reading, Split
 from epsd.streaming import Augmentation, Normalise, Pictures, StreamedBatches
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError
 
@@ -220,7 +220,7 @@ class Prepared:
 
     def _files(self, split: Split) -> Files:
         root = self.index["root"]
-        folder = self.folder / "images" if root is None else Path(root)
+        folder = self.folder / UNPACKED if root is None else Path(root)
         return Files(open_tree(folder), list(read_json(self.folder / f"{split}_files.json")["files"]))
 
     def _reading(self) -> Reading:

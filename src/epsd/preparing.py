@@ -5,6 +5,7 @@ and either all images as one uint8 .npy (N, C, H, W) or the list of their files.
 """
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from epsd.archives import open_tree, unpack
 from epsd.artifacts import ArtifactError, replacing, write_json
 from epsd.images import ImageError, decode, fit, pixels
 from epsd.runtime import mix, quiet
-from epsd.sources import SPLITS, Files, Labelled, Reading, Source, SourceError, Split, check_labels
+from epsd.sources import SPLITS, UNPACKED, Files, Labelled, Reading, Source, SourceError, Split, check_labels
 
 IN_MEMORY_UP_TO = 64
 """Pixels on the longer side up to which a whole set is kept in memory (Tiny-ImageNet at 64 px: 1.2 GB)."""
@@ -202,6 +203,7 @@ class Writer:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "data.json").unlink(missing_ok=True)
+            shutil.rmtree(self.out / UNPACKED, ignore_errors=True)
         except OSError as error:
             raise ArtifactError(f"{self.out}: cannot be written ({error.strerror or error}).") from None
 
@@ -255,8 +257,8 @@ class Writer:
         if files.tree.random_access:
             self.root = str(files.tree.where)
         else:
-            unpack(files.tree, files.names, self.out / "images")
-            files = Files(open_tree(self.out / "images"), files.names)
+            unpack(files.tree, files.names, self.out / UNPACKED)
+            files = Files(open_tree(self.out / UNPACKED), files.names)
         digests = [b""] * len(files.names)
         for read in self._read(split, files):
             digests[read.position] = read.digest

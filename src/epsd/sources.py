@@ -18,6 +18,9 @@ from epsd.types import EpsdError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+UNPACKED = "unpacked"
+"""Folder below artifacts/data for images out of an archive that cannot be searched (a .tar)."""
+
 Unreadable = Literal["error", "skip"]
 _SPLIT_FOLDERS: dict[str, Split] = {
     "train": "train",

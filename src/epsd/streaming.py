@@ -50,7 +50,10 @@ class Pictures:
     """Image files as uint8 tensors (C, H, W). Travels to worker processes; each opens the files for itself."""
 
     def __init__(self, files: Files, reading: Reading, image_shape: tuple[int, int, int]) -> None:
-        self.files, self.reading, self.image_shape = files, reading, image_shape
+        self.tree, self.reading, self.image_shape = files.tree, reading, image_shape
+        # one block of bytes, not a million strings: workers would copy these by counting references to them
+        encoded = [name.encode() for name in files.names]
+        self._names, self._ends = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
 
     def __getitem__(self, position: int) -> Tensor:
         """Resized and cut as for evaluation."""
@@ -62,9 +65,8 @@ class Pictures:
         return torch.from_numpy(pixels(self._augment(flip)(self._decode(position))))
 
     def _decode(self, position: int) -> Any:
-        name = self.files.names[position]
-        where = f"{self.files.tree.where}: {name}"
-        return decode(self.files.tree.read(name), where, grayscale=self.reading.grayscale)
+        name = self._names[self._ends[position] : self._ends[position + 1]].decode()
+        return decode(self.tree.read(name), f"{self.tree.where}: {name}", grayscale=self.reading.grayscale)
 
     def _augment(self, flip: bool) -> Callable[[Any], Any]:
         return self._augment_flipped if flip else self._augment_plain
