@@ -1,10 +1,9 @@
 """Prepare: read, verify and split images and scenes, pack them. Writes artifacts/data/ and artifacts/voc/."""
 
 from epsd import artifacts
-from epsd.data import Prepared
 from epsd.datasets import DATASETS, DEVKITS
 from epsd.params import Params
-from epsd.preparing import prepare, summary
+from epsd.preparing import prepare, summary, written_arrays
 from epsd.registry import choose
 from epsd.stage import run_stage
 from epsd.voc import read_index
@@ -15,8 +14,8 @@ def main(params: Params) -> str:
     dataset, devkit = choose(DATASETS, params.dataset, "dataset"), choose(DEVKITS, params.voc, "voc")
     shares = {"validation": params.data.validation, "test": params.data.test}
     index = prepare(dataset(), artifacts.DATA, seed=params.seed, limit=params.data.limit, **shares)
-    data = Prepared.load(artifacts.DATA)
-    sources = devkit(artifacts.VOC, seed=params.seed, images=data.arrays(), class_names=data.class_names)
+    images = written_arrays(artifacts.DATA, index)
+    sources = devkit(artifacts.VOC, seed=params.seed, images=images, class_names=index["class_names"])
     scenes = read_index(sources, seed=params.seed, **devkit.reading)
     scenes.save(artifacts.VOC_INDEX)
     pictures = ", ".join(f"{count['pictures']} {split}" for split, count in scenes.counts().items())

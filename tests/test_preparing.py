@@ -9,7 +9,7 @@ from epsd.archives import open_tree
 from epsd.artifacts import ArtifactError
 from epsd.data import Prepared
 from epsd.images import ImageError
-from epsd.preparing import Tally, carved, limited, prepare, summary
+from epsd.preparing import Tally, carved, limited, prepare, summary, written_arrays
 from epsd.sources import Labelled, Reading, Source, SourceError, folder_source
 from pictures import classes, picture, tarred, write, zipped
 
@@ -119,6 +119,9 @@ def test_what_is_written_is_what_was_read(tmp_path: Path) -> None:
     for split, part in carved(source, 0.2, 0.2, 0).items():
         assert np.array_equal(np.load(tmp_path / f"{split}_images.npy", allow_pickle=False), part.images)
         assert np.array_equal(np.load(tmp_path / f"{split}_labels.npy", allow_pickle=False), part.labels)
+        again = written_arrays(tmp_path, index)
+        assert again is not None
+        assert np.array_equal(again[split][0], part.images) and np.array_equal(again[split][1], part.labels)
     assert summary(index) == "36 train, 12 validation, 12 test images of 2 classes, 3x6x6"
 
 

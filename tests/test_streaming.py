@@ -8,7 +8,7 @@ import torch
 from epsd.archives import ArchiveError, open_tree
 from epsd.data import Augmentation, Prepared
 from epsd.images import ImageError, decode, pixels
-from epsd.preparing import prepare
+from epsd.preparing import prepare, written_arrays
 from epsd.sources import Reading, folder_source
 from epsd.streaming import drawing_from
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError
@@ -106,7 +106,7 @@ def test_a_file_that_is_gone_or_damaged_is_named_in_one_line(tmp_path: Path, wor
 
 
 def test_streamed_images_are_not_held_as_arrays(data: Prepared) -> None:
-    assert data.arrays() is None
+    assert written_arrays(data.folder, data.index) is None
     with pytest.raises(EpsdError, match="read from files"):
         data.images("train")
 

@@ -20,7 +20,7 @@ from epsd.archives import open_tree
 from epsd.artifacts import ArtifactError, read_json
 from epsd.loaders import as_batches
 from epsd.sampling import SameClass, Sampler, generator, partner_positions
-from epsd.sources import SPLITS, UNPACKED, Files, Reading, Split
+from epsd.sources import UNPACKED, Files, Reading, Split
 from epsd.streaming import Augmentation, Normalise, Pictures, StreamedBatches
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError
 
@@ -168,12 +168,6 @@ class Prepared:
         if self.index["storage"] != "memory":
             raise EpsdError(f"{self.folder}: its images are read from files, not held as one array.")
         return self._array(split, "images")
-
-    def arrays(self) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]] | None:
-        """Split -> `images`, `labels`, of the splits that are there; None where the images are streamed."""
-        if self.index["storage"] != "memory":
-            return None
-        return {split: (self.images(split), self.labels(split)) for split in SPLITS if self.sizes.get(split)}
 
     def batches(
         self,

@@ -303,6 +303,20 @@ class Writer:
         return index
 
 
+def written_arrays(
+    out: Path, index: Mapping[str, Any]
+) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]] | None:
+    """Split -> images (N, C, H, W), labels (N,) as `prepare` wrote them, of those that are there; None if streamed."""
+    if index["storage"] != "memory":
+        return None
+    kinds = ("images", "labels")
+    return {
+        split: tuple(np.load(out / f"{split}_{kind}.npy", mmap_mode="r", allow_pickle=False) for kind in kinds)
+        for split, size in index["sizes"].items()
+        if size
+    }
+
+
 def _shown(reads: Iterable[Read], total: int, split: str) -> Iterable[Read]:
     """With a progress bar where it takes a while and somebody may be looking."""
     if quiet() or total < _WORTH_A_BAR:
