@@ -106,7 +106,8 @@ def save_model(model: "nn.Module", path: Path, card: Mapping[str, Any]) -> None:
 
     The card says how to build the network again: `architecture` (the choice of params.yaml), `num_classes`,
     `class_names`, `image_shape`, `mean`, `std`; the stage may add what it likes (a mask summary). The weights
-    are written first: a card without its weights never exists.
+    are written first: a card without its weights never exists. Masking by multiplication leaves negative zeros; they
+    are written as zeros.
     """
     _save_state(model, path)
     write_json(path.with_suffix(".json"), card)
@@ -115,9 +116,15 @@ def save_model(model: "nn.Module", path: Path, card: Mapping[str, Any]) -> None:
 def _save_state(model: "nn.Module", path: Path) -> None:
     from safetensors.torch import save_file
 
-    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: _plain(tensor) for name, tensor in model.state_dict().items()}
     with replacing(path) as temporary:
         save_file(state, temporary)
+
+
+def _plain(tensor: "Tensor") -> "Tensor":
+    """A contiguous copy on the CPU, without negative zeros."""
+    tensor = tensor.detach().cpu().clone().contiguous()
+    return tensor.add_(0.0) if tensor.is_floating_point() else tensor
 
 
 def load_state(path: Path) -> "dict[str, Tensor]":

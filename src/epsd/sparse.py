@@ -25,6 +25,7 @@ from epsd.types import EpsdError
 
 FORMAT = "epsd-sparse-1"
 SKIP = 255
+ENTRY = 128  # bytes that a second part costs in the header
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -90,7 +91,7 @@ def _encode(tensor: Tensor) -> tuple[str, dict[str, Tensor]]:
     values = tensor.flatten()[keep]
     ways = {name: encode(keep) for name, encode in ENCODERS.items()}
     name, codes = min(ways.items(), key=lambda way: way[1].numel())
-    if codes.numel() + values.numel() * tensor.element_size() >= tensor.numel() * tensor.element_size():
+    if codes.numel() + values.numel() * tensor.element_size() + ENTRY >= tensor.numel() * tensor.element_size():
         return "dense", dense
     return name, {":codes": codes, ":values": values}
 
