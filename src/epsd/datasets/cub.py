@@ -29,6 +29,7 @@ class Cub:
 
     `top`: name of the folder inside. `size`, `resize`: side of the network's square and of the shorter side before
     it is cut, in pixels (224 and 256: the ImageNet literature). `download` true accepts the terms.
+    `unreadable`: "error" stops at a damaged image, "skip" leaves it out and counts it.
     """
 
     root: str = "data/cub"

@@ -34,6 +34,7 @@ class Imagenet:
 
     Flat ones are labelled by the development kit, `ILSVRC2012_devkit_t12/` or its .tar.gz beside them. `size`,
     `resize`: side of the network's square, and of the shorter side before it is cut, in pixels.
+    `unreadable`: "error" stops at a damaged image, "skip" leaves it out and counts it.
     """
 
     root: str = "data/imagenet"

@@ -26,6 +26,7 @@ class TinyImagenet:
     """`root`: the unpacked folder, an archive of it, or where to put the download (248 MB).
 
     `download` true says that you accept ImageNet's terms (non-commercial research and education).
+    `unreadable`: "error" stops at a damaged image, "skip" leaves it out and counts it.
     """
 
     root: str = "data/tiny-imagenet"
