@@ -1,0 +1,80 @@
+"""Files are written whole or not at all, models and tables come back as they were, and errors name the file."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from epsd import artifacts
+from epsd.artifacts import ArtifactError
+
+
+def net(width: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width))
+
+
+def test_a_model_comes_back_with_its_card(tmp_path: Path) -> None:
+    model, path = net(), tmp_path / "model.safetensors"
+    artifacts.save_model(model, path, {"num_classes": 3})
+    assert artifacts.read_json(tmp_path / "model.json") == {"num_classes": 3}
+    other = artifacts.load_into(net(), path)
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_saving_changes_no_weight_but_drops_the_sign_of_zero(tmp_path: Path) -> None:
+    model = net()
+    with torch.no_grad():
+        model[0].weight[0] = -0.0
+    artifacts.save_model(model, tmp_path / "m.safetensors", {})
+    saved = artifacts.load_state(tmp_path / "m.safetensors")["0.weight"]
+    assert torch.equal(saved, model[0].weight)
+    assert not torch.signbit(saved[0]).any()
+    assert torch.signbit(model[0].weight[0]).all()
+
+
+def test_wrong_missing_and_damaged_models_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(ArtifactError, match=r"m\.safetensors: missing"):
+        artifacts.load_state(path)
+    artifacts.save_model(net(), path, {})
+    with pytest.raises(ArtifactError, match=r"m\.safetensors: does not fit"):
+        artifacts.load_into(net(width=4), path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match=r"m\.safetensors: cannot be read"):
+        artifacts.load_state(path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    artifacts.write_json(path, {"old": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        artifacts.write_json(path, {"new": math.nan})
+    with pytest.raises(KeyError), artifacts.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert artifacts.read_json(path) == {"old": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        artifacts.write_json(tmp_path / "file" / "a.json", {})
+
+
+@pytest.mark.parametrize(("text", "words"), [("[1]", "expected a JSON mapping"), ("{", "cannot be read")])
+def test_other_json_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ArtifactError, match=words):
+        artifacts.read_json(tmp_path / "a.json")
+
+
+def test_tables_of_numbers_read_back_exactly(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    artifacts.write_csv(path, ["epoch", "loss", "name"], [[1, 0.1 + 0.2, "a"], [2, "", "b"]])
+    assert artifacts.read_csv(path) == {"epoch": [1.0, 2.0], "loss": [0.1 + 0.2, None]}
+    with pytest.raises(ArtifactError, match="missing"):
+        artifacts.read_csv(tmp_path / "none.csv")
