@@ -14,9 +14,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from epsd.evaluation import evaluate
     from epsd.masks import Mask
-    from epsd.objectives import CrossEntropy, CsKd, Dlb, PsKd
+    from epsd.objectives.cross_entropy import CrossEntropy
+    from epsd.objectives.cskd import CsKd
+    from epsd.objectives.dlb import Dlb
+    from epsd.objectives.pskd import PsKd
     from epsd.pruning import prune
-    from epsd.scores import Epsd, Grasp, Magnitude, ProsPr, Random, Snip, SynFlow
+    from epsd.scores.epsd import Epsd
+    from epsd.scores.grasp import Grasp
+    from epsd.scores.magnitude import Magnitude
+    from epsd.scores.prospr import ProsPr
+    from epsd.scores.random import Random
+    from epsd.scores.snip import Snip
+    from epsd.scores.synflow import SynFlow
     from epsd.training import Recipe, fit
     from epsd.types import Batch, EpsdError
 

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as _pydantic_dataclass
@@ -21,13 +21,13 @@ class ParamsError(EpsdError):
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def variant(cls: type[T]) -> type[T]:
     """Class decorator of a choice without state: a frozen, keyword-only dataclass checked on construction."""
-    return _pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)(cls)
+    return cast(type[T], _pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)(cls))
 
 
 @dataclass_transform(kw_only_default=True)
 def stateful_variant(cls: type[T]) -> type[T]:
     """Class decorator of a choice that carries state beside its settings (an objective)."""
-    return _pydantic_dataclass(kw_only=True, config=CONFIG)(cls)
+    return cast(type[T], _pydantic_dataclass(kw_only=True, config=CONFIG)(cls))
 
 
 def settings_of(cls: type) -> list[str]:

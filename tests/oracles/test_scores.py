@@ -8,7 +8,7 @@ import torch
 
 from epsd.losses import supervised
 from epsd.masks import Mask, prunable
-from epsd.metagradients import Following, LossFunction, mask_gradient, scoring
+from epsd.metagradients import Following, LossFunction, MetaGradient, mask_gradient, scoring
 from epsd.objectives import OBJECTIVES
 from epsd.pruning import prune
 from epsd.scores import SCORES
@@ -158,8 +158,7 @@ class Distilled:
         return [problems.batch(self.net, number, self.partner) for number in numbers]
 
 
-def gradient_of(case: dict[str, Any], loss: LossFunction, batches: list[Batch], kept: int = 0):  # type:
-ignore[no-untyped-def]
+def gradient_of(case: dict[str, Any], loss: LossFunction, batches: list[Batch], kept: int = 0) -> MetaGradient:
     hyper, model = case["hyper"], net(case["net"])
     before = copy.deepcopy(model.state_dict())
     with scoring(model):
