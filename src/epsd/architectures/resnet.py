@@ -142,7 +142,7 @@ class Net(nn.Module):
 class ResNet:
     """Residual networks of He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (CVPR 2016).
 
-    Depths 20, 32, 44, 56, 110: the paper's CIFAR networks, three stages of 16-32-64 channels (times `width`).
+    Depths 8, 14, 20, 32, 44, 56, 110: the CIFAR networks (the paper starts at 20), three stages of 16-32-64 channels.
     Depths 18, 34, 50, 101, 152: its ImageNet networks, four stages from 64 channels (times `width`).
 
     Settings
@@ -159,7 +159,7 @@ class ResNet:
     Initial weights: Kaiming normal, fan-out (He et al., ICCV 2015).
     """
 
-    depth: Literal[20, 32, 44, 56, 110, 18, 34, 50, 101, 152] = 18
+    depth: Literal[8, 14, 20, 32, 44, 56, 110, 18, 34, 50, 101, 152] = 18
     width: Annotated[float, Field(gt=0, le=64)] = 1.0
     stem: Stem = "cifar"
     shortcut: Shortcut = "projection"
