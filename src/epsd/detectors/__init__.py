@@ -10,7 +10,6 @@ from epsd.detectors.faster_rcnn import FasterRcnn
 from epsd.detectors.retinanet import RetinaNet
 from epsd.detectors.ssd import Ssd
 
-
 __all__ = ["DETECTORS", "Detector", "DetectorError", "Picture"]
 
 

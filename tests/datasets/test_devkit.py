@@ -1,0 +1,109 @@
+"""Devkits as folders and archives, one year or several, under any name."""
+
+from pathlib import Path
+
+import pytest
+
+from devkits import devkit
+from epsd import voc
+from epsd.archives import ArchiveError
+from epsd.datasets import DEVKITS
+from epsd.datasets.devkit import Devkit
+from epsd.registry import ParamsError, choose
+from pictures import tarred, write, zipped
+
+THINGS = [("cat", (2, 2, 20, 12))]
+TRAIN, TEST = {"trainval": {"000001": THINGS}}, {"test": {"000002": THINGS}}
+YEAR_2012 = {"trainval": {"2008_000003": [("bird", (2, 2, 20, 12))]}}
+
+
+def ids(kit: Devkit, folder: Path) -> dict[str, list[str]]:
+    index = voc.read_index(kit(folder, seed=0), seed=0, **kit.reading)
+    return {split: [scene.id for scene in scenes] for split, scenes in index.scenes.items()}
+
+
+FOUND = {"train": ["000001"], "validation": [], "test": ["000002"]}
+
+
+@pytest.mark.parametrize("prefix", ["VOCdevkit/VOC2007", "VOC2007", "some/where/VOC2007"])
+def test_folder_is_read_in_place(tmp_path: Path, prefix: str) -> None:
+    root = write(tmp_path / "root", devkit(TRAIN | TEST, prefix=prefix))
+    assert ids(Devkit(root=str(root)), tmp_path / "out") == FOUND
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["voc.zip", "voc.tar", "voc.tar.gz"])
+def test_archive_is_unpacked(tmp_path: Path, name: str) -> None:
+    pack = zipped if name.endswith("zip") else tarred
+    files = devkit(TRAIN | TEST) | {"VOCdevkit/VOC2007/SegmentationClass/000001.png": b"not needed"}
+    root = pack(tmp_path / name, files)
+    assert ids(Devkit(root=str(root)), tmp_path / "out") == FOUND
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_folder_of_the_published_archives(tmp_path: Path) -> None:
+    """VOC 07+12 -> 07 test, as three tar files beside each other."""
+    tarred(tmp_path / "VOCtrainval_06-Nov-2007.tar", devkit(TRAIN))
+    tarred(tmp_path / "VOCtest_06-Nov-2007.tar", devkit(TEST))
+    tarred(tmp_path / "VOCtrainval_11-May-2012.tar", devkit(YEAR_2012, prefix="VOCdevkit/VOC2012"))
+    kit = Devkit(root=str(tmp_path), train=["VOC2007/trainval", "VOC2012/trainval"], test=["VOC2007/test"])
+    assert ids(kit, tmp_path / "out") == FOUND | {"train": ["000001", "2008_000003"]}
+
+
+def test_own_devkit_with_own_classes(tmp_path: Path) -> None:
+    things = {"mine": {"a": [("screw", (1, 1, 9, 9))]}, "yours": {"b": [("nut", (1, 1, 9, 9))]}}
+    root = write(tmp_path / "root", devkit(things, prefix="Workshop"))
+    kit = Devkit(root=str(root), train=["mine"], test=["Workshop/yours"], class_names=["nut", "screw", "washer"])
+    index = voc.read_index(kit(tmp_path, seed=0), **kit.reading)
+    assert index.class_names == ["nut", "screw", "washer"]
+    assert (index.scenes["train"][0].labels.tolist(), index.scenes["test"][0].labels.tolist()) == ([1], [0])
+
+
+def test_root_may_be_the_devkit_folder_itself(tmp_path: Path) -> None:
+    root = write(tmp_path, devkit(TRAIN | TEST)) / "VOCdevkit/VOC2007"
+    assert ids(Devkit(root=str(root), train=["trainval"], test=["test"]), tmp_path / "out") == FOUND
+    assert ids(Devkit(root=str(root)), tmp_path / "out") == FOUND
+
+
+def test_missing_set_lists_what_is_there(tmp_path: Path) -> None:
+    root = write(tmp_path, devkit(TRAIN))
+    with pytest.raises(ArchiveError, match=r"has no image set 'VOC2007/test' .*VOC2007/trainval") as caught:
+        Devkit(root=str(root))(tmp_path / "out", seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_ambiguous_set(tmp_path: Path) -> None:
+    root = write(tmp_path, devkit(TRAIN | TEST) | devkit(YEAR_2012, prefix="VOCdevkit/VOC2012"))
+    with pytest.raises(ArchiveError, match="more than one image set 'trainval'"):
+        Devkit(root=str(root), train=["trainval"])(tmp_path / "out", seed=0)
+
+
+def test_missing_root_and_archive_without_a_devkit(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match=r"nowhere: no such folder"):
+        Devkit(root=str(tmp_path / "nowhere"))(tmp_path / "out", seed=0)
+    root = zipped(tmp_path / "other.zip", {"readme.txt": b"hello"})
+    with pytest.raises(ArchiveError, match=r"other\.zip: has no image set .*It has: \(none\)"):
+        Devkit(root=str(root))(tmp_path / "out", seed=0)
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "/evil.txt", "a/../../JPEGImages/evil.jpg"])
+def test_entries_that_point_outside_are_refused(tmp_path: Path, name: str) -> None:
+    root = zipped(tmp_path / "evil.zip", devkit(TRAIN | TEST) | {name: b"x"})
+    with pytest.raises(ArchiveError, match="points outside"):
+        Devkit(root=str(root))(tmp_path / "out", seed=0)
+    assert not list(tmp_path.rglob("evil.[tj]*"))
+
+
+def test_truncated_archive_is_named(tmp_path: Path) -> None:
+    root = zipped(tmp_path / "voc.zip", devkit(TRAIN | TEST))
+    root.write_bytes(root.read_bytes()[:500])
+    with pytest.raises(ArchiveError, match=r"voc\.zip: truncated"):
+        Devkit(root=str(root))(tmp_path / "out", seed=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"root": 1}, {"root": "x", "train": []}, {"root": "x", "limit": 0}, {"root": "x", "empty": "drop"}]
+)
+def test_bad_settings(settings: dict[str, object]) -> None:
+    with pytest.raises(ParamsError, match=r"^voc"):
+        choose(DEVKITS, {"name": "devkit", **settings}, "voc")
