@@ -9,16 +9,15 @@ from torch import nn
 
 from epsd import artifacts, checkpoints
 from epsd.architectures import ARCHITECTURES
-from epsd.data import Augmentation, Prepared
+from epsd.data import Prepared
 from epsd.masks import Mask
-from epsd.objectives import OBJECTIVES
 from epsd.params import Params, flatten
+from epsd.pipeline.trained import trained
 from epsd.registry import choose
-from epsd.runtime import mix, pick_device, state_folder
+from epsd.runtime import pick_device, state_folder
 from epsd.stage import run_stage
 from epsd.tracking import Tracker, track
-from epsd.training import Recipe, Record, fit
-from epsd.types import Batches
+from epsd.training import Record
 
 
 def main(params: Params) -> str:
@@ -32,14 +31,11 @@ def main(params: Params) -> str:
     folder = state_folder("checkpoints", mark)
     with opened(params, data, folder) as tracker:
         artifacts.write_json(folder / "run.json", {"run_id": tracker.run_id})
-        history = fit(
+        history = trained(
+            params,
+            data,
             model,
-            batches(params, data, "train"),
-            objective=choose(OBJECTIVES, params.objective, "objective"),
-            mask=mask,
-            recipe=Recipe(**params.train.model_dump(exclude={"batch_size"})),
-            validation=batches(params, data, "validation") if data.sizes["validation"] else None,
-            seed=params.seed,
+            mask,
             checkpoint=folder / "last.safetensors",
             mark=mark,
             on_epoch=lambda record: log_epoch(tracker, record),
@@ -56,21 +52,6 @@ def fingerprint(params: Params) -> str:
     sections = params.model_dump(include={"seed", "device", "data", "architecture", "objective", "train"})
     files = [artifacts.DATA_INDEX, artifacts.MASK, artifacts.INITIAL, *checkpoints.code_files(), Path(__file__)]
     return checkpoints.fingerprint({**sections, "torch": torch.__version__}, files)
-
-
-def batches(params: Params, data: Prepared, split: Any) -> Batches:
-    """Augmented and shuffled for train; as they are for validation."""
-    training = split == "train"
-    return data.batches(
-        split,
-        batch_size=params.train.batch_size,
-        seed=mix(params.seed, "train"),
-        device=pick_device(params.device),
-        augmentation=Augmentation(params.data.crop_padding, params.data.flip) if training else None,
-        shuffle=training,
-        drop_last=training,
-        workers=params.data.workers,
-    )
 
 
 def run_name(params: Params) -> str:
@@ -108,8 +89,8 @@ def story(params: Params, data: Prepared) -> str:
     return (
         f"A {params.architecture['name']} network for {data.num_classes} classes of `{params.dataset['name']}` "
         f"({shape}, {data.sizes['train']} training images). `{params.prune.score['name']}` removed "
-        f"{params.prune.sparsity:.1%} of its weights before training; `{params.objective['name']}` then trained the rest "
-        f"for {params.train.epochs} epochs. Seed {params.seed}."
+        f"{params.prune.sparsity:.1%} of its weights before training; `{params.objective['name']}` then trained the "
+        f"rest for {params.train.epochs} epochs. Seed {params.seed}."
     )
 
 

@@ -1,0 +1,59 @@
+"""From a pruned network to a trained one: the composition behind the stage `train` and every trial of the search."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from epsd.data import Augmentation, Prepared
+from epsd.masks import Mask
+from epsd.objectives import OBJECTIVES
+from epsd.params import Params
+from epsd.registry import choose
+from epsd.runtime import mix, pick_device
+from epsd.training import Recipe, Record, fit
+from epsd.types import Batches
+
+
+def trained(
+    params: Params,
+    data: Prepared,
+    model: nn.Module,
+    mask: Mask,
+    *,
+    on_epoch: Callable[[Record], None],
+    checkpoint: Path | None = None,
+    mark: str = "",
+) -> list[Record]:
+    """Train `model` in place under `mask`, judged on validation after every epoch where there is such a split.
+
+    `checkpoint`, `mark`, `on_epoch` and the errors: see `epsd.training.fit`.
+    """
+    return fit(
+        model,
+        batches(params, data, "train"),
+        objective=choose(OBJECTIVES, params.objective, "objective"),
+        mask=mask,
+        recipe=Recipe(**params.train.model_dump(exclude={"batch_size"})),
+        validation=batches(params, data, "validation") if data.sizes["validation"] else None,
+        seed=params.seed,
+        checkpoint=checkpoint,
+        mark=mark,
+        on_epoch=on_epoch,
+    )
+
+
+def batches(params: Params, data: Prepared, split: Any) -> Batches:
+    """Augmented and shuffled for train; as they are for validation."""
+    training = split == "train"
+    return data.batches(
+        split,
+        batch_size=params.train.batch_size,
+        seed=mix(params.seed, "train"),
+        device=pick_device(params.device),
+        augmentation=Augmentation(params.data.crop_padding, params.data.flip) if training else None,
+        shuffle=training,
+        drop_last=training,
+        workers=params.data.workers,
+    )
