@@ -1,6 +1,7 @@
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +83,17 @@ def test_root_is_where_dvc_says(monkeypatch, tmp_path):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     assert runtime.project_root() == tmp_path.resolve()
     assert runtime.state_folder("locks") == tmp_path.resolve() / ".epsd" / "locks"
+
+
+def test_the_users_paths_start_at_the_root_also_in_a_copy(monkeypatch, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("HOME", "/home/me")
+    assert runtime.located("images.zip") == tmp_path.resolve() / "images.zip"
+    assert runtime.located("/data/images") == Path("/data/images")
+    assert runtime.located("~/images") == Path("/home/me/images")
 
 
 def test_root_without_dvc_is_the_folder_of_dvc_yaml(monkeypatch, tmp_path):

@@ -35,6 +35,14 @@ def project_root() -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()), here)
 
 
+def located(path: str | Path) -> Path:
+    """A path from params.yaml as an absolute one: `~` is the home folder, a relative one starts at the project's root.
+
+    The current folder would not do: a queued experiment runs in a copy, beside which the user's data does not lie.
+    """
+    return project_root() / Path(path).expanduser()
+
+
 def state_folder(*parts: str) -> Path:
     """`{project root}/.epsd/...`: what outlives a stage, but is no artifact. Not created here."""
     return project_root().joinpath(STATE, *parts)

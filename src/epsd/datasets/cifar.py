@@ -7,7 +7,6 @@ nothing but arrays) and the "binary version". URLs and checksums are those that 
 
 import io
 import pickle
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from epsd.archives import Tree, open_tree
 from epsd.downloads import Published, locate
 from epsd.registry import variant
+from epsd.runtime import located
 from epsd.sources import Labelled, Source, SourceError, Split, below
 
 _SHAPE = (3, 32, 32)
@@ -73,7 +73,7 @@ class Cifar:
     def __call__(self) -> Source:
         """The official train and test splits; validation is carved from train."""
         edition = EDITIONS[self.classes]
-        where = locate(Path(self.root).expanduser(), edition.published, self.download)
+        where = locate(located(self.root), edition.published, self.download)
         tree = open_tree(where)
         read = _read_binary if any(name.endswith(".bin") for name in tree.names) else _read_pickles
         class_names, splits = read(tree, edition)

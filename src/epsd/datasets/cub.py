@@ -3,7 +3,6 @@
 C. Wah et al., The Caltech-UCSD Birds-200-2011 Dataset, technical report CNS-TR-2011-001, Caltech, 2011.
 """
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -11,6 +10,7 @@ from pydantic import Field
 from epsd.archives import Tree, open_tree
 from epsd.downloads import Published, locate
 from epsd.registry import variant
+from epsd.runtime import located
 from epsd.sources import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below
 
 PUBLISHED = Published(
@@ -41,7 +41,7 @@ class Cub:
 
     def __call__(self) -> Source:
         """The official train and test splits; validation is carved from train."""
-        tree = open_tree(locate(Path(self.root).expanduser(), PUBLISHED, self.download, TERMS))
+        tree = open_tree(locate(located(self.root), PUBLISHED, self.download, TERMS))
         top = below(tree, "images.txt", self.top)
         lists = _lists(tree, top)
         class_names = list(lists["classes.txt"].values())

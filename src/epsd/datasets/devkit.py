@@ -8,6 +8,7 @@ from pydantic import Field
 
 from epsd.archives import ArchiveError, Tree, is_archive, open_tree, unpack
 from epsd.registry import variant
+from epsd.runtime import located
 
 PARTS = ("ImageSets/Main/", "Annotations/", "JPEGImages/")
 
@@ -58,7 +59,7 @@ class Devkit:
 
         Raises ArchiveError: `root` is missing, damaged, points outside itself, or lacks an image set.
         """
-        found = list(_devkits(Path(self.root).expanduser(), folder))
+        found = list(_devkits(located(self.root), folder))
         return {
             split: [_find(found, name, self.root) for name in getattr(self, split)]
             for split in ("train", "validation", "test")

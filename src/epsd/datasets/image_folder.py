@@ -1,12 +1,12 @@
 """Your own images: a folder, or a .zip or .tar(.gz) of one, in `split/class/image` or `class/image` layout."""
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from epsd.archives import open_tree
 from epsd.registry import variant
+from epsd.runtime import located
 from epsd.sources import Reading, Source, Unreadable, folder_source
 
 Pixels = Annotated[int, Field(ge=4, le=4096)]
@@ -34,4 +34,4 @@ class ImageFolder:
     def __call__(self) -> Source:
         """Class names are the class folders, sorted."""
         reading = Reading(self.size, self.resize, self.grayscale, self.unreadable)
-        return folder_source(open_tree(Path(self.root).expanduser()), reading)
+        return folder_source(open_tree(located(self.root)), reading)

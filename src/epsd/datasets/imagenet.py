@@ -7,7 +7,6 @@ official validation images are the test split here, and validation is carved fro
 
 import io
 import re
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -15,6 +14,7 @@ from pydantic import Field
 from epsd.archives import Tree, open_tree
 from epsd.images import is_image
 from epsd.registry import variant
+from epsd.runtime import located
 from epsd.sources import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below
 
 SITE = "https://image-net.org/download-images"
@@ -44,7 +44,7 @@ class Imagenet:
 
     def __call__(self) -> Source:
         """Class names are the synsets, sorted; any subset of the 1,000 will do."""
-        root = Path(self.root).expanduser()
+        root = located(self.root)
         if not root.exists():
             raise SourceError(f"{root}: nothing there. {_HOW}")
         tree = open_tree(root)

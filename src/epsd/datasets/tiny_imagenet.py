@@ -5,12 +5,11 @@ were never published: as in the literature, the official validation images are t
 is carved from train.
 """
 
-from pathlib import Path
-
 from epsd.archives import Tree, open_tree
 from epsd.downloads import Published, locate
 from epsd.images import is_image
 from epsd.registry import variant
+from epsd.runtime import located
 from epsd.sources import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below
 
 PUBLISHED = Published(
@@ -35,7 +34,7 @@ class TinyImagenet:
 
     def __call__(self) -> Source:
         """Classes in the order of wnids.txt sorted, named as there; some images are grey and become RGB."""
-        tree = open_tree(locate(Path(self.root).expanduser(), PUBLISHED, self.download, TERMS))
+        tree = open_tree(locate(located(self.root), PUBLISHED, self.download, TERMS))
         top = below(tree, "wnids.txt")
         marked = f"{top}val/val_annotations.txt"
         text = {
