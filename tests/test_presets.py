@@ -69,7 +69,7 @@ def test_loads_and_every_choice_exists(name: str) -> None:
 
 @every
 def test_has_every_key_of_the_default_file(name: str, root: Path) -> None:
-    choices = ("dataset.", "architecture.", "objective.", "prune.score.", "voc.", "detect.detector.")
+    choices = ("dataset.", "architecture.", "objective.", "prune.score.", "voc.", "detect.detector.", "tune.")
 
     def keys(path: Path) -> set[str]:
         return {key for key, _ in flatten(read_yaml(path)) if not key.startswith(choices)}

@@ -194,7 +194,7 @@ def test_all_findings_at_once():
         ),
         ("device: auto", "device: cuda:99", "train: device: 'cuda:99' is not on this machine."),
         ("sparsity: 0.95", "sparsity: 1.0", "prune.sparsity"),
-        ("epochs: 20", "epoch: 20", "train: unknown 'epoch'. Did you mean 'epochs'?"),
+        ("epochs: 60", "epoch: 60", "train: unknown 'epoch'. Did you mean 'epochs'?"),
     ],
 )
 def test_a_mistake_in_any_section_stops_any_stage_before_work(folder, run_here, old, new, message):

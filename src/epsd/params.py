@@ -7,9 +7,9 @@ the settings of that variant, which the variant itself checks (`epsd.registry.ch
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from epsd.registry import ParamsError, explain, unknown
 
@@ -110,11 +110,106 @@ class TrackingParams(Section):
     experiment: Annotated[str, Field(min_length=1)]
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Value = str | bool | int | float | None
+Direction = Literal["maximize", "minimize"]
+
+
+class RangeParams(Section):
+    """Where one parameter may lie: `float: [low, high]`, `int: [low, high]` (both ends included) or `choice: [...]`.
+
+    log : searched evenly in its logarithm. step : distance of the values tried, from `low`.
+    when : other searched or set parameter -> its values (one or a list) for which this one is tried at all.
+    """
+
+    floats: list[Finite] | None = Field(None, alias="float", min_length=2, max_length=2)
+    ints: list[int] | None = Field(None, alias="int", min_length=2, max_length=2)
+    choice: list[Value] | None = Field(None, min_length=1)
+    log: bool = False
+    step: Positive | None = None
+    when: dict[str, Value | list[Value]] = {}
+
+    @model_validator(mode="after")
+    def _one_range(self) -> Self:
+        if sum(kind is not None for kind in (self.floats, self.ints, self.choice)) != 1:
+            raise ValueError("needs exactly one of 'float: [low, high]', 'int: [low, high]', 'choice: [...]'")
+        if self.choice is not None:
+            if self.log or self.step:
+                raise ValueError("'log' and 'step' are for numbers, not for a choice")
+            if len({repr(value) for value in self.choice}) < len(self.choice):
+                raise ValueError("names a value twice")
+            return self
+        self._check_ends(*self.ends)
+        return self
+
+    def _check_ends(self, low: float, high: float) -> None:
+        if low == high:
+            raise ValueError(f"the range [{low}, {high}] is empty: put the value under tune.fixed")
+        if low > high:
+            raise ValueError(f"the range [{low}, {high}] is reversed: write the lower end first")
+        if self.log and low <= 0:
+            raise ValueError("a logarithmic range begins above 0")
+        if self.log and self.step:
+            raise ValueError("'log' and 'step' exclude each other")
+        if self.ints and self.step and self.step != int(self.step):
+            raise ValueError("the step between whole numbers is a whole number")
+
+    @property
+    def ends(self) -> list[Any]:
+        """[low, high]; of a choice, all its values."""
+        return list(self.floats or self.ints or self.choice or [])
+
+
+class LimitParams(Section):
+    """What a trial must keep to."""
+
+    at_least: Finite | None = None
+    at_most: Finite | None = None
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> Self:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("needs 'at_least', 'at_most' or both")
+        return self
+
+
+def _default_space() -> dict[str, RangeParams]:
+    ranges: dict[str, dict[str, Any]] = {
+        "prune.sparsity": {"float": [0.9, 0.99]},
+        "prune.score.steps": {"int": [1, 6]},
+        "prune.score.lr": {"float": [0.01, 1.0], "log": True},
+        "objective.name": {"choice": ["cross_entropy", "cskd", "pskd", "dlb"]},
+        "objective.temperature": {"float": [1.0, 8.0]},
+        "objective.weight": {"float": [0.1, 3.0], "log": True},
+        "train.lr": {"float": [0.01, 0.5], "log": True},
+        "train.weight_decay": {"float": [1e-5, 5e-3], "log": True},
+    }
+    return {key: RangeParams.model_validate(entry) for key, entry in ranges.items()}
+
+
+class TuneParams(Section):
+    """The search. No stage depends on it. Each key's meaning stands beside it in params.yaml."""
+
+    study: Annotated[str, Field(min_length=1)] = "search"
+    storage: str | None = None
+    trials: Count = 20
+    workers: Count = 1
+    sampler: Literal["tpe", "gp", "nsga2", "random", "grid"] = "tpe"
+    pruner: Literal["hyperband", "median", "none"] = "hyperband"
+    objectives: Annotated[dict[str, Direction], Field(min_length=1, max_length=3)] = {"val/top1": "maximize"}
+    constraints: dict[str, LimitParams] = {}
+    current_first: bool = True
+    heartbeat: Count = 30
+    fixed: dict[str, Any] = {}
+    space: Annotated[dict[str, RangeParams], Field(min_length=1)] = Field(default_factory=_default_space)
+
+
 class Params(Section):
-    """The whole of params.yaml, checked."""
+    """The whole of params.yaml, checked. `tune` is left out of dumps: no trained model depends on it."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     device: str
+    threads: Count | None = None
     dataset: Choice
     data: DataParams
     architecture: Choice
@@ -125,6 +220,7 @@ class Params(Section):
     voc: Choice
     detect: DetectParams
     tracking: TrackingParams
+    tune: TuneParams = Field(default_factory=TuneParams, exclude=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from epsd.params import DEFAULT_PATH, Params, load
 from epsd.registry import ParamsError, choose
 from epsd.runtime import STATE, determinism, no_telemetry, note, pick_device, seed_everything
@@ -57,6 +59,8 @@ def run_stage(name: str, main: Main) -> None:
             params = load(DEFAULT_PATH)
             check(params)
             device = pick_device(params.device)
+            if params.threads:
+                torch.set_num_threads(params.threads)
             with _folder_lock(name):
                 print(f"{name}: {describe(params)}, on {device.type}", flush=True)
                 determinism()
@@ -131,8 +135,6 @@ def describe(params: Params) -> str:
 
 def one_line(error: Exception) -> str | None:
     """The message for a mistake or shortage that the user can mend; None for anything else."""
-    import torch
-
     if isinstance(error, EpsdError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
