@@ -20,12 +20,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from epsd.masks import prunable
 from epsd.registry import variant
@@ -89,11 +91,33 @@ class MetaGradient(NamedTuple):
     terms: list[dict[str, float]]
 
 
+def _hard_sigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    return F.relu6(x + 3) / 6
+
+
+def _hard_swish(x: Tensor, inplace: bool = False) -> Tensor:
+    return x * F.relu6(x + 3) / 6
+
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Computes hard activations (MobileNetV3) by their definition: their kernels have no second derivative."""
+
+    _BY_DEFINITION: ClassVar[dict[Any, Callable[..., Tensor]]] = {
+        F.hardsigmoid: _hard_sigmoid,
+        F.hardswish: _hard_swish,
+    }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._BY_DEFINITION.get(func, func)(*args, **(kwargs or {}))
+
+
 @contextmanager
 def scoring(model: nn.Module, train: bool = True) -> Iterator[None]:
     """Put `model` in train or eval mode for a score; restore every module's mode and the random state afterwards.
 
-    Attention runs in its plain form meanwhile: the fused kernels are not twice differentiable.
+    Attention and hard activations run in their plain form meanwhile: the fused kernels are not twice differentiable.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -103,7 +127,7 @@ def scoring(model: nn.Module, train: bool = True) -> Iterator[None]:
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         model.train(train)
-        with torch.random.fork_rng(devices=devices), sdpa_kernel(SDPBackend.MATH):
+        with torch.random.fork_rng(devices=devices), sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
