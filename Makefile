@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: repro test ui check
+.PHONY: repro test ui tune check
 
 repro: .venv/complete  ## run what is stale of prepare, prune, train, evaluate, detect
 	$(BIN)/python -m epsd.stage && $(BIN)/dvc repro
@@ -21,6 +21,9 @@ check: .venv/complete  ## style and types
 ui: .venv/complete  ## the recorded runs in the browser
 	@echo "Runs: $$($(BIN)/python -m epsd.tracking $(PORT))   (Ctrl-C ends it)"
 	$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --default-artifact-root "$(CURDIR)/mlruns"
+
+tune: .venv/complete  ## search the parameters named in the `tune` section of params.yaml
+	$(BIN)/python -m epsd.tuning
 
 # Made again when the lock or the package's own settings change.
 .venv/complete: requirements.lock pyproject.toml
