@@ -12,7 +12,7 @@ from epsd.architectures import ARCHITECTURES
 from epsd.data import Prepared
 from epsd.masks import Mask
 from epsd.params import Params, flatten
-from epsd.pipeline.trained import trained
+from epsd.pipeline.trained import card, trained
 from epsd.registry import choose
 from epsd.runtime import pick_device, state_folder
 from epsd.stage import run_stage
@@ -101,17 +101,7 @@ def log_epoch(tracker: Tracker, record: Record) -> None:
 
 def save(params: Params, data: Prepared, model: nn.Module, mask: Mask, history: list[Record], tracker: Tracker) -> None:
     """Weights, card, curves, and the run's id, which later stages need to add to it."""
-    card = {
-        "architecture": params.architecture,
-        "num_classes": data.num_classes,
-        "class_names": data.class_names,
-        "image_shape": data.image_shape,
-        "mean": data.mean,
-        "std": data.std,
-        "mask": mask.summary(),
-        "seed": params.seed,
-    }
-    artifacts.save_model(model, artifacts.MODEL, card)
+    artifacts.save_model(model, artifacts.MODEL, card(params, data, mask))
     artifacts.write_csv(artifacts.HISTORY, list(history[0]), [list(record.values()) for record in history])
     artifacts.write_json(artifacts.RUN, {"run_id": tracker.run_id, "name": run_name(params)})
     report = artifacts.read_json(artifacts.PRUNE_REPORT)

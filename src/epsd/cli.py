@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-Command = Callable[[argparse.Namespace], None]
+Command = Callable[[argparse.Namespace], int | None]
 
 
 def preset(arguments: argparse.Namespace) -> None:
@@ -22,6 +22,30 @@ def preset(arguments: argparse.Namespace) -> None:
         print(presets.find(arguments.name).read_text(encoding="utf-8"), end="")
 
 
+def tune(arguments: argparse.Namespace) -> int:
+    """Search, show, apply, export."""
+    from pathlib import Path
+
+    from epsd.tuning.search import Request, command
+
+    export = None if arguments.export is None else Path(arguments.export)
+    return command(Request(arguments.trials, arguments.workers, arguments.resume, arguments.apply, export))
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+def _trial(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"there is no trial {number}")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     """Every command with its arguments."""
     top = argparse.ArgumentParser(prog="epsd", description="Early pruning with self-distillation.")
@@ -32,6 +56,21 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--list", action="store_true", help="one line for each (also without NAME)")
     one.add_argument("--apply", action="store_true", help="make it the current params.yaml; a copy is kept")
     one.set_defaults(command=preset)
+
+    one = commands.add_parser("tune", help="search for better parameters, as the section tune of params.yaml says")
+    one.add_argument("--trials", type=_count, metavar="N", help="trials in all, instead of tune.trials")
+    one.add_argument("--workers", type=_count, metavar="N", help="processes here, instead of tune.workers")
+    one.add_argument("--resume", action="store_true", help="go on with the study of this name, or join in")
+    one.add_argument(
+        "--apply",
+        type=_trial,
+        nargs="?",
+        const=-1,
+        metavar="TRIAL",
+        help="write a trial (or the best) into params.yaml",
+    )
+    one.add_argument("--export", metavar="FILE", help="write all trials as CSV")
+    one.set_defaults(command=tune)
     return top
 
 
@@ -42,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command: Command = arguments.command
     try:
-        command(arguments)
+        return command(arguments) or 0
     except EpsdError as error:
         print(f"epsd: {error}", file=sys.stderr)
         return 1

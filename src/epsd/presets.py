@@ -56,6 +56,13 @@ def apply(name: str, target: Path = DEFAULT_PATH) -> Path | None:
     return copy
 
 
+def keep(target: Path) -> Path:
+    """A copy of `target` beside it, `<target>.<date>-<time>`."""
+    copy = _free(target)
+    _write(copy, target.read_bytes())
+    return copy
+
+
 def _free(target: Path) -> Path:
     """A name beside `target` that no file has yet."""
     stamp = time.strftime("%Y%m%d-%H%M%S")

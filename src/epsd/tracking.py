@@ -142,7 +142,8 @@ def identity_tags(stage: str, params: Mapping[str, str]) -> dict[str, str]:
     """Who made the run, from which code, which experiment of DVC and which configuration."""
     found = versions()
     digest = hashlib.sha256(json.dumps(sorted(params.items())).encode()).hexdigest()[:12]
-    tags = {"config_hash": digest, "mlflow.source.name": f"stages/{stage}.py", "mlflow.source.type": "LOCAL"}
+    source = "epsd tune" if stage == "tune" else f"stages/{stage}.py"
+    tags = {"config_hash": digest, "mlflow.source.name": source, "mlflow.source.type": "LOCAL"}
     with contextlib.suppress(Exception):  # no user name in some containers
         import getpass
 
@@ -315,6 +316,8 @@ class _Store:
         """A new run with its identity, tags, description and parameters."""
         tags = {**opening["identity"], **opening["tags"], "epsd.local_id": opening["local"], **(extra or {})}
         tags["mlflow.note.content"] = opening["description"]
+        if parent := opening.get("parent"):
+            tags["mlflow.parentRunId"] = resolve(parent)
         run = self.client.create_run(experiment, opening["time"], tags, opening["name"])
         self._fresh.add(run.info.run_id)
         self.params(run.info.run_id, opening["params"])
@@ -687,6 +690,7 @@ def track(
     experiment: str,
     name: str,
     run_id: str | None = None,
+    parent_run_id: str | None = None,
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, Any] | None = None,
     description: str = "",
@@ -700,6 +704,7 @@ def track(
     run_id : the run to go on in, as a former session gave it (`Tracker.run_id`); None makes a new run. A run that is
         not there any more is replaced by a new one, with a warning. If `params` contradict those of the run, the
         session gets a sibling run (tag `derived_from`) that starts with the metrics that still hold.
+    parent_run_id : the run that this one is shown under (the study of a trial); for a new run only.
     params : flat, dotted names as in params.yaml; numbers are logged as numbers.
     tags : kind, method, dataset, seed ...; who, where, which code and which DVC experiment are added.
     description : shown on the run's page (Markdown).
@@ -710,6 +715,7 @@ def track(
         "time": _milliseconds(),
         "local": f"{LOCAL}{uuid.uuid4().hex}",
         "run": run_id,
+        "parent": parent_run_id,
         "experiment": experiment,
         "name": name,
         "params": texts,

@@ -57,3 +57,17 @@ def batches(params: Params, data: Prepared, split: Any) -> Batches:
         drop_last=training,
         workers=params.data.workers,
     )
+
+
+def card(params: Params, data: Prepared, mask: Mask) -> dict[str, Any]:
+    """What stands beside saved weights: how to build the network again, and what was removed from it."""
+    return {
+        "architecture": params.architecture,
+        "num_classes": data.num_classes,
+        "class_names": data.class_names,
+        "image_shape": data.image_shape,
+        "mean": data.mean,
+        "std": data.std,
+        "mask": mask.summary(),
+        "seed": params.seed,
+    }

@@ -1,0 +1,309 @@
+"""What came of a search: the best trials as a table, Optuna's figures, CSV, and the way back into params.yaml."""
+
+import contextlib
+import html
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from epsd import presets
+from epsd.artifacts import replacing
+from epsd.params import DEFAULT_PATH, Params, flatten, load, parse, read_yaml
+from epsd.runtime import note
+from epsd.tuning import TuningError
+from epsd.tuning.space import REGISTRIES, SEARCHABLE, Space
+from epsd.tuning.study import slot
+from epsd.tuning.worker import shown_value
+
+COLUMNS = 5
+"""Trials side by side in the table."""
+SHOWN_FIGURES = ("val/top1", "val/nll", "model/parameters_nonzero", "model/gflops_sparse", "model/bytes_sparse")
+
+
+def feasible(trial: FrozenTrial) -> bool:
+    """Whether the trial keeps to every constraint."""
+    return all(excess <= 0 for excess in trial.constraints.values())
+
+
+def best(study: optuna.Study) -> list[FrozenTrial]:
+    """The completed trials that keep to the constraints, best first; with several objectives the Pareto front.
+
+    Equal trials stand in the order of their numbers.
+    """
+    signs = [1 if direction.name == "MINIMIZE" else -1 for direction in study.directions]
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    ranked = sorted(
+        (tuple(sign * value for sign, value in zip(signs, trial.values, strict=True)), trial.number, trial)
+        for trial in finished
+        if feasible(trial)
+    )
+    if len(signs) == 1:
+        return [trial for _, _, trial in ranked]
+    costs = [cost for cost, _, _ in ranked]
+    front: list[tuple[tuple[float, ...], FrozenTrial]] = []
+    for cost, _, trial in ranked:
+        beaten = any(other != cost and all(a <= b for a, b in zip(other, cost, strict=True)) for other in costs)
+        if not beaten and cost not in [entry[0] for entry in front]:
+            front.append((cost, trial))
+    return [trial for _, trial in front]
+
+
+def chosen(study: optuna.Study, number: int | None) -> FrozenTrial:
+    """The trial to apply: `number`, or the one best.
+
+    Raises TuningError: no such trial, not complete, none at all, or a front of several without a number.
+    """
+    ranked = best(study)
+    if number is None:
+        if not ranked:
+            raise TuningError(f"study '{study.study_name}' has no finished trial that keeps to the constraints yet.")
+        if len(study.directions) > 1 and len(ranked) > 1:
+            numbers = ", ".join(str(trial.number) for trial in ranked)
+            raise TuningError(
+                f"the front has {len(ranked)} trials: choose one of {numbers} (epsd tune --apply NUMBER)."
+            )
+        return ranked[0]
+    found = next((trial for trial in study.get_trials(deepcopy=False) if trial.number == number), None)
+    if found is None or found.state != TrialState.COMPLETE:
+        state = "is not in it" if found is None else f"is {found.state.name.lower()}"
+        done = ", ".join(str(trial.number) for trial in ranked[:10]) or "(none)"
+        raise TuningError(f"study '{study.study_name}': trial {number} {state}. Complete trials, best first: {done}.")
+    return found
+
+
+# --- table ----------------------------------------------------------------------------------------------------------
+
+
+def table(study: optuna.Study, objectives: list[str]) -> str:
+    """The best trials side by side, parameters and figures in rows; the present params.yaml last, for comparison."""
+    from rich.console import Console
+    from rich.table import Table
+
+    ranked = best(study)
+    columns = ranked[:COLUMNS]
+    first = next((t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("origin")), None)
+    if first is not None and first.state == TrialState.COMPLETE and first not in columns:
+        columns = [*columns, first]
+    if not columns:
+        return "No trial has finished within the constraints."
+    title = "Best trials" if len(objectives) == 1 else f"Pareto front ({len(ranked)} trials)"
+    grid = Table(title=title, title_justify="left", header_style="bold")
+    grid.add_column("")
+    for trial in columns:
+        grid.add_column(
+            f"trial {trial.number}" + ("\nparams.yaml" if trial.user_attrs.get("origin") else ""), justify="right"
+        )
+    for name in dict.fromkeys([*objectives, *SHOWN_FIGURES]):
+        grid.add_row(name, *(shown_value(t.user_attrs["figures"].get(name)) for t in columns))
+    grid.add_section()
+    for key in dict.fromkeys(key for trial in columns for key in trial.params):
+        grid.add_row(key, *(shown_value(t.params[key]) if key in t.params else "-" for t in columns))
+    text = StringIO()
+    width = None if sys.stdout.isatty() else 120
+    Console(file=text, width=width, no_color=not sys.stdout.isatty()).print(grid)
+    return text.getvalue().rstrip()
+
+
+def export(study: optuna.Study, path: Path) -> int:
+    """Every trial that has begun as one line of CSV: number, state, times, values, parameters, figures. Their count."""
+    import pandas as pd
+
+    rows = [_row(study, trial) for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+    with replacing(path) as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False)
+    return len(rows)
+
+
+def _row(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+    seconds = trial.duration.total_seconds() if trial.duration else None
+    known = {key: trial.user_attrs.get(key) for key in ("origin", "retry_of", "lost", "error", "threads", "run_id")}
+    return {
+        "trial": trial.number,
+        "slot": slot(trial),
+        "state": trial.state.name,
+        "feasible": feasible(trial) if trial.state == TrialState.COMPLETE else None,
+        "begun": trial.datetime_start,
+        "seconds": seconds,
+        "epochs_reported": len(trial.intermediate_values),
+        **trial.params,
+        **(trial.user_attrs.get("figures") or {}),
+        **known,
+    }
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+class Plot(NamedTuple):
+    """One of Optuna's figures: file name, title, how each of the two backends draws it."""
+
+    name: str
+    title: str
+    function: str
+    settings: dict[str, Any]
+
+
+def _plots(study: optuna.Study, objectives: list[str]) -> Iterator[Plot]:
+    many = len(objectives) > 1
+    for index, objective in enumerate(objectives):
+        tail, of = (f"-{objective.replace('/', '-')}", f" of {objective}") if many else ("", "")
+        target = {"target": _value(index) if many else None, "target_name": objective}
+        yield Plot(f"history{tail}", f"History{of}", "plot_optimization_history", target)
+        yield Plot(f"importances{tail}", f"Which parameters matter{of}", "plot_param_importances", target)
+        yield Plot(f"parallel{tail}", f"Parallel coordinates{of}", "plot_parallel_coordinate", target)
+        yield Plot(f"slice{tail}", f"Each parameter by itself{of}", "plot_slice", target)
+    if not many:
+        yield Plot("curves", "Validation curves of all trials", "plot_intermediate_values", {})
+    elif len(objectives) <= 3:
+        yield Plot("pareto", "Pareto front", "plot_pareto_front", {"target_names": objectives})
+
+
+def _value(index: int) -> Callable[[FrozenTrial], float]:
+    return lambda trial: float(trial.values[index])
+
+
+def figures(study: optuna.Study, objectives: list[str], folder: Path) -> list[Path]:
+    """Optuna's own figures in `folder`: each as PNG, and all of them in one `study.html` that works offline.
+
+    A figure that needs more trials than there are is left out, with a line that says so.
+    """
+    import logging
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    folder.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    sections: list[str] = []
+    for plot in _plots(study, objectives):
+        try:
+            sections.append(_interactive(study, plot, first=not sections))
+            files.append(_still(study, plot, folder / f"{plot.name}.png"))
+        except Exception as error:  # Optuna raises many kinds where trials are too few or too alike
+            note(f"tune: figure '{plot.name}' left out ({' '.join(str(error).split())[:120] or type(error).__name__}).")
+    page = folder / "study.html"
+    title = html.escape(f"Study {study.study_name}")
+    with replacing(page) as temporary:
+        temporary.write_text(
+            f"<!doctype html><meta charset='utf-8'><title>{title}</title>"
+            f"<body style='font-family: sans-serif; margin: 2em'><h1>{title}</h1>{''.join(sections)}",
+            encoding="utf-8",
+        )
+    return [page, *files]
+
+
+def _interactive(study: optuna.Study, plot: Plot, first: bool) -> str:
+    figure = getattr(optuna.visualization, plot.function)(study, **plot.settings)
+    body: str = figure.to_html(full_html=False, include_plotlyjs=first)
+    return f"<h2>{html.escape(plot.title)}</h2>{body}"
+
+
+def _still(study: optuna.Study, plot: Plot, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from optuna.visualization import matplotlib as drawn
+
+    before = plt.get_backend()
+    plt.switch_backend("agg")
+    try:
+        axes = getattr(drawn, plot.function)(study, **plot.settings)
+        figure = np.ravel(axes)[0].figure
+        figure.set_size_inches(max(figure.get_size_inches()[0], 9), max(figure.get_size_inches()[1], 5))
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
+    finally:
+        plt.close("all")
+        with contextlib.suppress(Exception):
+            plt.switch_backend(before)
+    return path
+
+
+# --- apply ----------------------------------------------------------------------------------------------------------
+
+
+def apply(study: optuna.Study, trial: FrozenTrial, params: Params, target: Path = DEFAULT_PATH) -> Path | None:
+    """Write the trial's parameters into `target`, comments kept; the copy of what was there (None: nothing to change).
+
+    Everything that bears on the trial is written, the fixed values and the number of threads too, so that `dvc repro`
+    or `dvc exp run` gives the trial's validation accuracy again on the same kind of CPU. `params`: the present ones.
+    """
+    facts = study.user_attrs["epsd"]
+    space = Space(parse({**params.model_dump(), **facts["base"], "tune": facts["tune"]}))
+    wanted = space.tree(trial.params)
+    import torch
+
+    threads = int(trial.user_attrs["threads"])
+    if threads != (params.threads or torch.get_num_threads()):
+        wanted["threads"] = threads
+    else:
+        wanted["threads"] = params.threads
+    changes = _changes(read_yaml(target), wanted)
+    if not changes:
+        return None
+    copy = presets.keep(target)
+    _rewrite(target, changes)
+    _verify(target, wanted, copy)
+    return copy
+
+
+def _changes(present: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted name -> new value, of what bears on a trial; a whole choice where its variant changes."""
+    changes: dict[str, Any] = {}
+    known = dict(flatten(present))
+    for section in REGISTRIES:
+        before, after = _at(present, section), _at(wanted, section)
+        if before["name"] != after["name"]:
+            changes[section] = after
+    for key, value in flatten(wanted):
+        bears = key.startswith(SEARCHABLE) or key in ("seed", "device", "threads")
+        inside = any(key.startswith(f"{section}.") for section in changes)
+        if bears and not inside and known.get(key) != value:
+            changes[key] = value
+    return changes
+
+
+def _at(tree: Mapping[str, Any], dotted: str) -> Any:
+    node: Any = tree
+    for part in dotted.split("."):
+        node = node[part]
+    return node
+
+
+def _rewrite(target: Path, changes: Mapping[str, Any]) -> None:
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width = 4096
+    yaml.preserve_quotes = True
+    yaml.representer.add_representer(
+        type(None), lambda made, _: made.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    tree = yaml.load(target.read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = _at(tree, ".".join(parents)) if parents else tree
+        if isinstance(value, Mapping):
+            _replace_choice(node[last], value)
+        else:
+            node[last] = value
+    with replacing(target) as temporary:
+        yaml.dump(tree, temporary)
+
+
+def _replace_choice(node: Any, wanted: Mapping[str, Any]) -> None:
+    """Another variant in the place of this one: settings that both have keep their place and comment."""
+    for key in [key for key in node if key not in wanted]:
+        del node[key]
+    for key, value in wanted.items():
+        node[key] = value
+
+
+def _verify(target: Path, wanted: Mapping[str, Any], copy: Path) -> None:
+    written = dict(flatten(load(target).model_dump()))
+    wrong = [key for key, value in flatten(wanted) if key.startswith(SEARCHABLE) and written.get(key) != value]
+    if wrong:
+        copy.replace(target)
+        raise TuningError(f"{target}: could not be rewritten ({', '.join(wrong)}); it is as it was.")

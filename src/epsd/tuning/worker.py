@@ -1,0 +1,329 @@
+"""One process of the search: takes waiting trials and runs them until none is left. Started by `epsd.tuning.search`.
+
+`python -m epsd.tuning.worker` reads its job (JSON) from stdin.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+
+from epsd import artifacts
+from epsd.data import Prepared
+from epsd.params import LimitParams, Params, flatten, parse
+from epsd.runtime import determinism, mix, no_telemetry, note
+from epsd.tracking import Tracker, track
+from epsd.training import Record
+from epsd.tuning import judge
+from epsd.tuning.judge import Figures
+from epsd.tuning.space import Space, Values
+from epsd.types import EpsdError
+
+INTERRUPTED = 130
+IDLE = 0.5
+"""Seconds between two looks for a slot that another worker may have to give back."""
+HOPELESS = 3
+"""Failed trials, and none that went well, after which a search is given up."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told. `params`: params.yaml with `tune`; `seed`: of its sampler; `since`: the search began."""
+
+    params: dict[str, Any]
+    seed: int
+    threads: int
+    parent: int
+    run_id: str
+    since: float
+
+    def dumps(self) -> str:
+        """As one line."""
+        return json.dumps(asdict(self))
+
+
+class Stopped(BaseException):
+    """Asked to end. No `Exception`: it passes every `except Exception` on its way out."""
+
+
+class Interrupts:
+    """SIGINT and SIGTERM end the work once, but never in the middle of a change to the storage (`shield`)."""
+
+    def __init__(self) -> None:
+        self._asked = self._raised = False
+        self._depth = 0
+
+    def __enter__(self) -> "Interrupts":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self._asked = True
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._asked and not self._raised and not self._depth:
+            self._raised = True
+            raise Stopped
+
+    @contextlib.contextmanager
+    def shield(self) -> Iterator[None]:
+        """Hold a request back until the block is done."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+        self._raise()
+
+
+class Worker:
+    """Runs trials of one study on one loaded data set."""
+
+    def __init__(self, job: Job, interrupts: Interrupts) -> None:
+        from epsd.tuning import study
+
+        self.job, self.interrupts = job, interrupts
+        self.params: Params = parse(job.params)
+        self.tune = self.params.tune
+        self.space = Space(self.params)
+        self.data = Prepared.load(artifacts.DATA)
+        self.storage = study.open_storage(self.tune)
+        self.ledger = study.Ledger(self.storage, self.tune.study)
+        self.sampler = study.sampler(self.tune, job.seed)
+        self.pruner = study.pruner(self.tune, self.params.train.epochs)
+
+    def work(self) -> None:
+        """Until every slot is done, or the search is given up."""
+        while not self._orphaned():
+            with self.interrupts.shield():
+                self.ledger.repair()
+                trials = self.ledger.trials()
+                if not self.ledger.open_slots(trials) or given_up(trials, self.job.since):
+                    return
+                trial_id = self.ledger.claim()
+            if trial_id is None:
+                time.sleep(IDLE)
+            else:
+                self._run(trial_id)
+
+    def _orphaned(self) -> bool:
+        """Whether the search that started this worker is gone."""
+        return os.getppid() != self.job.parent
+
+    def _run(self, trial_id: int) -> None:
+        """One trial from its first suggestion to its last word; what it raises is marked, not passed on."""
+        import optuna
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        from epsd.tuning.study import pulse, storage_errors
+
+        try:
+            with pulse(self.storage, trial_id):
+                with self.interrupts.shield():
+                    study = self.ledger.load(self.sampler, self.pruner)
+                    trial = optuna.trial.Trial(study, trial_id)
+                    values = self.space.suggest(trial)
+                    trial.set_user_attr("threads", torch.get_num_threads())
+                try:
+                    self._judge(study, trial, values)
+                except Stopped:
+                    self.ledger.give_up(_frozen(study, trial.number), "interrupted")
+                    raise
+                except (UpdateFinishedTrialError, *storage_errors()):
+                    raise
+                except Exception as error:
+                    self._failed(study, trial, error)
+        except UpdateFinishedTrialError:  # declared lost meanwhile (a machine that slept): its slot is another's now
+            note(f"tune: trial {trial_id} took so long to give a sign of life that it was given to another worker.")
+
+    def _judge(self, study: Any, trial: Any, values: Values) -> None:
+        import optuna
+
+        if (twin := self._twin(study, trial.number, values)) is not None:
+            self._copy(study, trial, twin)
+            return
+        params = self.space.params(values)
+        with self._tracked(params, trial, values) as tracker:
+            try:
+                figures = judge.run(params, self.data, self._watch(trial, tracker))
+            except optuna.TrialPruned as stop:
+                tracker.tags({"trial.state": "PRUNED"})
+                with self.interrupts.shield():
+                    self._record(trial, stop.args[0], tracker)
+                    study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                return
+            except Exception:
+                tracker.tags({"trial.state": "FAILED"})
+                raise
+            except Stopped:
+                tracker.tags({"trial.state": "INTERRUPTED"})
+                raise
+            tracker.tags({"trial.state": "COMPLETE"})
+            with self.interrupts.shield():
+                self._record(trial, figures, tracker)
+                study.tell(trial, [figures[name] for name in self.tune.objectives])
+
+    def _watch(self, trial: Any, tracker: Tracker) -> Callable[[Record, Callable[[], Figures]], None]:
+        """Per epoch: curve to MLflow, and (one objective) to the pruner, which may end the trial."""
+        import optuna
+
+        first = next(iter(self.tune.objectives))
+        reports = len(self.tune.objectives) == 1
+
+        def watch(record: Record, figures: Callable[[], Figures]) -> None:
+            epoch = int(record["epoch"])
+            tracker.metrics({name: value for name, value in record.items() if name != "epoch"}, step=epoch)
+            if self._orphaned():
+                raise Stopped
+            if not reports or epoch >= self.params.train.epochs:
+                return
+            with self.interrupts.shield():
+                trial.report(record[first] if first in record else figures()[first], epoch)
+                stop = trial.should_prune()
+            if stop:
+                raise optuna.TrialPruned(figures())
+
+        return watch
+
+    def _record(self, trial: Any, figures: Figures, tracker: Tracker) -> None:
+        """Figures and constraints, before the trial is told to be over."""
+        trial.set_user_attr("figures", figures)
+        trial.set_user_attr("run_id", tracker.run_id)
+        for name, limit in self.tune.constraints.items():
+            for key, excess in excesses(name, limit, figures[name]).items():
+                trial.set_constraint(key, excess)
+        tracker.metrics(figures)
+
+    def _failed(self, study: Any, trial: Any, error: Exception) -> None:
+        """Keep the error; the slot goes back with new values, as the same would fail again."""
+        import optuna
+
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:1000]
+        with self.interrupts.shield():
+            trial.set_user_attr("error", text)
+            number = int(trial.user_attrs["slot"])
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            self.ledger.add(number, retry_of=trial.number)
+
+    def _twin(self, study: Any, number: int, values: Values) -> Any:
+        """A finished trial of the very same values: the result would be the same to the bit."""
+        from epsd.tuning.study import DONE
+
+        return next((t for t in study.get_trials(deepcopy=False, states=DONE) if t.params == values), None)
+
+    def _copy(self, study: Any, trial: Any, twin: Any) -> None:
+        with self.interrupts.shield():
+            for key in ("figures", "run_id"):
+                trial.set_user_attr(key, twin.user_attrs.get(key))
+            trial.set_user_attr("same_as", twin.number)
+            for key, value in twin.constraints.items():
+                trial.set_constraint(key, value)
+            for step, value in twin.intermediate_values.items():
+                trial.report(value, step)
+            study.tell(trial, twin.values if twin.state.name == "COMPLETE" else None, state=twin.state)
+
+    def _tracked(self, params: Params, trial: Any, values: Values) -> contextlib.AbstractContextManager[Tracker]:
+        frozen = dict(trial.user_attrs)
+        return track(
+            "tune",
+            experiment=params.tracking.experiment,
+            name=f"trial-{trial.number}",
+            parent_run_id=self.job.run_id,
+            params=dict(flatten(params.model_dump())),
+            tags={
+                "kind": "trial",
+                "method": f"{params.prune.score['name']}+{params.objective['name']}",
+                "dataset": params.dataset["name"],
+                "seed": params.seed,
+                "study": self.tune.study,
+                "trial.number": trial.number,
+                "trial.state": "RUNNING",
+                "threads": torch.get_num_threads(),
+                **{f"trial.{key}": frozen[key] for key in ("origin", "retry_of", "reason") if key in frozen},
+            },
+            description=", ".join(f"{key} = {shown_value(value)}" for key, value in values.items()),
+        )
+
+
+def shown_value(value: Any) -> str:
+    """A value in a few characters; counts of thousands in full."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def excesses(name: str, limit: LimitParams, value: float) -> dict[str, float]:
+    """By how much a figure breaks its limits; at most 0 where it keeps to them."""
+    found = {}
+    if limit.at_most is not None:
+        found[f"{name} at most {limit.at_most:g}"] = value - limit.at_most
+    if limit.at_least is not None:
+        found[f"{name} at least {limit.at_least:g}"] = limit.at_least - value
+    return found
+
+
+def failures(trials: list[Any], since: float) -> list[Any]:
+    """Trials that raised an error in the present search, the first one first."""
+    recent = [t for t in trials if "error" in t.user_attrs and t.datetime_complete is not None]
+    return sorted(
+        (t for t in recent if t.datetime_complete.timestamp() >= since), key=lambda t: t.datetime_complete.timestamp()
+    )
+
+
+def given_up(trials: list[Any], since: float) -> bool:
+    """Whether everything fails: the first few did and nothing ever went well, or more failed than went well."""
+    from epsd.tuning.study import DONE
+
+    failed, done = len(failures(trials, since)), sum(trial.state in DONE for trial in trials)
+    return failed >= HOPELESS and failed > 2 * done
+
+
+def _frozen(study: Any, number: int) -> Any:
+    return next(trial for trial in study.get_trials(deepcopy=False) if trial.number == number)
+
+
+def worker_seed(params: Params, existing: int, index: int, joined: str) -> int:
+    """Of a worker's sampler: new for each session (`existing` trials before it) and worker, the same when repeated."""
+    return mix(params.seed, "sampler", existing, index, joined)
+
+
+def main() -> int:
+    """Run the job on stdin; the exit status says how it ended."""
+    from epsd.tuning.study import storage_errors, unreachable
+
+    job = Job(**json.loads(sys.stdin.read()))
+    no_telemetry()
+    warnings.simplefilter("ignore")  # of a trial's own choices: layers left without weights, and the like
+    torch.set_num_threads(job.threads)
+    determinism()
+    with Interrupts() as interrupts:
+        try:
+            Worker(job, interrupts).work()
+        except Stopped:
+            return INTERRUPTED
+        except EpsdError as error:
+            note(f"tune: {error}")
+            return 1
+        except storage_errors() as error:
+            note(f"tune: {unreachable(job.params['tune']['storage'], error)}")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
