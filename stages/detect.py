@@ -8,16 +8,15 @@ from torch import nn
 
 from epsd import artifacts, detection, figures, pictures
 from epsd.architectures import ARCHITECTURES
-from epsd.data import Augmentation, Prepared
+from epsd.data import Prepared
 from epsd.detectors import DETECTORS, Picture
 from epsd.masks import Mask
-from epsd.objectives import OBJECTIVES
 from epsd.params import Params, flatten
+from epsd.pipeline.trained import trained as train_classifier
 from epsd.registry import choose
 from epsd.runtime import mix, pick_device, pick_precision, seed_everything
 from epsd.stage import run_stage
 from epsd.tracking import Tracker, track
-from epsd.training import Recipe, fit
 from epsd.voc import Detections, VocIndex
 
 
@@ -157,18 +156,7 @@ def beside(task: Task) -> dict[str, float]:
 
 def train_dense(params: Params, model: nn.Module) -> None:
     """Train the whole network as `train` trains the pruned one: same recipe, objective, batches and seed; in place."""
-    batches = Prepared.load(artifacts.DATA).batches(
-        "train",
-        batch_size=params.train.batch_size,
-        seed=mix(params.seed, "train"),
-        device=pick_device(params.device),
-        augmentation=Augmentation(params.data.crop_padding, params.data.flip),
-        shuffle=True,
-        drop_last=True,
-        workers=params.data.workers,
-    )
-    recipe = Recipe(**params.train.model_dump(exclude={"batch_size"}))
-    fit(model, batches, objective=choose(OBJECTIVES, params.objective), recipe=recipe, seed=params.seed)
+    train_classifier(params, Prepared.load(artifacts.DATA), model, Mask.dense(model), on_epoch=lambda record: None)
 
 
 def log_epoch(tracker: Tracker, row: dict[str, float]) -> None:

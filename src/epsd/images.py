@@ -24,11 +24,12 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def decode(content: bytes, name: str, *, grayscale: bool = False) -> "Image":
+def decode(content: bytes, name: str, *, grayscale: bool = False, upright: bool = True) -> "Image":
     """The picture as it is meant to be seen, in mode RGB, or L with `grayscale`.
 
     Grey, palette, CMYK, 1-bit and 16-bit images are converted (16-bit scaled to 8), the EXIF orientation is
-    applied, transparent parts become white. Of an animation, the first frame.
+    applied, transparent parts become white. Of an animation, the first frame. `upright` False: the pixels as they are
+    stored, for boxes that were drawn on them so.
 
     Raises ImageError naming `name` when the content is truncated, corrupt, or no image.
     """
@@ -37,8 +38,8 @@ def decode(content: bytes, name: str, *, grayscale: bool = False) -> "Image":
     try:
         with Image.open(io.BytesIO(content)) as picture:
             picture.load()
-            upright = ImageOps.exif_transpose(picture)
-            return _to_mode(upright, "L" if grayscale else "RGB")
+            turned = ImageOps.exif_transpose(picture) if upright else picture
+            return _to_mode(turned, "L" if grayscale else "RGB")
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not an image, or one that is damaged at its start.") from None
     except Exception as error:  # Pillow's readers raise nearly any type on damaged input

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epsd import artifacts
+from epsd.images import decode, pixels
 from epsd.types import EpsdError
 
 Floats = npt.NDArray[np.float64]
@@ -227,16 +228,15 @@ def _probe(path: Path) -> tuple[tuple[int, int], int, bytes]:
 
 
 def read_picture(scene: Scene, channels: int) -> npt.NDArray[np.uint8]:
-    """The pixels of a scene, (channels, height, width): grey for 1 channel, RGB for 3. VocError names a bad file."""
-    from PIL import Image, ImageOps
+    """The pixels of a scene, (channels, height, width): grey for 1 channel, RGB for 3.
 
+    Raises VocError (missing) or ImageError (damaged), naming the file.
+    """
     try:
-        with Image.open(scene.image) as image:
-            turned = ImageOps.exif_transpose(image) if scene.upright else image
-            pixels = np.array(turned.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise VocError(f"{scene.image}: not a readable picture ({error}).") from None
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        content = scene.image.read_bytes()
+    except OSError as error:
+        raise VocError(f"{scene.image}: cannot be read ({error.strerror or error}).") from None
+    return pixels(decode(content, str(scene.image), grayscale=channels == 1, upright=scene.upright))
 
 
 OnBadBox = Literal["error", "drop"]
