@@ -15,6 +15,9 @@ repro: .venv/complete  ## run what is stale of prepare, prune, train, evaluate, 
 test: .venv/complete  ## every test
 	$(BIN)/python -m pytest
 
+tune: .venv/complete  ## search for better parameters (section tune of params.yaml); TUNE="--trials 40 --workers 2 --resume"
+	$(BIN)/dvc repro prepare && $(BIN)/epsd tune $(TUNE)
+
 check: .venv/complete  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 

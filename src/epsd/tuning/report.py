@@ -293,6 +293,16 @@ def _rewrite(target: Path, changes: Mapping[str, Any]) -> None:
         yaml.dump(tree, temporary)
 
 
+def _null(made: Any, _: None) -> Any:
+    return made.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+def _number(made: Any, value: float) -> Any:
+    """1e-05 as 1.0e-05, which is a number for readers of YAML 1.1 too."""
+    text = repr(value)
+    return made.represent_scalar("tag:yaml.org,2002:float", text if "." in text else text.replace("e", ".0e"))
+
+
 def _replace_choice(node: Any, wanted: Mapping[str, Any]) -> None:
     """Another variant in the place of this one: settings that both have keep their place and comment."""
     for key in [key for key in node if key not in wanted]:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import platform
+import re
 import threading
 import time
 import warnings
@@ -17,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import optuna
 from filelock import FileLock
@@ -81,8 +81,7 @@ def shown(url: str | None) -> str:
     """The storage as it may be printed: without a password."""
     if url is None:
         return str(default_journal())
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else url
+    return re.sub(r"//[^/@]*@", "//", url)
 
 
 def open_storage(tune: TuneParams) -> BaseStorage:
@@ -96,9 +95,10 @@ def open_storage(tune: TuneParams) -> BaseStorage:
     while True:
         try:
             return _database(tune.storage, tune.heartbeat)
-        except ModuleNotFoundError as error:
+        except ImportError as error:  # Optuna hides which
+            missing = error.name or getattr(error.__cause__ or error.__context__, "name", None)
             raise TuningError(
-                f"tune.storage: {shown(tune.storage)} needs the Python package '{error.name}' "
+                f"tune.storage: {shown(tune.storage)} needs the Python package '{missing}' "
                 "(PostgreSQL: pip install 'epsd[postgres]')."
             ) from None
         except Exception as error:  # also the race of several processes that make the tables of a fresh database
