@@ -278,9 +278,8 @@ def _rewrite(target: Path, changes: Mapping[str, Any]) -> None:
     yaml = YAML()
     yaml.width = 4096
     yaml.preserve_quotes = True
-    yaml.representer.add_representer(
-        type(None), lambda made, _: made.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
+    for kind, written in ((type(None), _null), (float, _number)):
+        yaml.representer.add_representer(kind, written)
     tree = yaml.load(target.read_text(encoding="utf-8"))
     for key, value in changes.items():
         *parents, last = key.split(".")

@@ -199,7 +199,7 @@ class _Search:
         tracker.metrics({f"study/{name}": count for name, count in tally(trials).items()})
         tracker.tags({"study.state": "complete" if not self.ledger.open_slots(trials) else "unfinished"})
         ranked = report.best(self.ledger.study)
-        if ranked:
+        if ranked and len(self.params.tune.objectives) == 1:
             tracker.tags({"study.best": ranked[0].number})
             tracker.metrics(ranked[0].user_attrs["figures"])
         if self.asked_to_stop or not ranked:
