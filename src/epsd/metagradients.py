@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from epsd.masks import prunable
 from epsd.registry import variant
+from epsd.runtime import to_device
 from epsd.types import Batch, EpsdError, Forward, Loss, Objective, Scores
 
 Reading = Literal["full", "first_order", "local"]
@@ -383,12 +384,6 @@ def mask_gradient(
     if full:
         outer = unroll.back(outer, detach_first_step=detach_first_step and momentum > 0)
     return MetaGradient({name: outer[name] * factor[name] for name in names}, unroll.losses, unroll.terms)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """`batch` on `device`; no copy where it is there already."""
-    partner = None if batch.partner is None else batch.partner.to(device)
-    return Batch(batch.images.to(device), batch.labels.to(device), batch.indices.to(device), partner)
 
 
 def draw(batches: Iterable[Batch], count: int, who: str, device: torch.device) -> list[Batch]:

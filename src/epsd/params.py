@@ -1,8 +1,8 @@
 """Typed params.yaml: load, check, override by dotted name.
 
 Every number that a result depends on is here, under the same dotted name in YAML, in code, in MLflow and in
-Optuna. A choice (`dataset`, `architecture`, `objective`, `prune.score`, `voc`, `detect.detector`) is one mapping, `name` plus
-the settings of that variant, which the variant itself checks (`epsd.registry.choose`).
+Optuna. A choice (`dataset`, `architecture`, `objective`, `prune.score`, `voc`, `detect.detector`) is one mapping,
+`name` plus the settings of that variant, which the variant itself checks (`epsd.registry.choose`).
 """
 
 from collections.abc import Iterator, Mapping

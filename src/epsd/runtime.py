@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from epsd.types import EpsdError
+from epsd.types import Batch, EpsdError
 
 STATE = ".epsd"
 """Folder (git-ignored) under the project's root for locks, checkpoints and the spool of the tracker."""
@@ -105,6 +105,12 @@ def pick_device(name: str = "auto") -> torch.device:
     if name not in found:
         raise EpsdError(f"device: '{name}' is not on this machine. Valid here: auto, {', '.join(found)}.")
     return torch.device(name)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """`batch` on `device`; no copy where it is there already."""
+    partner = None if batch.partner is None else batch.partner.to(device)
+    return Batch(batch.images.to(device), batch.labels.to(device), batch.indices.to(device), partner)
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype | None:

@@ -16,9 +16,8 @@ from epsd import checkpoints
 from epsd.console import Progress
 from epsd.losses import as_objective, cross_entropy
 from epsd.masks import Mask, MaskHolder
-from epsd.metagradients import to_device
 from epsd.registry import variant
-from epsd.runtime import mix, pick_precision
+from epsd.runtime import mix, pick_precision, to_device
 from epsd.types import Batch, Batches, EpsdError, Objective
 
 Record = dict[str, float]

@@ -1,6 +1,7 @@
 """The words every module shares: a batch, a loss, the protocols of the choices. No logic."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Loss(NamedTuple):
     total: Tensor
     terms: dict[str, Tensor]
     logits: Tensor
-    parts: dict[str, Tensor] = {}
+    parts: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Objective(Protocol):
@@ -56,7 +57,8 @@ class Objective(Protocol):
     """
 
     @property
-    def needs(self) -> BatchNeeds: ...
+    def needs(self) -> BatchNeeds:
+        """What a batch must carry for this method."""
 
     def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
         """Forget all state. `train_size` images in the training split, `num_classes` logits."""
@@ -67,13 +69,15 @@ class Objective(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers, enough to resume exactly."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
 
 
 class Score(Protocol):
     """One early-pruning criterion. It leaves parameters, buffers, mode and random state of `model` untouched."""
 
-    def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores: ...
+    def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
+        """Draws from `batches` what it needs; `objective` has begun with purpose "score"."""
 
 
 @runtime_checkable
@@ -86,7 +90,8 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """Batches in an epoch."""
 
-    def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]: ...
+    def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]:
+        """The batches of epoch `number`, with what `needs` asks for."""
 
 
 class EpsdError(Exception):
