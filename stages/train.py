@@ -106,7 +106,6 @@ def save(params: Params, data: Prepared, model: nn.Module, mask: Mask, history: 
     artifacts.write_json(artifacts.RUN, {"run_id": tracker.run_id, "name": run_name(params)})
     report = artifacts.read_json(artifacts.PRUNE_REPORT)
     tracker.metrics({f"mask/{name}": value for name, value in report.items()})
-    tracker.metrics({f"data/{split}": size for split, size in data.sizes.items()})
     tracker.dataset(params.dataset["name"], data.digest, str(data.index.get("source", "")), data.sizes)
     tracker.artifact(artifacts.MODEL, folder="model")
     tracker.artifact(artifacts.MODEL_CARD, folder="model")
