@@ -8,9 +8,12 @@ from epsd.runtime import quiet
 
 
 class Progress:
-    """A bar over `total` steps with a text that says how it goes. Silent when quiet or when stderr is no terminal."""
+    """A bar over `total` steps with a text that says how it goes. Silent when quiet or when stderr is no terminal.
 
-    def __init__(self, title: str, total: int, done: int = 0) -> None:
+    `time_left`: estimated from the last half minute, so not for steps that take longer.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0, *, time_left: bool = True) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -19,7 +22,7 @@ class Progress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            *([TimeRemainingColumn()] if time_left else []),
             TextColumn("{task.fields[text]}"),
         )
         shown = not quiet() and sys.stderr.isatty()

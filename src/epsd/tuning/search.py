@@ -255,7 +255,8 @@ class _Board:
         trials = ledger.trials()
         self._seen = {trial.number for trial in trials if trial.state.is_finished()}
         self._done = sum(trial.state in DONE for trial in trials)
-        self._bar = Progress("tune", ledger.target, self._done)
+        self._begun, self._before = time.monotonic(), self._done
+        self._bar = Progress("tune", ledger.target, self._done, time_left=False)
         self._lines = not quiet() and not sys.stderr.isatty()
 
     def __enter__(self) -> "_Board":
@@ -273,7 +274,15 @@ class _Board:
                 self._finished(trial)
         counts = tally(trials)
         parts = [self._best(), *(f"{counts[name]} {name}" for name in ("running", "pruned", "failed") if counts[name])]
-        self._bar.say(", ".join(filter(None, parts)))
+        self._bar.say(", ".join([*parts, *self._left()]))
+
+    def _left(self) -> list[str]:
+        """Time that the other trials may take, at the pace so far; nothing before the first is done."""
+        done, todo = self._done - self._before, self._ledger.target - self._done
+        if not done or todo <= 0:
+            return []
+        minutes, seconds = divmod(round((time.monotonic() - self._begun) / done * todo), 60)
+        return [f"{minutes}:{seconds:02d} left"]
 
     def _finished(self, trial: FrozenTrial) -> None:
         if trial.state in DONE:
@@ -282,7 +291,8 @@ class _Board:
             if len(self._objectives) == 1 and (ranked := report.best(self._ledger.study)):
                 self._tracker.metrics({f"study/best {self._objectives[0]}": ranked[0].values[0]}, step=self._done)
         if self._lines:
-            note(f"tune: {self._done}/{self._ledger.target} {_told(trial, self._objectives)}; {self._best()}")
+            told = "; ".join([_told(trial, self._objectives), self._best(), *self._left()])
+            note(f"tune: {self._done}/{self._ledger.target} {told}")
 
     def _best(self) -> str:
         ranked = report.best(self._ledger.study)
