@@ -25,9 +25,6 @@ ui: .venv/complete  ## the recorded runs in the browser
 	@echo "Runs: $$($(BIN)/python -m epsd.tracking $(PORT))   (Ctrl-C ends it)"
 	$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --default-artifact-root "$(CURDIR)/mlruns"
 
-tune: .venv/complete  ## search the parameters named in the `tune` section of params.yaml
-	$(BIN)/python -m epsd.tuning
-
 # Made again when the lock or the package's own settings change.
 .venv/complete: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "epsd needs Python 3.11 or later: make PYTHON=python3.11 ...")'
