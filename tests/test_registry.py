@@ -1,0 +1,67 @@
+"""choose(): from a mapping to an object, or one error that lists what is valid."""
+
+from typing import Annotated
+
+import pytest
+from pydantic import Field
+
+from epsd.registry import ParamsError, choose, settings_of, stateful_variant, variant
+
+
+@variant
+class Circle:
+    radius: Annotated[float, Field(gt=0)] = 1.0
+    label: str = "c"
+
+
+@stateful_variant
+class Counter:
+    start: int = 0
+
+    def count(self) -> int:
+        self.start += 1
+        return self.start
+
+
+SHAPES: dict[str, type] = {"circle": Circle, "counter": Counter}
+
+
+def test_the_named_variant_with_its_settings() -> None:
+    assert choose(SHAPES, {"name": "circle", "radius": 2.0}) == Circle(radius=2.0)
+    assert choose(SHAPES, {"name": "circle", "radius": 2}).radius == 2.0
+    assert settings_of(Circle) == ["radius", "label"]
+
+
+def test_the_choice_itself_is_left_as_it_is() -> None:
+    choice = {"name": "circle", "radius": 2.0}
+    choose(SHAPES, choice)
+    assert choice == {"name": "circle", "radius": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"name": "cirlce"}, r"shape\.name: unknown 'cirlce'\. Did you mean 'circle'\? Valid: circle, counter"),
+        ({}, r"shape\.name: unknown 'None'"),
+        ({"name": "circle", "radiu": 1.0}, r"shape \(circle\): unknown 'radiu'\. Did you mean 'radius'\?"),
+        ({"name": "circle", "radius": -1.0}, r"shape\.radius: input should be greater than 0 \(given: -1\.0\)"),
+        ({"name": "circle", "radius": "big"}, r"shape\.radius"),
+        ({"name": "circle", "radius": True}, r"shape\.radius"),
+    ],
+)
+def test_mistakes(choice: dict[str, object], message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
+        choose(SHAPES, choice, "shape")
+
+
+def test_variants_are_values_and_stateful_ones_are_not() -> None:
+    with pytest.raises(AttributeError):
+        Circle().radius = 3.0  # type: ignore[misc]
+    counter = Counter(start=4)
+    assert counter.count() == 5
+    assert hash(Circle()) == hash(Circle())
+
+
+def test_direct_construction_is_checked_too() -> None:
+    with pytest.raises(ValueError, match="greater than 0"):
+        Circle(radius=0.0)
