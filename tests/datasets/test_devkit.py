@@ -1,6 +1,11 @@
 """Devkits as folders and archives, one year or several, under any name."""
 
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -8,7 +13,9 @@ from devkits import devkit
 from epsd import voc
 from epsd.archives import ArchiveError
 from epsd.datasets import DEVKITS
+from epsd.datasets import devkit as module
 from epsd.datasets.devkit import Devkit
+from epsd.downloads import DownloadError, Published
 from epsd.registry import ParamsError, choose
 from pictures import tarred, write, zipped
 
@@ -107,3 +114,67 @@ def test_truncated_archive_is_named(tmp_path: Path) -> None:
 def test_bad_settings(settings: dict[str, object]) -> None:
     with pytest.raises(ParamsError, match=r"^voc"):
         choose(DEVKITS, {"name": "devkit", **settings}, "voc")
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """Serves the archives of the test by name and counts what is asked for."""
+
+    archives: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        name = self.path.rpartition("/")[2]
+        self.asked.append(name)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.archives[name])))
+        self.end_headers()
+        self.wfile.write(self.archives[name])
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Site]]:
+    made = {"2007": devkit(TRAIN), "2007-test": devkit(TEST), "2012": devkit(YEAR_2012, prefix="VOCdevkit/VOC2012")}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    Site.asked.clear()
+    for part, files in made.items():
+        content = tarred(tmp_path / f"made-{part}.tar", files).read_bytes()
+        name = module.PUBLISHED[part].name
+        Site.archives[name] = content
+        url = f"http://127.0.0.1:{server.server_address[1]}/{name}"
+        published = Published(name, url, f"md5:{hashlib.md5(content).hexdigest()}")
+        monkeypatch.setitem(module.PUBLISHED, part, published)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Site
+    server.shutdown()
+
+
+def test_what_is_asked_for_is_fetched_once(tmp_path: Path, site: type[Site]) -> None:
+    kit = Devkit(
+        root=str(tmp_path / "voc"),
+        train=["VOC2007/trainval", "VOC2012/trainval"],
+        download=["2007", "2007-test", "2012"],
+    )
+    expected = FOUND | {"train": ["000001", "2008_000003"]}
+    assert ids(kit, tmp_path / "out") == expected
+    assert ids(kit, tmp_path / "again") == expected
+    assert sorted(site.asked) == sorted(site.archives), "the second time nothing was fetched"
+
+
+def test_an_unpacked_devkit_is_not_fetched(tmp_path: Path, site: type[Site]) -> None:
+    root = write(tmp_path / "voc", devkit(TRAIN | TEST))
+    assert ids(Devkit(root=str(root), download=["2007", "2007-test"]), tmp_path / "out") == FOUND
+    assert site.asked == []
+
+
+def test_a_wrong_checksum_is_refused(tmp_path: Path, site: type[Site]) -> None:
+    site.archives[module.PUBLISHED["2007"].name] += b"changed"
+    with pytest.raises(DownloadError, match="checksum"):
+        Devkit(root=str(tmp_path / "voc"), download=["2007"])(tmp_path / "out", seed=0)
+
+
+def test_without_download_the_message_names_the_files_to_place(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match=r"VOCtrainval_06-Nov-2007\.tar.*voc\.download"):
+        Devkit(root=str(tmp_path / "voc"))(tmp_path / "out", seed=0)

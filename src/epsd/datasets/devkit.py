@@ -7,8 +7,27 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from epsd.archives import ArchiveError, Tree, is_archive, open_tree, unpack
+from epsd.downloads import Published, fetch
 from epsd.registry import variant
 from epsd.runtime import located
+
+SITE = "http://host.robots.ox.ac.uk/pascal/VOC"
+PUBLISHED = {
+    "2007": Published(
+        "VOCtrainval_06-Nov-2007.tar",
+        f"{SITE}/voc2007/VOCtrainval_06-Nov-2007.tar",
+        "md5:c52e279531787c972589f7e41ab4ae64",
+    ),
+    "2007-test": Published(
+        "VOCtest_06-Nov-2007.tar", f"{SITE}/voc2007/VOCtest_06-Nov-2007.tar", "md5:b6e924de25625d8de591ea690078ad9f"
+    ),
+    "2012": Published(
+        "VOCtrainval_11-May-2012.tar",
+        f"{SITE}/voc2012/VOCtrainval_11-May-2012.tar",
+        "md5:6cd6e144f989b92b3379bac3b3de84fd",
+    ),
+}
+"""What the organisers publish (0.4, 0.4 and 1.9 GB). Addresses and checksums are those that torchvision uses."""
 
 PARTS = ("ImageSets/Main/", "Annotations/", "JPEGImages/")
 
@@ -29,6 +48,8 @@ class Devkit:
     bad_boxes : a box without area or outside its picture is an "error", or is left out ("drop") and counted.
     empty : a picture without boxes is an "error", or is kept as "background".
     limit : [1, ...) pictures per split, drawn by seed; null: all.
+    download : which of "2007", "2007-test", "2012" to fetch into the folder `root` where they are not there yet. It
+        accepts the terms: the pictures are from flickr, whose terms of use hold.
     """
 
     root: str
@@ -39,6 +60,7 @@ class Devkit:
     bad_boxes: Literal["error", "drop"] = "error"
     empty: Literal["error", "background"] = "error"
     limit: Annotated[int, Field(ge=1)] | None = None
+    download: list[Literal["2007", "2007-test", "2012"]] = Field(default_factory=list)
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -57,13 +79,30 @@ class Devkit:
 
         `seed`, `images`, `class_names` (of the classification stage) have no part in it.
 
-        Raises ArchiveError: `root` is missing, damaged, points outside itself, or lacks an image set.
+        Raises ArchiveError: `root` is missing, damaged, points outside itself, or lacks an image set. DownloadError:
+        see `epsd.downloads.fetch`.
         """
-        found = list(_devkits(located(self.root), folder))
+        root = located(self.root)
+        for part in self.download:
+            _fetched(root, part)
+        if not root.exists():
+            names = ", ".join(published.name for published in PUBLISHED.values())
+            raise ArchiveError(
+                f"{root}: no such folder or archive. For Pascal VOC place {names} there, or set voc.download; "
+                "for a devkit of your own, set voc.root to its folder or archive."
+            )
+        found = list(_devkits(root, folder))
         return {
             split: [_find(found, name, self.root) for name in getattr(self, split)]
             for split in ("train", "validation", "test")
         }
+
+
+def _fetched(root: Path, part: str) -> None:
+    """The published archive of one part in `root`, unless that part lies there unpacked."""
+    year, _, split = part.partition("-")
+    if not any(root.glob(f"**/VOC{year}/ImageSets/Main/{split or 'trainval'}.txt")):
+        fetch(PUBLISHED[part], root)
 
 
 def _devkits(root: Path, folder: Path) -> Iterator[tuple[Path, str]]:
