@@ -14,8 +14,8 @@ import torch
 from epsd import artifacts, sparse
 from epsd.architectures.resnet import ResNet
 from epsd.masks import Mask, prunable
-from epsd.params import load
 
+NET = ResNet(depth=20, width=0.5)
 STAGE = Path(__file__).resolve().parent.parent / "stages" / "evaluate.py"
 
 
@@ -35,15 +35,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     text = (STAGE.parent.parent / "params.yaml").read_text()
     (folder / "params.yaml").write_text(text.replace("latency_repeats: 20", "latency_repeats: 2"))
-    params = load(folder / "params.yaml")
     index = prepare(Digits()(), folder / artifacts.DATA, seed=0, limit=20, validation=0.1, test=0.2)
     shape = tuple(index["image_shape"])
     torch.manual_seed(0)
-    net = ResNet(depth=20, width=0.5)(10, shape)
+    net = NET(10, shape)
     mask = Mask.from_scores({name: weight.detach().abs() for name, weight in prunable(net).items()}, 0.9)
     mask.apply_(net)
     card = {
-        "architecture": params.architecture,
+        "architecture": {"name": "resnet", "depth": NET.depth, "width": NET.width},
         "num_classes": 10,
         "class_names": index["class_names"],
         "image_shape": shape,
@@ -88,7 +87,7 @@ def test_figures_agree_with_each_other(project: Path, done: subprocess.Completed
 
 def test_cost_is_recounted_from_the_weights(project: Path, done: subprocess.CompletedProcess[str]) -> None:
     model = json.loads((project / artifacts.METRICS).read_text())["model"]
-    weights = prunable(ResNet(depth=20, width=0.5)(10, (1, 8, 8)))
+    weights = prunable(NET(10, (1, 8, 8)))
     total = sum(weight.numel() for weight in weights.values())
     assert model["prunable"] == total
     assert model["prunable"] - model["prunable_nonzero"] == round(0.9 * total)
