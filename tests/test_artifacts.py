@@ -1,13 +1,15 @@
 """Files are written whole or not at all, models and tables come back as they were, and errors name the file."""
 
 import math
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from epsd import artifacts
+from epsd import artifacts, checkpoints
 from epsd.artifacts import ArtifactError
 
 
@@ -63,6 +65,38 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="cannot be written"):
         artifacts.write_json(tmp_path / "file" / "a.json", {})
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB with a small model and a checkpoint on it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("a full disk needs the right to mount a small file system")
+    artifacts.save_model(net(), disk / "model.safetensors", {"size": "small"})
+    checkpoints.save(disk / "last.safetensors", {"w": torch.zeros(3)}, "m")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_what_was_there_stays(full_disk: Path) -> None:
+    before = {path.name: path.read_bytes() for path in full_disk.iterdir()}
+    attempts: list[Callable[[], None]] = [
+        lambda: artifacts.save_model(nn.Linear(500, 500), full_disk / "model.safetensors", {"size": "large"}),
+        lambda: checkpoints.save(full_disk / "last.safetensors", {"w": torch.zeros(500, 500)}, "m"),
+        lambda: artifacts.write_json(full_disk / "model.json", {"text": "x" * 400_000}),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ArtifactError, match=r"cannot be written \(No space left on device") as error:
+            attempt()
+        assert "\n" not in str(error.value)
+        assert {path.name: path.read_bytes() for path in full_disk.iterdir()} == before
 
 
 @pytest.mark.parametrize(("text", "words"), [("[1]", "expected a JSON mapping"), ("{", "cannot be read")])

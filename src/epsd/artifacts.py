@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import tempfile
@@ -77,6 +78,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    except Exception as error:  # safetensors wraps the system's error in its own
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise ArtifactError(f"{path}: cannot be written ({os.strerror(errno.ENOSPC)}).") from error
     finally:
         temporary.unlink(missing_ok=True)
 
