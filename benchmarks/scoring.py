@@ -2,14 +2,13 @@
 
     python benchmarks/scoring.py [--architectures resnet18 vgg19] [--steps 1 3 10] [--repeats 1] [--batch-size 128]
 
-Each row is a process of its own: the operation once (its peak memory), then unit / operation / unit for the ratio.
-The unit is a plain training step (forward, cross entropy, backward, SGD with momentum and weight decay) on the same
-batch, fp32. `unrolled` is plain automatic differentiation through all steps, the baseline for `full`. Prints a
+Each row is a process of its own: a unit to warm up, then unit / operation / unit for the ratio; the peak is that of the
+operation, which needs more than a unit. The unit is a plain training step (forward, cross entropy, backward, SGD with
+momentum and weight decay) on the same batch, fp32. `unrolled` is plain automatic differentiation through all steps, the baseline for `full`. Prints a
 Markdown table; `--write FILE` keeps it.
 """
 
 import argparse
-import gc
 import json
 import resource
 import statistics
@@ -124,13 +123,10 @@ def peak() -> float:
 
 
 def measure(architecture: str, name: str, steps: int, size: int, repeats: int) -> dict[str, float]:
-    """In a process of its own: peak memory of the first call, then alternating timings."""
+    """In a process of its own: unit / operation / unit, and the peak memory, which is the operation's."""
     model = build(architecture)
     call = operation(name, steps, model, size)
     before = peak()
-    call()
-    highest = peak()
-    gc.collect()
     one = unit(build(architecture), batches(1, size)[0])
     one()
     ratios, seconds = [], []
@@ -138,6 +134,7 @@ def measure(architecture: str, name: str, steps: int, size: int, repeats: int) -
         first, middle, last = clock(one), clock(call), clock(one)
         seconds.append(middle)
         ratios.append(2 * middle / (first + last))
+    highest = peak()
     parameters = sum(p.numel() for p in model.parameters()) * 4 / 2**20
     return {
         "ratio": statistics.median(ratios),
