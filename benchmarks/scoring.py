@@ -4,7 +4,9 @@
 
 Each row is a process of its own: a unit to warm up, then unit / operation / unit for the ratio; the peak is that of the
 operation, which needs more than a unit. The unit is a plain training step (forward, cross entropy, backward, SGD with
-momentum and weight decay) on the same """
+momentum and weight decay) on the same batch, fp32. `unrolled` is plain automatic differentiation through all steps, the
+baseline for `full`. Prints a Markdown table; `--write FILE` keeps it.
+"""
 
 import argparse
 import json
