@@ -55,6 +55,15 @@ def test_removed_weights_are_exactly_zero_after_every_step(name: str, nesterov: 
     assert all(p[mask.keep[key]].all() for key, p in prunable(model).items())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_removed_weights_are_plus_zero(name: str) -> None:
+    """A −0 would be stored as a value by the compact file, which is bit-exact."""
+    model = convnet()
+    mask = half(model)
+    fit(model, ToyBatches(), objective=OBJECTIVES[name](), mask=mask, recipe=Recipe(**QUICK, clip_norm=1.0))
+    assert not any(torch.signbit(p[~mask.keep[key]]).any() for key, p in prunable(model).items())
+
+
 def test_without_the_mask_the_same_training_uses_every_weight() -> None:
     model = convnet()
     half(model).apply_(model)

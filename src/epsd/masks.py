@@ -212,8 +212,15 @@ class Mask:
         return Mask({name: keep for name, keep in self.keep.items() if name in wanted})
 
     def apply_(self, model: nn.Module) -> None:
-        """Set the removed weights of `model` to exactly 0, in place. MaskError when names or shapes differ."""
-        MaskHolder(self, model).weights_()
+        """Set the removed weights of `model` to exactly +0, in place. MaskError when names or shapes differ.
+
+        Filled, not multiplied: a negative weight times 0 is −0, which a bit-exact file would store as a value.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._same_layers(parameters)
+        with torch.no_grad():
+            for name, keep in self.keep.items():
+                parameters[name].masked_fill_(~keep.to(parameters[name].device), 0.0)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
@@ -273,5 +280,5 @@ class MaskHolder:
 
     @torch.no_grad()
     def weights_(self) -> None:
-        """Zero the removed weights, in place."""
+        """Zero the removed weights, in place. After `Mask.apply_` no −0 appears: +0 times 0 and +0 minus ±0 are +0."""
         torch._foreach_mul_(self._parameters, self._factors)

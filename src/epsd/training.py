@@ -132,6 +132,7 @@ class _Loop:
         self.model, self.objective, self.recipe, self.seed = model, objective, recipe, seed
         self.train = _as_batches(train)
         self.device = next(model.parameters()).device
+        self.mask = mask
         self.holder = MaskHolder(mask, model) if mask is not None else None
         self.autocast = pick_precision(recipe.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
@@ -152,8 +153,8 @@ class _Loop:
         mark: str,
         on_epoch: Callable[[Record], None],
     ) -> list[Record]:
-        if self.holder is not None:
-            self.holder.weights_()
+        if self.mask is not None:
+            self.mask.apply_(self.model)
         if checkpoint is not None and (state := checkpoints.load(checkpoint, mark)):
             self._restore(state)
         for record in self.history:
