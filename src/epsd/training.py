@@ -174,7 +174,7 @@ class _Loop:
                 if checkpoint is not None:
                     checkpoints.save(checkpoint, self._state(), mark)
                 on_epoch(record)
-                bar.say(" ".join(f"{key} {value:.4g}" for key, value in record.items() if key in _SHOWN))
+                bar.say(" ".join(f"{word} {record[key]:.4g}" for word, key in _SHOWN.items() if key in record))
         return self.history
 
     def _epoch(self, epoch: int, bar: Progress) -> Record:
@@ -249,7 +249,7 @@ class _Loop:
         self.history = copy.deepcopy(state["history"])
 
 
-_SHOWN = ("epoch", "train/loss", "train/top1", "val/top1")
+_SHOWN = {"epoch": "epoch", "loss": "train/loss", "val": "val/top1"}
 
 
 class _Tally:
