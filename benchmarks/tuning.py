@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ruamel.yaml import YAML
 
 from epsd import artifacts
 from epsd.data import Prepared
@@ -77,13 +78,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=NUMBER", help="e.g. train.epochs=3, for a try"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3, for a try"
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    changes = {
-        key: float(value) if "." in value else int(value) for key, _, value in (s.partition("=") for s in arguments.set)
-    }
+    changes = {key: YAML(typ="safe").load(value) for key, _, value in (entry.partition("=") for entry in arguments.set)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         params = project(folder, changes)

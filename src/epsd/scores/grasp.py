@@ -18,7 +18,9 @@ from epsd.types import Batch, Objective, Scores
 class Grasp:
     """w ⊙ Hg / |Σ|, g and H of the cross entropy with logits divided by a temperature. Higher = keep.
 
-    The official code computes −w ⊙ Hg and removes the highest; the sign is turned here, so that higher means keep as
+    The official code also re-draws every Linear weight (Xavier) in its private copy, so that it scores weights other
+    than those that are trained; here the model's own are scored. To get the official behaviour, score a copy with
+    re-drawn weights. It computes −w ⊙ Hg and removes the highest; the sign is turned here, so that higher means keep as
     everywhere.
 
     temperature : divides the logits. Default 200 (official).
