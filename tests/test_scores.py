@@ -1,4 +1,4 @@
-"""Contract of every score, and the identities of method.md §7 that are theirs."""
+"""Contract of every score, and the identities that it must satisfy."""
 
 import copy
 

@@ -356,7 +356,7 @@ def mask_gradient(
 ) -> MetaGradient:
     """∂L(θ_i)/∂m of the weights `names`, after i = len(batches) − 1 SGD steps; the last batch is the outer loss's.
 
-    `reading` (method.md §2.2): "full" differentiates through the steps; "first_order" takes the inner gradients as
+    `reading`: "full" differentiates through the steps; "first_order" takes the inner gradients as
     constants, g_i ⊙ θ_init; "local" puts the mask at θ_i, g_i ⊙ θ_i. Equal for i = 0, where with cross entropy they
     are SNIP. `detach_first_step`: treat the first momentum buffer as a constant, as the official ProsPr code does
     where momentum ≠ 0. Call inside `scoring(model)`. Parameters, buffers and gradients of `model` are not touched.
@@ -444,7 +444,7 @@ def gradient_norms(
 ) -> list[dict[str, float]]:
     """Euclidean norm of the gradient of each summand of the loss (`Loss.parts`) at θ₀ … θ_i of the scoring steps.
 
-    The prune report's ‖g_KL‖/‖g_CE‖: whether the self-distillation term is live while scoring (method.md §2.4).
+    The prune report's ‖g_KL‖/‖g_CE‖: whether the self-distillation term is live while scoring.
     """
     unroll = Unroll(model, loss, lr=lr, momentum=momentum)
     norms = []

@@ -19,7 +19,7 @@ class Snip:
     """|w ⊙ Σ_b ∂L_CE/∂w| / Σ over `batches` batches, for the very weights that will be trained.
 
     The official code also masks biases, re-draws weights after scoring and adds weight decay to the loss; known
-    ports re-initialise the scoring copy. None of that is done here (method.md §3.2).
+    ports re-initialise the scoring copy. None of that is done here.
 
     batches : [1, ...) batches whose mean losses are added. Default 1 (official).
     mode : "train" (default: BatchNorm by batch statistics, as an untrained net has no others) or "eval"
