@@ -49,7 +49,7 @@ def main(params: Params) -> str:
 
 def fingerprint(params: Params) -> str:
     """Of everything this training depends on: parameters, data, mask, initial weights, code and torch."""
-    sections = params.model_dump(include={"seed", "device", "data", "architecture", "objective", "train"})
+    sections = params.model_dump(include={"seed", "device", "threads", "data", "architecture", "objective", "train"})
     files = [artifacts.DATA_INDEX, artifacts.MASK, artifacts.INITIAL, *checkpoints.code_files(), Path(__file__)]
     return checkpoints.fingerprint({**sections, "torch": torch.__version__}, files)
 

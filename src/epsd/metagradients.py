@@ -147,11 +147,13 @@ def calling(model: nn.Module, weights: Vector) -> Forward:
     return forward
 
 
-def _random_state(device: torch.device) -> Tensor:
+def random_state(device: torch.device) -> Tensor:
+    """State of the generator that dropout on `device` draws from."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _set_random_state(device: torch.device, state: Tensor) -> None:
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    """Draw again what was drawn after `state` was taken."""
     torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
 
@@ -173,7 +175,8 @@ def _chunks(batch: Batch, micro_batch: int | None) -> list[Batch]:
     return [Batch(*parts) for parts in zip(*fields, strict=True)]
 
 
-def _gradient(loss: Tensor, weights: Vector, create_graph: bool) -> list[Tensor]:
+def gradient_of(loss: Tensor, weights: Vector, create_graph: bool) -> list[Tensor]:
+    """∂loss/∂weights in their order, zero where a weight has no part. MetaGradientError: not differentiable."""
     try:
         return list(
             torch.autograd.grad(loss, list(weights.values()), create_graph=create_graph, materialize_grads=True)
@@ -235,7 +238,7 @@ class Unroll:
 
     def _evaluate(self, part: _Part, weights: Vector) -> tuple[Loss, LossFunction]:
         loss = copy.copy(part.loss)
-        _set_random_state(self._device, part.random_state)
+        set_random_state(self._device, part.random_state)
         return loss(calling(self._model, weights), part.batch), loss
 
     def _reduced(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -254,9 +257,9 @@ class Unroll:
         value, terms = 0.0, dict[str, float]()
         for position, chunk in enumerate(chunks):
             share = len(chunk.labels) / len(batch.labels)
-            part = _Part(self._streams[position], chunk, share, _random_state(self._device))
+            part = _Part(self._streams[position], chunk, share, random_state(self._device))
             loss, self._streams[position] = self._evaluate(part, leaves)
-            gradient = _gradient(loss.total, leaves, keep_graph)
+            gradient = gradient_of(loss.total, leaves, keep_graph)
             torch._foreach_add_(total, [g.detach() for g in gradient], alpha=share)
             parts.append(part)
             if keep_graph:
@@ -294,8 +297,8 @@ class Unroll:
             if kept is not None:
                 gradient, kept[position] = kept[position], []
             else:
-                gradient = _gradient(self._evaluate(part, leaves)[0].total, leaves, create_graph=True)
-            product = _contract(gradient, vector, leaves)
+                gradient = gradient_of(self._evaluate(part, leaves)[0].total, leaves, create_graph=True)
+            product = contract(gradient, vector, leaves)
             del gradient
             torch._foreach_add_(total, product, alpha=part.weight)
         return self._reduced(total)
@@ -328,7 +331,8 @@ def _refuse_broken(gradient: list[Tensor]) -> None:
         waiting.extend(following for following, _ in node.next_functions)
 
 
-def _contract(gradient: list[Tensor], vector: list[Tensor], leaves: Vector) -> list[Tensor]:
+def contract(gradient: list[Tensor], vector: list[Tensor], leaves: Vector) -> list[Tensor]:
+    """H · vector from a `gradient_of` with its graph. MetaGradientError: not differentiable twice."""
     live = [(g, v) for g, v in zip(gradient, vector, strict=True) if g.requires_grad]
     if not live:
         return [torch.zeros_like(v) for v in vector]
@@ -451,7 +455,7 @@ def gradient_norms(
     for step, batch in enumerate(batches):
         leaves = {name: w.detach().requires_grad_() for name, w in unroll.weights[-1].items()}
         state = unroll._streams[0] if unroll._streams else unroll._loss
-        part = _Part(state, batch, 1.0, _random_state(unroll._device))
+        part = _Part(state, batch, 1.0, random_state(unroll._device))
         parts = unroll._evaluate(part, leaves)[0].parts
         norms.append({name: _norm(term, leaves) for name, term in parts.items()})
         if step + 1 < len(batches):

@@ -68,11 +68,9 @@ def run_stage(name: str, main: Main) -> None:
                 result = main(params)
         print(f"{name}: {result or 'done'} ({time.monotonic() - started:.1f} s)", flush=True)
     except KeyboardInterrupt:
-        _leave(name, "interrupted. `dvc repro` goes on from here.", 130)
+        _leave(name, f"interrupted. {_AGAIN}", 130)
     except Terminated as stop:
-        _leave(
-            name, f"stopped by {signal.Signals(stop.signum).name}. `dvc repro` goes on from here.", 128 + stop.signum
-        )
+        _leave(name, f"stopped by {signal.Signals(stop.signum).name}. {_AGAIN}", 128 + stop.signum)
     except Exception as error:
         line = one_line(error)
         if line is None:

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from epsd.losses import cross_entropy
 from epsd.masks import prunable
-from epsd.metagradients import MetaGradientError, calling, draw, scoring
+from epsd.metagradients import (
+    MetaGradientError,
+    calling,
+    contract,
+    draw,
+    gradient_of,
+    random_state,
+    scoring,
+    set_random_state,
+)
 from epsd.registry import variant
 from epsd.types import Batch, Objective, Scores
 
@@ -63,22 +72,18 @@ class Grasp:
         self, model: nn.Module, weights: dict[str, Tensor], groups: list[tuple[Tensor, Tensor]], names: list[str]
     ) -> dict[str, Tensor]:
         """H g over the prunable weights, one group's graph at a time: first all of g, then each H_b g."""
-        chosen = [weights[name] for name in names]
+        chosen = {name: weights[name] for name in names}
+        device = next(iter(chosen.values())).device
         states = []
-        g = [torch.zeros_like(w) for w in chosen]
+        g = [torch.zeros_like(w) for w in chosen.values()]
         for images, labels in groups:
-            states.append(torch.get_rng_state())
-            part = torch.autograd.grad(self._loss(model, weights, images, labels), chosen, materialize_grads=True)
-            torch._foreach_add_(g, part)
-        product = [torch.zeros_like(w) for w in chosen]
+            states.append(random_state(device))
+            torch._foreach_add_(g, gradient_of(self._loss(model, weights, images, labels), chosen, create_graph=False))
+        product = [torch.zeros_like(w) for w in g]
         for (images, labels), state in zip(groups, states, strict=True):
-            torch.set_rng_state(state)
-            loss = self._loss(model, weights, images, labels)
-            part = torch.autograd.grad(loss, chosen, create_graph=True, materialize_grads=True)
-            live = [(p, v) for p, v in zip(part, g, strict=True) if p.requires_grad]
-            if live:
-                outputs, vectors = [p for p, _ in live], [v for _, v in live]
-                torch._foreach_add_(product, torch.autograd.grad(outputs, chosen, vectors, materialize_grads=True))
+            set_random_state(device, state)
+            part = gradient_of(self._loss(model, weights, images, labels), chosen, create_graph=True)
+            torch._foreach_add_(product, contract(part, g, chosen))
         return dict(zip(names, product, strict=True))
 
     def _groups(self, source: Iterator[Batch], model: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:
