@@ -274,8 +274,12 @@ def test_real_photographs_and_real_voc_pictures(tmp_path: Path) -> None:
     data = project.json("data/data.json")
     assert data["class_names"][0] == "airplane"
     assert data["image_shape"] == [3, 32, 32]
-    assert 0 <= project.json("detect/metrics.json")["map50"] <= 1
-    assert len(project.json("voc/voc.json")["class_names"]) == 20
+    assert data["sizes"]["test"] == 10 * 12
+    assert project.json("evaluate/metrics.json")["model"]["sparsity"] == pytest.approx(0.95, abs=1e-3)
+    assert project.json("detect/metrics.json")["sparsity"] == pytest.approx(0.95, abs=0.02)
+    assert project.json("voc/voc.json")["class_names"][:3] == ["aeroplane", "bicycle", "bird"]
+    per_class = (project.folder / "artifacts/detect/per_class.csv").read_text().splitlines()
+    assert len(per_class) == 1 + len(project.json("voc/voc.json")["class_names"])
 
 
 @pytest.mark.parametrize(
