@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from epsd import tracking
+from epsd.tracking import recording as tracking
 from epsd.tracking import track
 
 PARAMS = {

@@ -1,8 +1,7 @@
-"""The only importer of mlflow: one run per trained model, opened by train, reopened by later stages.
+"""Writing: one run per trained model, opened by train, reopened by later stages.
 
 Nothing here raises into the caller. A store that cannot be reached is said once; from then on every event goes to a
 spool on disk and is replayed at the next start of any tracker (or as soon as the store is back), each point once.
-`python -m epsd.tracking` prints the address of the runs in a local `mlflow ui`.
 """
 
 import contextlib
@@ -13,7 +12,6 @@ import os
 import platform
 import re
 import sqlite3
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -744,7 +742,3 @@ def ui_address(port: int = 5000) -> str:
         if newest:
             return f"{address}#/experiments/{newest[0]}/runs?compareRunsMode=CHART"
     return address
-
-
-if __name__ == "__main__":
-    print(ui_address(*map(int, sys.argv[1:2])))
