@@ -57,7 +57,7 @@ def test_unknown_device_lists_those_of_the_machine(name):
 
 def test_precision():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert runtime.pick_precision("auto", cpu) is None
+    assert runtime.pick_precision("fp32", cpu) is None
     assert runtime.pick_precision("fp32", cuda) is None
     assert runtime.pick_precision("bf16", cpu) is torch.bfloat16
     assert runtime.pick_precision("fp16", cuda) is torch.float16
@@ -68,6 +68,21 @@ def test_precision_auto_follows_the_gpu(monkeypatch):
     assert runtime.pick_precision("auto", torch.device("cuda")) is torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     assert runtime.pick_precision("auto", torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("avx, amx", [(False, False), (True, False), (False, True)])
+def test_precision_auto_follows_the_processor(monkeypatch, avx, amx):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert runtime.pick_precision("auto", torch.device("cpu")) is (torch.bfloat16 if avx or amx else None)
+    assert runtime.pick_precision("auto", torch.device("mps")) is None
+
+
+def test_memory_format():
+    assert runtime.pick_memory_format("auto") is runtime.pick_memory_format("channels_last") is torch.channels_last
+    assert runtime.pick_memory_format("contiguous") is torch.contiguous_format
+    with pytest.raises(EpsdError, match=r"memory_format: unknown 'nhwc'. Valid: auto, channels_last, contiguous"):
+        runtime.pick_memory_format("nhwc")
 
 
 @pytest.mark.parametrize("name, device", [("fp16", "cpu"), ("int8", "cpu"), ("half", "cuda")])

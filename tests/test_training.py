@@ -202,3 +202,25 @@ def test_a_plain_loader_works_with_every_objective() -> None:
     for name in NAMES:
         history = fit(convnet(), loader, objective=OBJECTIVES[name](), recipe=Recipe(epochs=2))
         assert len(history) == 2
+
+
+def test_the_memory_format_is_of_the_loop_alone() -> None:
+    """Convolutions run channels_last; what the caller gets back lies in memory as it did before."""
+    model, seen = convnet(), []
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    first.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    fit(model, ToyBatches(), recipe=Recipe(epochs=1))
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images in seen)
+    assert all(value.is_contiguous() for value in model.state_dict().values())
+
+
+def test_the_memory_format_changes_rounding_only() -> None:
+    def after(memory_format: str) -> nn.Module:
+        torch.manual_seed(0)
+        model = convnet().double()
+        recipe = Recipe(epochs=2, precision="fp32", memory_format=memory_format)
+        fit(model, ToyBatches(dtype=torch.float64), recipe=recipe)
+        return model
+
+    pairs = zip(after("channels_last").parameters(), after("contiguous").parameters(), strict=True)
+    assert all(torch.allclose(first, second, rtol=1e-9, atol=1e-12) for first, second in pairs)

@@ -28,6 +28,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+MemoryFormat = Literal["auto", "channels_last", "contiguous"]
 
 
 class Section(BaseModel):
@@ -75,6 +76,7 @@ class TrainParams(Section):
     warmup_epochs: Annotated[int, Field(ge=0)]
     clip_norm: Positive | None
     precision: Precision
+    memory_format: MemoryFormat
 
 
 class EvaluateParams(Section):

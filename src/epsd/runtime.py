@@ -20,6 +20,11 @@ STATE = ".epsd"
 """Folder (git-ignored) under the project's root for locks, checkpoints and the spool of the tracker."""
 
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MEMORY_FORMATS = {
+    "auto": torch.channels_last,
+    "channels_last": torch.channels_last,
+    "contiguous": torch.contiguous_format,
+}
 
 
 def project_root() -> Path:
@@ -113,13 +118,32 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(batch.images.to(device), batch.labels.to(device), batch.indices.to(device), partner)
 
 
+def _computes_in_bf16(device: torch.device) -> bool:
+    """Whether bf16 is faster than fp32 there: on a processor only with instructions of its own (AVX-512 BF16, AMX)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def pick_memory_format(name: str) -> torch.memory_format:
+    """The layout of images and convolution weights in memory for `auto | channels_last | contiguous`.
+
+    `auto` is channels_last: the convolutions of every device run faster on it, or as fast. Raises EpsdError for another
+    name.
+    """
+    if name not in _MEMORY_FORMATS:
+        raise EpsdError(f"memory_format: unknown '{name}'. Valid: {', '.join(_MEMORY_FORMATS)}.")
+    return _MEMORY_FORMATS[name]
+
+
 def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
     """The autocast dtype for `auto | fp32 | bf16 | fp16`; None means plain fp32.
 
-    `auto` is bf16 on a CUDA device that computes in it, else fp32. Raises EpsdError where the device has not the type.
+    `auto` is bf16 on a GPU or processor that computes in it, else fp32. Raises EpsdError where the device has not the
+    type.
     """
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        return torch.bfloat16 if _computes_in_bf16(device) else None
     if name not in _PRECISIONS:
         raise EpsdError(f"precision: unknown '{name}'. Valid: auto, {', '.join(_PRECISIONS)}.")
     if name == "fp16" and device.type == "cpu":

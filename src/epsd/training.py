@@ -17,7 +17,7 @@ from epsd.console import Progress
 from epsd.losses import as_objective, cross_entropy
 from epsd.masks import Mask, MaskHolder
 from epsd.registry import variant
-from epsd.runtime import mix, pick_precision, to_device
+from epsd.runtime import mix, pick_memory_format, pick_precision, to_device
 from epsd.types import Batch, Batches, EpsdError, Objective
 
 Record = dict[str, float]
@@ -39,7 +39,9 @@ class Recipe:
         parameter.
     schedule : "step" (× gamma at each of `milestones`, shares of the epochs), "cosine" (to 0 at the end) or "constant".
     warmup_epochs : linear warm-up from lr / steps.  clip_norm : largest gradient norm, null = none.
-    precision : "auto" (bf16 on a GPU that computes in it, else fp32), "fp32", "bf16", "fp16" (with loss scaling).
+    precision : "auto" (bf16 on a GPU or processor that computes in it, else fp32), "fp32", "bf16", "fp16" (with loss
+        scaling).  memory_format : of images and convolution weights, "auto" (channels_last), "channels_last" or
+        "contiguous".
     """
 
     epochs: Annotated[int, Field(ge=1)] = 200
@@ -53,6 +55,7 @@ class Recipe:
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of optimiser step `step` (from 0)."""
@@ -132,6 +135,7 @@ class _Loop:
         self.model, self.objective, self.recipe, self.seed = model, objective, recipe, seed
         self.train = _as_batches(train)
         self.device = next(model.parameters()).device
+        self.layout = pick_memory_format(recipe.memory_format)
         self.mask = mask
         self.holder = MaskHolder(mask, model) if mask is not None else None
         self.autocast = pick_precision(recipe.precision, self.device)
@@ -147,6 +151,19 @@ class _Loop:
         objective.begin("train", self.train.size, self.train.num_classes)
 
     def run(
+        self,
+        validation: Batches | DataLoader[Any] | None,
+        checkpoint: Path | None,
+        mark: str,
+        on_epoch: Callable[[Record], None],
+    ) -> list[Record]:
+        self.model.to(memory_format=self.layout)
+        try:
+            return self._run(validation, checkpoint, mark, on_epoch)
+        finally:
+            self.model.to(memory_format=torch.contiguous_format)
+
+    def _run(
         self,
         validation: Batches | DataLoader[Any] | None,
         checkpoint: Path | None,
@@ -195,6 +212,8 @@ class _Loop:
         return record
 
     def _forward(self, images: Tensor) -> Tensor:
+        if images.dim() == 4:
+            images = images.contiguous(memory_format=self.layout)
         if self.autocast is None:
             logits: Tensor = self.model(images)
             return logits
