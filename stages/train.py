@@ -12,6 +12,7 @@ from epsd.architectures import ARCHITECTURES
 from epsd.data import Prepared
 from epsd.masks import Mask
 from epsd.params import Params, flatten
+from epsd.pipeline.recorded import run_name, story, tags
 from epsd.pipeline.trained import card, trained
 from epsd.registry import choose
 from epsd.runtime import pick_device, state_folder
@@ -54,15 +55,6 @@ def fingerprint(params: Params) -> str:
     return checkpoints.fingerprint({**sections, "torch": torch.__version__}, files)
 
 
-def run_name(params: Params) -> str:
-    """The run's story in a few words: data, score, objective, sparsity, seed."""
-    control = "" if params.prune.control == "none" else f"-{params.prune.control}"
-    return (
-        f"{params.dataset['name']}-{params.prune.score['name']}{control}-{params.objective['name']}"
-        f"-s{params.prune.sparsity:g}-seed{params.seed}"
-    )
-
-
 def opened(params: Params, data: Prepared, folder: Path) -> Any:
     """The run of this model: a new one, or the one that an interrupted training of the same fingerprint began."""
     begun = artifacts.read_json(folder / "run.json")["run_id"] if (folder / "run.json").exists() else None
@@ -72,25 +64,8 @@ def opened(params: Params, data: Prepared, folder: Path) -> Any:
         name=run_name(params),
         run_id=begun,
         params=dict(flatten(params.model_dump())),
-        tags={
-            "kind": "pipeline",
-            "method": f"{params.prune.score['name']}+{params.objective['name']}",
-            "dataset": params.dataset["name"],
-            "data.digest": data.digest,
-            "seed": params.seed,
-        },
+        tags=tags(params, data),
         description=story(params, data),
-    )
-
-
-def story(params: Params, data: Prepared) -> str:
-    """What the run was, in plain words, for its page."""
-    shape = "x".join(str(size) for size in data.image_shape)
-    return (
-        f"A {params.architecture['name']} network for {data.num_classes} classes of `{params.dataset['name']}` "
-        f"({shape}, {data.sizes['train']} training images). `{params.prune.score['name']}` removed "
-        f"{params.prune.sparsity:.1%} of its weights before training; `{params.objective['name']}` then trained the "
-        f"rest for {params.train.epochs} epochs. Seed {params.seed}."
     )
 
 

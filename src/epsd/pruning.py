@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from epsd.losses import PlainLoss, as_objective, cross_entropy
 from epsd.masks import Mask, Scope, prunable
 from epsd.metagradients import Following, LookAhead, draw, gradient_norms, scoring
-from epsd.types import Batch, Batches, BatchNeeds, Objective, Score
+from epsd.types import Batch, Batches, BatchNeeds, Objective, Score, Scores
 
 Source = Batches | Iterable[Batch] | DataLoader[Any]
 LossLike = Objective | Callable[[Tensor, Tensor], Tensor]
@@ -89,13 +89,34 @@ def prune(
         mask = Mask.from_scores(scores, target, scope, keep_at_least_one=keep_at_least_one, within=mask)
         mask.apply_(work)
     assert mask is not None
+    _warn_of_dead_layers(mask)
+    return mask
+
+
+def scored(model: nn.Module, batches: Source, *, score: Score, objective: LossLike = cross_entropy) -> Scores:
+    """The scores that `prune` ranks in its first round; `selected` makes a mask of them at any sparsity.
+
+    `model` and `objective` are left as they are. Raises MetaGradientError as `prune` does.
+    """
+    objective = copy.deepcopy(as_objective(objective))
+    objective.begin("score", *_sizes(batches))
+    return score(copy.deepcopy(model), stream(batches, objective.needs), objective)
+
+
+def selected(scores: Scores, *, sparsity: float, scope: Scope = "global", keep_at_least_one: bool = False) -> Mask:
+    """The mask that `prune` would give with `rounds=1` on these scores, without scoring again. Raises MaskError."""
+    mask = Mask.from_scores(scores, sparsity, scope, keep_at_least_one=keep_at_least_one)
+    _warn_of_dead_layers(mask)
+    return mask
+
+
+def _warn_of_dead_layers(mask: Mask) -> None:
     if dead := mask.dead_layers():
         warnings.warn(
             f"no weight survives in {', '.join(dead)}: nothing flows through there. "
             "Lower prune.sparsity, or set prune.keep_at_least_one.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return mask
 
 
 def controlled(mask: Mask, control: Literal["none", "shuffled", "reinitialised"], seed: int) -> Mask:

@@ -7,13 +7,14 @@ from torch import nn
 from epsd import pruning
 from epsd.architectures import ARCHITECTURES
 from epsd.data import Augmentation, Prepared
+from epsd.losses import PlainLoss, cross_entropy
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
 from epsd.params import Params
 from epsd.registry import choose
 from epsd.runtime import mix, pick_device, seed_everything
 from epsd.scores import SCORES
-from epsd.types import Batches, Objective, Score
+from epsd.types import Batches, Objective, Score, Scores
 
 
 class Pruned(NamedTuple):
@@ -24,12 +25,78 @@ class Pruned(NamedTuple):
     report: dict[str, Any]
 
 
-def pruned(params: Params, data: Prepared) -> Pruned:
-    """Build the network, score it on augmented training images, select. Seeds everything from `params.seed` first."""
+class Scored(NamedTuple):
+    """One scoring of the initial network, which masks of any sparsity can be cut from.
+
+    scores : under the run's objective.  plain : under cross entropy alone, where `prune.compare` asks for it.
+    report : seconds, peak memory and the distillation signal of this scoring.
+    """
+
+    scores: Scores
+    plain: Scores | None
+    report: dict[str, Any]
+
+
+class _Scoring(NamedTuple):
+    """What a scoring works on."""
+
+    model: nn.Module
+    batches: Batches
+    score: Score
+    objective: Objective
+
+
+def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Pruned:
+    """Build the network, score it on augmented training images, select. Seeds everything from `params.seed` first.
+
+    `known`: what `scored` gave for parameters with an equal `scoring_key`; it is selected from instead of scoring
+    again, with the same mask. It needs `prune.rounds: 1`, as later rounds score what earlier ones left.
+    """
+    work = _begin(params, data)
+    selection = params.prune.model_dump(include={"sparsity", "scope", "rounds", "keep_at_least_one"})
+    if known is None:
+        with pruning.Stopwatch(pick_device(params.device)) as watch:
+            mask = pruning.prune(work.model, work.batches, score=work.score, objective=work.objective, **selection)
+        report = mask.summary() | {"seconds": watch.seconds, "peak_memory_mib": watch.peak_memory}
+        report |= comparison(params, work.model, work.batches, mask, work.score, work.objective)
+    else:
+        mask, report = _cut(known, selection)
+    return _controlled(params, data, Pruned(mask, work.model, report))
+
+
+def scored(params: Params, data: Prepared) -> Scored:
+    """The scoring of `pruned` by itself. Seeds everything from `params.seed` first."""
+    model, batches, score, objective = _begin(params, data)
+    with pruning.Stopwatch(pick_device(params.device)) as watch:
+        scores = pruning.scored(model, batches, score=score, objective=objective)
+    report = {"seconds": watch.seconds, "peak_memory_mib": watch.peak_memory}
+    if not params.prune.compare:
+        return Scored(scores, None, report)
+    plain = pruning.scored(model, batches, score=score, objective=PlainLoss(cross_entropy, objective.needs))
+    return Scored(scores, plain, report | pruning.signal(model, batches, score, objective))
+
+
+def scoring_key(params: Params) -> dict[str, Any]:
+    """All parameters that `scored` depends on, beside the data: those with equal keys share one scoring."""
+    sections = params.model_dump(include={"seed", "device", "architecture", "objective"})
+    augmentation = params.data.model_dump(include={"crop_padding", "flip"})
+    return {**sections, **augmentation, **params.prune.model_dump(include={"score", "batch_size", "compare"})}
+
+
+def _cut(known: Scored, selection: dict[str, Any]) -> tuple[Mask, dict[str, Any]]:
+    """Mask and report at one sparsity, from scores that are there."""
+    if selection.pop("rounds") != 1:
+        raise ValueError("scores can be shared with prune.rounds 1 only")
+    mask = pruning.selected(known.scores, **selection)
+    report = mask.summary() | known.report
+    if known.plain is not None:
+        report["jaccard_cross_entropy"] = mask.jaccard(pruning.selected(known.plain, **selection))
+    return mask, report
+
+
+def _begin(params: Params, data: Prepared) -> _Scoring:
     seed_everything(params.seed)
     model = network(params, data)
-    score = choose(SCORES, params.prune.score, "prune.score")
-    objective = choose(OBJECTIVES, params.objective, "objective")
     batches = data.batches(
         "train",
         batch_size=params.prune.batch_size,
@@ -40,17 +107,16 @@ def pruned(params: Params, data: Prepared) -> Pruned:
         drop_last=True,
         workers=params.data.workers,
     )
-    selection = params.prune.model_dump(include={"sparsity", "scope", "rounds", "keep_at_least_one"})
-    with pruning.Stopwatch(pick_device(params.device)) as watch:
-        mask = pruning.prune(model, batches, score=score, objective=objective, **selection)
-    report = mask.summary() | {"seconds": watch.seconds, "peak_memory_mib": watch.peak_memory}
-    report |= comparison(params, model, batches, mask, score, objective)
+    score = choose(SCORES, params.prune.score, "prune.score")
+    return _Scoring(model, batches, score, choose(OBJECTIVES, params.objective, "objective"))
 
-    mask = pruning.controlled(mask, params.prune.control, mix(params.seed, "shuffle"))
-    if params.prune.control == "reinitialised":
-        seed_everything(mix(params.seed, "reinitialise"))
-        model = network(params, data)
-    return Pruned(mask, model, report)
+
+def _controlled(params: Params, data: Prepared, found: Pruned) -> Pruned:
+    mask = pruning.controlled(found.mask, params.prune.control, mix(params.seed, "shuffle"))
+    if params.prune.control != "reinitialised":
+        return found._replace(mask=mask)
+    seed_everything(mix(params.seed, "reinitialise"))
+    return found._replace(mask=mask, model=network(params, data))
 
 
 def network(params: Params, data: Prepared) -> nn.Module:

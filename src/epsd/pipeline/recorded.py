@@ -1,0 +1,44 @@
+"""What a run of a trained model says about itself: name, tags, plain words. For the stages and for cells of a study."""
+
+from typing import Any
+
+from epsd.data import Prepared
+from epsd.params import Params
+
+
+def method(params: Params) -> str:
+    """Score and control, `dense` where nothing is removed: `epsd`, `epsd-shuffled`, `dense`."""
+    if params.prune.sparsity == 0:
+        return "dense"
+    control = "" if params.prune.control == "none" else f"-{params.prune.control}"
+    return f"{params.prune.score['name']}{control}"
+
+
+def run_name(params: Params) -> str:
+    """The run's story in a few words: data, score, objective, sparsity, seed."""
+    return (
+        f"{params.dataset['name']}-{method(params)}-{params.objective['name']}"
+        f"-s{params.prune.sparsity:g}-seed{params.seed}"
+    )
+
+
+def tags(params: Params, data: Prepared, kind: str = "pipeline") -> dict[str, Any]:
+    """What runs are searched by in MLflow."""
+    return {
+        "kind": kind,
+        "method": f"{params.prune.score['name']}+{params.objective['name']}",
+        "dataset": params.dataset["name"],
+        "data.digest": data.digest,
+        "seed": params.seed,
+    }
+
+
+def story(params: Params, data: Prepared) -> str:
+    """What the run was, in plain words, for its page."""
+    shape = "x".join(str(size) for size in data.image_shape)
+    return (
+        f"A {params.architecture['name']} network for {data.num_classes} classes of `{params.dataset['name']}` "
+        f"({shape}, {data.sizes['train']} training images). `{params.prune.score['name']}` removed "
+        f"{params.prune.sparsity:.1%} of its weights before training; `{params.objective['name']}` then trained the "
+        f"rest for {params.train.epochs} epochs. Seed {params.seed}."
+    )
