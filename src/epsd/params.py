@@ -77,6 +77,8 @@ class TrainParams(Section):
     clip_norm: Positive | None
     precision: Precision
     memory_format: MemoryFormat
+    update: Literal["auto", "fused", "foreach", "loop"]
+    compile: Literal["auto", "none", "kernels", "graphs"]
 
 
 class EvaluateParams(Section):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from epsd import checkpoints
+from epsd.acceleration import Compile, Update, align_, compiled, pick_update, sgd
 from epsd.console import Progress
 from epsd.losses import as_objective, cross_entropy
 from epsd.masks import Mask, MaskHolder
@@ -42,6 +43,8 @@ class Recipe:
     precision : "auto" (bf16 on a GPU or processor that computes in it, else fp32), "fp32", "bf16", "fp16" (with loss
         scaling).  memory_format : of images and convolution weights, "auto" (channels_last), "channels_last" or
         "contiguous".
+    update : how optimiser and mask go over the parameters ("auto", "fused", "foreach", "loop"), and
+    compile : of the passes through the network ("auto", "none", "kernels", "graphs"): see `epsd.acceleration`.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 200
@@ -56,6 +59,8 @@ class Recipe:
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
+    update: Update = "auto"
+    compile: Compile = "auto"
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of optimiser step `step` (from 0)."""
@@ -136,12 +141,15 @@ class _Loop:
         self.train = _as_batches(train)
         self.device = next(model.parameters()).device
         self.layout = pick_memory_format(recipe.memory_format)
+        self.net = compiled(model, recipe.compile, self.device)
         self.mask = mask
-        self.holder = MaskHolder(mask, model) if mask is not None else None
+        self.holder: MaskHolder | None = None
         self.autocast = pick_precision(recipe.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
-        self.optimiser = torch.optim.SGD(
-            [p for p in model.parameters() if p.requires_grad],
+        self.update = pick_update(recipe.update, self.device)
+        self.optimiser = sgd(
+            model,
+            self.update,
             lr=recipe.lr,
             momentum=recipe.momentum,
             nesterov=recipe.nesterov and recipe.momentum > 0,
@@ -172,6 +180,7 @@ class _Loop:
     ) -> list[Record]:
         if self.mask is not None:
             self.mask.apply_(self.model)
+            self.holder = MaskHolder(self.mask, self.model, foreach=self.update != "loop")
         if checkpoint is not None and (state := checkpoints.load(checkpoint, mark)):
             self._restore(state)
         for record in self.history:
@@ -204,6 +213,8 @@ class _Loop:
         for step, batch in enumerate(self.train.epoch(epoch, self.objective.needs)):
             self._step(epoch * len(self.train) + step, to_device(batch, self.device), progress, tally)
             bar.step()
+        if self.holder is not None:
+            self.holder.weights_()
         if step < 0:
             raise TrainingError("there is no batch to train on: use a smaller train.batch_size.")
         record = {"epoch": epoch + 1.0, **tally.means()}
@@ -215,11 +226,11 @@ class _Loop:
         if images.dim() == 4:
             images = images.contiguous(memory_format=self.layout)
         if self.autocast is None:
-            logits: Tensor = self.model(images)
-            return logits
-        with torch.autocast(self.device.type, self.autocast):
-            logits = self.model(images)
-        return logits.float()
+            logits: Tensor = self.net(images)
+        else:
+            with torch.autocast(self.device.type, self.autocast):
+                logits = self.net(images).float()
+        return logits.clone() if self.recipe.compile == "graphs" else logits  # the next replay writes over them
 
     def _step(self, number: int, batch: Batch, progress: float, tally: "_Tally") -> None:
         for group in self.optimiser.param_groups:
@@ -235,8 +246,6 @@ class _Loop:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        if self.holder is not None:
-            self.holder.weights_()
 
     @torch.no_grad()
     def judge(self, batches: Batches) -> Record:
@@ -262,6 +271,7 @@ class _Loop:
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
+        align_(self.optimiser)
         self.scaler.load_state_dict(state["scaler"])
         placed = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in state["objective"].items()}
         self.objective.load_state_dict(placed)

@@ -1,0 +1,73 @@
+"""What makes a training step fast on the device at hand: how weights are updated, and compilation."""
+
+import importlib.util
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from epsd.types import EpsdError
+
+Update = Literal["auto", "fused", "foreach", "loop"]
+Compile = Literal["auto", "none", "kernels", "graphs"]
+
+_FUSING = {"cpu", "cuda", "mps"}
+_MODES = {"kernels": "default", "graphs": "reduce-overhead"}
+
+
+class AccelerationError(EpsdError):
+    """This machine cannot do what `train.update` or `train.compile` asks for."""
+
+
+def pick_update(name: Update, device: torch.device) -> Update:
+    """How the optimiser and the mask go over all parameters of a step.
+
+    "fused" : one kernel reads and writes each weight once.  "foreach" : one call per operation for all weights.
+    "loop" : one call per operation and weight.  "auto" : fused where torch has such a kernel (cpu, cuda, mps), else
+    foreach. All compute the same update; the last bits may differ.
+
+    Raises AccelerationError where the device has no fused kernel.
+    """
+    if name == "auto":
+        return "fused" if device.type in _FUSING else "foreach"
+    if name == "fused" and device.type not in _FUSING:
+        raise AccelerationError(f"train.update: torch has no fused kernel for {device.type}; use foreach or auto.")
+    return name
+
+
+def sgd(model: nn.Module, update: Update, **settings: float | bool) -> torch.optim.SGD:
+    """SGD over the trainable parameters. `update` : "fused", "foreach" or "loop"; `settings` : lr, momentum, ..."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fused = update == "fused"
+    return torch.optim.SGD(trained, **settings, fused=fused, foreach=None if fused else update == "foreach")  # type: ignore[arg-type]
+
+
+def align_(optimiser: torch.optim.Optimizer) -> None:
+    """Lay the optimiser's tensors out in memory as their parameters are.
+
+    A checkpoint holds them contiguous; a fused kernel reads parameter and momentum side by side, in memory order.
+    """
+    for parameter, state in optimiser.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def compiled(model: nn.Module, choice: Compile, device: torch.device) -> nn.Module:
+    """`model` itself, or a compiled stand-in that shares its weights, buffers and mode.
+
+    "kernels" : operations are merged into kernels of their own (a minute of work at the first step).  "graphs" : also
+    recorded as CUDA graphs, so that no step waits for Python.  "auto" : "none". On a CPU compilation costs half a
+    minute and gains nothing over channels_last with bf16 (benchmarks/results/training-cpu.md); on a GPU it pays from
+    some thousand steps on, which only the user knows of.
+
+    Raises AccelerationError where the compiler is missing, or for "graphs" without a CUDA device.
+    """
+    if choice in ("auto", "none"):
+        return model
+    if choice == "graphs" and device.type != "cuda":
+        raise AccelerationError(f"train.compile: CUDA graphs need a CUDA device, this is {device.type}. Use kernels.")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise AccelerationError("train.compile: on a GPU this needs the package triton. Install it, or use none.")
+    result: nn.Module = torch.compile(model, mode=_MODES[choice])  # type: ignore[assignment]
+    return result
