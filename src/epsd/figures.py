@@ -22,7 +22,8 @@ NAMES_UP_TO = 40
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 
 
-def _figure(width: float, height: float) -> "Figure":
+def figure_of_size(width: float, height: float) -> "Figure":
+    """An empty figure, in inches; its parts make room for each other."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
@@ -40,7 +41,7 @@ def confusion(table: Tensor, class_names: Sequence[str]) -> "Figure":
     """
     classes = len(class_names)
     side = min(3 + 0.4 * classes, 12)
-    figure = _figure(side + 1, side)
+    figure = figure_of_size(side + 1, side)
     axes = figure.subplots()
     shares = table.double() / table.sum(dim=1, keepdim=True).clamp(min=1)
     picture = axes.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1)
@@ -62,7 +63,7 @@ def _write_counts(axes: "Axes", table: Tensor, shares: Tensor) -> None:
 
 def reliability(table: ReliabilityTable) -> "Figure":
     """Accuracy by confidence against the diagonal of perfect calibration, and how many predictions lie where."""
-    figure = _figure(5, 5.5)
+    figure = figure_of_size(5, 5.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     filled = table.images > 0
     width, left = (table.upper - table.lower)[filled].numpy(), table.lower[filled].numpy()
@@ -81,7 +82,7 @@ def reliability(table: ReliabilityTable) -> "Figure":
 
 def density_per_layer(layers: Mapping[str, float], overall: float | None = None) -> "Figure":
     """Share of each layer's prunable weights that is kept, input layer on top; `overall`: the whole network's."""
-    figure = _figure(7, min(1.5 + 0.22 * len(layers), 30))
+    figure = figure_of_size(7, min(1.5 + 0.22 * len(layers), 30))
     axes = figure.subplots()
     names, values = list(layers), [100 * value for value in layers.values()]
     axes.barh(range(len(names)), values, color="0.75", edgecolor="black")
@@ -105,7 +106,7 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[float | None]]], title: st
 
     Epochs count from 1; None and NaN leave a gap.
     """
-    figure = _figure(6.5, 2.6 * len(panels) + 0.4)
+    figure = figure_of_size(6.5, 2.6 * len(panels) + 0.4)
     for axes, (label, series) in zip(
         figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels.items(), strict=True
     ):
