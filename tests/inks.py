@@ -1,4 +1,4 @@
-"""How much is really drawn: share of pixels inside an axes that are not the background, as printed in black and white."""
+"""How much is really drawn: share of pixels inside an axes that are not background, as printed in black and white."""
 
 import numpy as np
 from matplotlib.axes import Axes

@@ -191,6 +191,23 @@ def test_gradient_clipping_bounds_the_step() -> None:
     assert moved == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("clip_norm", [None, 0.01])
+def test_the_gradient_norm_is_of_what_the_mask_leaves_before_clipping(clip_norm: float | None) -> None:
+    start = convnet()
+    mask, data = half(start), ToyBatches(size=24, batch_size=12)
+    model, expected = copy.deepcopy(start), []
+    mask.apply_(model)
+    for batch in data.epoch(0):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(batch.images), batch.labels).backward()
+        masked = [p.grad * mask.keep[name] if name in mask.keep else p.grad for name, p in model.named_parameters()]
+        expected.append(float(torch.cat([gradient.flatten() for gradient in masked]).norm()))
+    still = Recipe(epochs=1, lr=1e-30, momentum=0, weight_decay=0, clip_norm=clip_norm, precision="fp32")
+    (record,) = fit(start, data, mask=mask, recipe=still)
+    assert len(expected) == 2
+    assert record["train/grad_norm"] == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
 def test_lower_precision_trains_too() -> None:
     history = fit(convnet(), ToyBatches(size=96), recipe=Recipe(epochs=8, lr=0.05, precision="bf16"))
     assert history[-1]["train/top1"] > 0.8

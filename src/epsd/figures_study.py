@@ -1,4 +1,4 @@
-"""Figures over many runs: what accuracy is left at each sparsity, and what it cost. matplotlib is imported on first use.
+"""Figures over many runs: accuracy left at each sparsity, and what it cost. matplotlib is imported on first use.
 
 Methods differ by marker and line style, not by colour alone; spread over seeds is one standard deviation (n − 1).
 """
@@ -63,11 +63,15 @@ def checked(rows: "pd.DataFrame", needed: Sequence[str], values: Sequence[str]) 
 
     missing = [column for column in needed if column not in rows.columns]
     if missing:
-        raise FigureError(f"figure: no column '{missing[0]}'. There are: {', '.join(map(str, rows.columns)) or 'none'}.")
+        raise FigureError(
+            f"figure: no column '{missing[0]}'. There are: {', '.join(map(str, rows.columns)) or 'none'}."
+        )
     numbers = rows[list(values)].astype(float)
     finite = rows[np.isfinite(numbers.to_numpy()).any(axis=1)]
     if finite.empty:
-        raise FigureError(f"figure: none of {len(rows)} rows has a number under {' or '.join(values)}: nothing to draw.")
+        raise FigureError(
+            f"figure: none of {len(rows)} rows has a number under {' or '.join(values)}: nothing to draw."
+        )
     return finite
 
 
@@ -174,10 +178,12 @@ def cost_against_accuracy(rows: "pd.DataFrame", *, metric: str = "test/top1") ->
             _cloud(axes, mine.dropna(subset=[column]), column, str(method), style(number))
         _cost_axis(axes, rows[column].dropna().tolist(), label)
     panels[0].set_ylabel(label_of(metric))
-    handles, names = panels[0].get_legend_handles_labels()
-    if not handles:
-        handles, names = panels[1].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
+    legend = {name: mark for axes in panels for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    order = [str(method) for method in rows["method"].unique()]
+    names = sorted(legend, key=lambda name: order.index(name.rpartition(" (")[0]))
+    figure.legend(
+        [legend[name] for name in names], names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8
+    )
     figure.suptitle(f"{label_of(metric).partition(' (')[0].capitalize()} against its cost")
     return figure
 
@@ -192,7 +198,6 @@ def _cloud(axes: "Axes", rows: "pd.DataFrame", column: str, method: str, look: S
     axes.errorbar(
         cost.mean(), value.mean(), **spread, fmt=look.marker, color=look.colour, markersize=9, capsize=3, label=label
     )
-    axes.annotate(method, (cost.mean(), value.mean()), xytext=(7, 5), textcoords="offset points", fontsize=8)
 
 
 def _cost_axis(axes: "Axes", costs: Sequence[float], label: str) -> None:

@@ -22,7 +22,8 @@ from epsd.runtime import mix, pick_memory_format, pick_precision, to_device
 from epsd.types import Batch, Batches, EpsdError, Objective
 
 Record = dict[str, float]
-"""One epoch: `epoch` (from 1), `train/loss`, `train/<term>`, `train/top1`, `train/lr`, `time/epoch`, `val/top1`, ..."""
+"""One epoch: `epoch` (from 1), `train/loss`, `train/<term>`, `train/grad_norm` (mean over steps of the norm of the
+whole gradient, masked, before clipping), `train/top1`, `train/lr`, `time/epoch`, `val/top1`, ..."""
 
 _CHECK_EVERY = 50
 """Steps between looks at the loss on a GPU: each look waits for the device."""
@@ -242,10 +243,16 @@ class _Loop:
         self.scaler.unscale_(self.optimiser)
         if self.holder is not None:
             self.holder.gradients_()
-        if self.recipe.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        tally.add_gradient(self._clipped())
         self.scaler.step(self.optimiser)
         self.scaler.update()
+
+    @torch.no_grad()
+    def _clipped(self) -> Tensor:
+        """Norm of the whole gradient, masked and not clipped yet, as a scalar on the device; clipped where asked."""
+        if self.recipe.clip_norm is not None:
+            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     @torch.no_grad()
     def judge(self, batches: Batches) -> Record:
@@ -291,6 +298,7 @@ class _Tally:
         self._checked = 0
         self._sums: dict[str, Tensor] = {}
         self._right = torch.zeros((), device=device)
+        self._norms: list[Tensor] = []
         self._images = 0
         self._steps = steps
 
@@ -302,6 +310,10 @@ class _Tally:
         self._images += len(labels)
         if len(self._losses) % self._every == 0:
             self._check()
+
+    def add_gradient(self, norm: Tensor) -> None:
+        """`norm`: of the step's gradient; infinite where scaled half precision overflowed and the step is skipped."""
+        self._norms.append(norm)
 
     def _check(self) -> None:
         fresh = torch.stack(self._losses[self._checked :])
@@ -320,4 +332,7 @@ class _Tally:
         count = max(1, len(self._losses))
         record = {"train/loss": float(torch.stack(self._losses).mean()) if self._losses else 0.0}
         record |= {f"train/{name}": float(total) / count for name, total in self._sums.items()}
+        norms = torch.stack(self._norms)
+        finite = norms[torch.isfinite(norms)]
+        record["train/grad_norm"] = float((finite if len(finite) else norms).mean())
         return record | {"train/top1": float(self._right) / max(1, self._images)}
