@@ -67,7 +67,7 @@ def checked(rows: "pd.DataFrame", needed: Sequence[str], values: Sequence[str]) 
             f"figure: no column '{missing[0]}'. There are: {', '.join(map(str, rows.columns)) or 'none'}."
         )
     numbers = rows[list(values)].astype(float)
-    finite = rows[np.isfinite(numbers.to_numpy()).any(axis=1)]
+    finite: pd.DataFrame = rows[np.isfinite(numbers.to_numpy()).any(axis=1)]
     if finite.empty:
         raise FigureError(
             f"figure: none of {len(rows)} rows has a number under {' or '.join(values)}: nothing to draw."
