@@ -12,6 +12,7 @@ from epsd.architectures import ARCHITECTURES
 from epsd.data import Prepared
 from epsd.masks import Mask
 from epsd.params import Params, flatten
+from epsd.passes import Meter
 from epsd.pipeline.recorded import run_name, story, tags
 from epsd.pipeline.trained import card, trained
 from epsd.registry import choose
@@ -39,6 +40,7 @@ def main(params: Params) -> str:
             mask,
             checkpoint=folder / "last.safetensors",
             mark=mark,
+            meter=Meter.of(artifacts.read_json(artifacts.PRUNE_REPORT)),
             on_epoch=lambda record: log_epoch(tracker, record),
         )
         save(params, data, model, mask, history, tracker)

@@ -17,13 +17,15 @@ from epsd.acceleration import Compile, Update, align_, compiled, pick_update, sg
 from epsd.console import Progress
 from epsd.losses import as_objective, cross_entropy
 from epsd.masks import Mask, MaskHolder
+from epsd.passes import Meter
 from epsd.registry import variant
 from epsd.runtime import mix, pick_memory_format, pick_precision, to_device
 from epsd.types import Batch, Batches, EpsdError, Objective
 
 Record = dict[str, float]
 """One epoch: `epoch` (from 1), `train/loss`, `train/<term>`, `train/grad_norm` (mean over steps of the norm of the
-whole gradient, masked, before clipping), `train/top1`, `train/lr`, `time/epoch`, `val/top1`, ..."""
+whole gradient, masked, before clipping), `train/top1`, `train/lr`, `time/epoch`, `val/top1`, ...; what was spent up to
+its end (validation excluded): `cost/images_forward`, ..., `cost/image_passes`, `cost/seconds`."""
 
 _CHECK_EVERY = 50
 """Steps between looks at the loss on a GPU: each look waits for the device."""
@@ -88,6 +90,7 @@ def fit(
     seed: int = 0,
     checkpoint: Path | None = None,
     mark: str = "",
+    meter: Meter | None = None,
     on_epoch: Callable[[Record], None] | None = None,
 ) -> list[Record]:
     """Train `model` in place on its own device; weights that `mask` removed are exactly zero after every step.
@@ -102,6 +105,8 @@ def fit(
     checkpoint : file written after every epoch (model, optimiser, objective, history); training goes on from it
         where it exists and carries the same `mark` (`checkpoints.fingerprint`). The caller deletes it when the
         result is safe.
+    meter : counts images and seconds on from where it stands (what pruning spent, say); a resumed training puts it
+        where the interrupted one left it. Default: from 0.
     on_epoch : called with each epoch's record; after a resume also with the records of the epochs done before.
 
     Returns
@@ -113,7 +118,7 @@ def fit(
     TrainingError : a loss that is NaN or infinite (says at which epoch and step; the last good checkpoint stays).
     MaskError : the mask does not fit the model.  CheckpointError : a checkpoint of something else.
     """
-    return _Loop(model, train, as_objective(objective), mask, recipe or Recipe(), seed).run(
+    return _Loop(model, train, as_objective(objective), mask, recipe or Recipe(), seed, meter or Meter()).run(
         validation, checkpoint, mark, on_epoch or (lambda record: None)
     )
 
@@ -137,8 +142,11 @@ class _Loop:
         mask: Mask | None,
         recipe: Recipe,
         seed: int,
+        meter: Meter,
     ) -> None:
         self.model, self.objective, self.recipe, self.seed = model, objective, recipe, seed
+        self.meter = meter
+        self.counted_forward = meter.through(self._forward)
         self.train = _as_batches(train)
         self.device = next(model.parameters()).device
         self.layout = pick_memory_format(recipe.memory_format)
@@ -221,7 +229,8 @@ class _Loop:
         record = {"epoch": epoch + 1.0, **tally.means()}
         record["train/lr"] = self.optimiser.param_groups[0]["lr"]
         record["time/epoch"] = time.perf_counter() - started
-        return record
+        self.meter.seconds += record["time/epoch"]
+        return record | self.meter.figures("cost/")
 
     def _forward(self, images: Tensor) -> Tensor:
         if images.dim() == 4:
@@ -236,7 +245,7 @@ class _Loop:
     def _step(self, number: int, batch: Batch, progress: float, tally: "_Tally") -> None:
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.lr_at(number, len(self.train))
-        loss = self.objective.loss(self._forward, batch, progress)
+        loss = self.objective.loss(self.counted_forward, batch, progress)
         tally.add(loss.total.detach(), loss.terms, loss.logits, batch.labels)
         self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]
@@ -283,6 +292,7 @@ class _Loop:
         placed = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in state["objective"].items()}
         self.objective.load_state_dict(placed)
         self.history = copy.deepcopy(state["history"])
+        self.meter.stand_at(Meter.of(self.history[-1], "cost/"))
 
 
 _SHOWN = {"epoch": "epoch", "loss": "train/loss", "val": "val/top1"}

@@ -1,5 +1,7 @@
 """From parameters to a pruned network: the composition behind the stage `prune` and every trial of the search."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -11,6 +13,7 @@ from epsd.losses import PlainLoss, cross_entropy
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
 from epsd.params import Params
+from epsd.passes import Meter
 from epsd.registry import choose
 from epsd.runtime import mix, pick_device, seed_everything
 from epsd.scores import SCORES
@@ -18,7 +21,10 @@ from epsd.types import Batches, Objective, Score, Scores
 
 
 class Pruned(NamedTuple):
-    """`mask` and the network with the weights to train (all of them, unmasked), on its device; `report`: figures."""
+    """`mask` and the network with the weights to train (all of them, unmasked), on its device.
+
+    `report`: the mask's summary; what finding it cost (`Meter.figures`, the comparison excluded); the comparison.
+    """
 
     mask: Mask
     model: nn.Module
@@ -29,7 +35,7 @@ class Scored(NamedTuple):
     """One scoring of the initial network, which masks of any sparsity can be cut from.
 
     scores : under the run's objective.  plain : under cross entropy alone, where `prune.compare` asks for it.
-    report : seconds, peak memory and the distillation signal of this scoring.
+    report : cost, peak memory and the distillation signal of this scoring.
     """
 
     scores: Scores
@@ -55,9 +61,9 @@ def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Prune
     work = _begin(params, data)
     selection = params.prune.model_dump(include={"sparsity", "scope", "rounds", "keep_at_least_one"})
     if known is None:
-        with pruning.Stopwatch(pick_device(params.device)) as watch:
+        with _measured(params, work.model) as spent:
             mask = pruning.prune(work.model, work.batches, score=work.score, objective=work.objective, **selection)
-        report = mask.summary() | {"seconds": watch.seconds, "peak_memory_mib": watch.peak_memory}
+        report = mask.summary() | spent
         report |= comparison(params, work.model, work.batches, mask, work.score, work.objective)
     else:
         mask, report = _cut(known, selection)
@@ -67,9 +73,8 @@ def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Prune
 def scored(params: Params, data: Prepared) -> Scored:
     """The scoring of `pruned` by itself. Seeds everything from `params.seed` first."""
     model, batches, score, objective = _begin(params, data)
-    with pruning.Stopwatch(pick_device(params.device)) as watch:
+    with _measured(params, model) as report:
         scores = pruning.scored(model, batches, score=score, objective=objective)
-    report = {"seconds": watch.seconds, "peak_memory_mib": watch.peak_memory}
     if not params.prune.compare:
         return Scored(scores, None, report)
     plain = pruning.scored(model, batches, score=score, objective=PlainLoss(cross_entropy, objective.needs))
@@ -81,6 +86,17 @@ def scoring_key(params: Params) -> dict[str, Any]:
     sections = params.model_dump(include={"seed", "device", "architecture", "objective"})
     augmentation = params.data.model_dump(include={"crop_padding", "flip"})
     return {**sections, **augmentation, **params.prune.model_dump(include={"score", "batch_size", "compare"})}
+
+
+@contextmanager
+def _measured(params: Params, model: nn.Module) -> Iterator[dict[str, Any]]:
+    """What the block cost: `Meter.figures` and peak memory, there when it has ended."""
+    report: dict[str, Any] = {}
+    meter = Meter()
+    with pruning.Stopwatch(pick_device(params.device)) as watch, meter.watching(model):
+        yield report
+    meter.seconds = watch.seconds
+    report |= meter.figures() | {"peak_memory_mib": watch.peak_memory}
 
 
 def _cut(known: Scored, selection: dict[str, Any]) -> tuple[Mask, dict[str, Any]]:

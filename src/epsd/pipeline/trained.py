@@ -10,6 +10,7 @@ from epsd.data import Augmentation, Prepared
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
 from epsd.params import Params
+from epsd.passes import Meter
 from epsd.registry import choose
 from epsd.runtime import mix, pick_device
 from epsd.training import Recipe, Record, fit
@@ -25,9 +26,11 @@ def trained(
     on_epoch: Callable[[Record], None],
     checkpoint: Path | None = None,
     mark: str = "",
+    meter: Meter | None = None,
 ) -> list[Record]:
     """Train `model` in place under `mask`, judged on validation after every epoch where there is such a split.
 
+    `meter`: what was spent before (`Meter.of` the prune report); each record's `cost/...` then includes it.
     `checkpoint`, `mark`, `on_epoch` and the errors: see `epsd.training.fit`.
     """
     return fit(
@@ -40,6 +43,7 @@ def trained(
         seed=params.seed,
         checkpoint=checkpoint,
         mark=mark,
+        meter=meter,
         on_epoch=on_epoch,
     )
 

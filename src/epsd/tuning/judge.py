@@ -10,6 +10,7 @@ from epsd import evaluation, sparse
 from epsd.data import Prepared
 from epsd.masks import Mask, prunable
 from epsd.params import Params
+from epsd.passes import Meter
 from epsd.pipeline.pruned import pruned
 from epsd.pipeline.trained import card, trained
 from epsd.training import Record
@@ -36,14 +37,14 @@ def run(params: Params, data: Prepared, watch: Callable[[Record, Callable[[], Fi
     `watch` is called after each epoch with its record and a function that gives the figures as they stand; it ends the
     trial by raising.
     """
-    mask, model, _ = pruned(
+    mask, model, report = pruned(
         params.model_copy(update={"prune": params.prune.model_copy(update={"compare": False})}), data
     )
 
     def on_epoch(record: Record) -> None:
         watch(record, lambda: figures(params, data, model, mask, record))
 
-    history = trained(params, data, model, mask, on_epoch=on_epoch)
+    history = trained(params, data, model, mask, on_epoch=on_epoch, meter=Meter.of(report))
     return figures(params, data, model, mask, history[-1])
 
 
