@@ -54,8 +54,10 @@ class Meter:
     @classmethod
     def of(cls, figures: Mapping[str, float], prefix: str = "") -> "Meter":
         """A meter that stands where `figures` left one; what they do not name is 0."""
-        images = [int(figures.get(f"{prefix}images_{kind}", 0)) for kind in ("forward", "backward", "second_order")]
-        return cls(*images, float(figures.get(f"{prefix}seconds", 0.0)))
+        forward, backward, second = (
+            int(figures.get(f"{prefix}images_{kind}", 0)) for kind in ("forward", "backward", "second_order")
+        )
+        return cls(forward, backward, second, float(figures.get(f"{prefix}seconds", 0.0)))
 
     def stand_at(self, other: "Meter") -> None:
         """Take over the counts of `other`."""
