@@ -23,7 +23,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path) -> Path
 def test_list_names_every_preset(arguments: list[str], project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(path.stem for path in (project / "presets").iterdir())
+    assert [line.split()[0] for line in lines] == sorted(path.stem for path in (project / "presets").glob("*.yaml"))
     assert all(len(line.split()) > 3 for line in lines)
 
 

@@ -32,6 +32,31 @@ def tune(arguments: argparse.Namespace) -> int:
     return command(Request(arguments.trials, arguments.workers, arguments.resume, arguments.apply, export))
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    """A table over recorded runs."""
+    from pathlib import Path
+
+    from epsd.studies.compare import Request, command
+
+    out = None if arguments.out is None else Path(arguments.out)
+    where, chosen = tuple(arguments.where), tuple(arguments.experiments)
+    command(Request(chosen, arguments.metric, where, arguments.baseline, arguments.best, arguments.format, out))
+
+
+def study(arguments: argparse.Namespace) -> int:
+    """Train a grid and compare."""
+    from epsd.studies.run import Request, command
+
+    return command(Request(arguments.file, arguments.workers, arguments.minutes, arguments.list))
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
+
+
 def _count(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -71,7 +96,35 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--export", metavar="FILE", help="write all trials as CSV")
     one.set_defaults(command=tune)
+    _comparisons(commands)
     return top
+
+
+def _comparisons(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    one = commands.add_parser("compare", help="recorded runs as a table: mean and spread over seeds, by sparsity")
+    one.add_argument(
+        "experiments", nargs="*", metavar="EXPERIMENT", help="MLflow experiments (default: tracking.experiment)"
+    )
+    one.add_argument("--metric", default="test/top1", metavar="NAME", help="any logged metric (default: test/top1)")
+    one.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="FILTER",
+        help="key=value (prune.sparsity=0.9, study=digits) or MLflow's language; all must hold",
+    )
+    one.add_argument("--baseline", metavar="METHOD", help="test against this row: random, or random+cskd for all")
+    one.add_argument("--best", action="store_true", help="mark the best of each column and what equals it")
+    one.add_argument("--format", choices=["terminal", "markdown", "csv", "latex"], help="default: by FILE's ending")
+    one.add_argument("--out", metavar="FILE", help="write the table there (.md, .csv, .tex) instead of printing it")
+    one.set_defaults(command=compare)
+
+    one = commands.add_parser("study", help="train a grid of scores, objectives, sparsities, seeds, and compare")
+    one.add_argument("file", metavar="FILE", help="a study file, or the name of a shipped one (presets/studies)")
+    one.add_argument("--workers", type=_count, default=1, metavar="N", help="processes, which share the cores")
+    one.add_argument("--minutes", type=_positive, metavar="M", help="begin no model after this long; later: go on")
+    one.add_argument("--list", action="store_true", help="only list the models, and which are done")
+    one.set_defaults(command=study)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

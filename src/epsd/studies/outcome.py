@@ -1,0 +1,102 @@
+"""What came of a study: table, figure and files under artifacts/studies/NAME."""
+
+import csv
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from epsd import artifacts, comparing
+from epsd.artifacts import replacing
+from epsd.comparing import ComparisonError, Entry, Table
+from epsd.runtime import note
+from epsd.studies import tables
+from epsd.studies.plan import Cell, Plan, StudyParams
+from epsd.studies.work import Place, Result, results
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FOLDER = artifacts.ROOT / "studies"
+"""Tables and figures of each study, in a folder of its name."""
+
+
+def conclude(plan: Plan, place: Place) -> list[Path]:
+    """Print the table, write table, cells and figure; the files. Cells that are not finished are simply not there."""
+    done = list(results(plan, place))
+    study, folder = plan.study, FOLDER / plan.study.name
+    files = [folder / "cells.csv"]
+    _write(files[0], _cells(done))
+    try:
+        found = table([entry(cell, result) for cell, result in done], study)
+    except ComparisonError as error:
+        note(f"study: no table: {error}")
+        return files
+    print(tables.written(found, "terminal"))
+    for name, style in (("table.md", "markdown"), ("table.csv", "csv"), ("table.tex", "latex")):
+        _write(folder / name, tables.written(found, style))  # type: ignore[arg-type]
+        files.append(folder / name)
+    files += figure(found, folder)
+    print(f"study: written to {folder}: {', '.join(path.name for path in files)}")
+    return files
+
+
+def entry(cell: Cell, result: Result) -> Entry:
+    """A cell as what `epsd compare` reads of its run. The variant's name is the plan's: a renamed one is no other."""
+    digest = result.tags["data.digest"]
+    return Entry(result.params, result.metrics, result.began, digest, cell.variant)
+
+
+def table(entries: list[Entry], study: StudyParams) -> Table:
+    """The table of the study's metric, against its baseline where the study names one. Raises ComparisonError."""
+    found = comparing.table(entries, study.metric)
+    if study.baseline is not None:
+        try:
+            comparing.against(found, study.baseline)
+        except ComparisonError as error:
+            found.notes.append(f"{error}")
+    comparing.mark_best(found)
+    return found
+
+
+def points(table: Table) -> "pd.DataFrame":
+    """One line per model: method (with its objective, where there are several), sparsity, seed, value."""
+    import pandas as pd
+
+    several = len({row.objective for row in table.rows}) > 1
+    rows = [
+        {"method": row.name if several else row.label, "sparsity": sparsity, "seed": seed, "value": value}
+        for row in table.rows
+        for sparsity, cell in row.cells.items()
+        for seed, value in cell.values.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def figure(table: Table, folder: Path) -> list[Path]:
+    """The metric against sparsity with bands over seeds, and the points it was drawn from."""
+    from epsd import figures, figures_study
+
+    data = points(table)
+    path, csv_path = folder / "accuracy_against_sparsity.png", folder / "accuracy_against_sparsity.csv"
+    figures.save(figures_study.accuracy_against_sparsity(data, metric=table.metric), path)
+    with replacing(csv_path) as temporary:
+        data.to_csv(temporary, index=False)
+    return [path, csv_path]
+
+
+def _cells(done: list[tuple[Cell, Result]]) -> str:
+    """Every finished cell with all its figures, as CSV."""
+    metrics = list(dict.fromkeys(name for _, result in done for name in result.metrics))
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "objective", "sparsity", "seed", "run_id", "seconds", *metrics])
+    for cell, result in done:
+        params = cell.params
+        about = [cell.method, params.objective["name"], params.prune.sparsity, params.seed, result.run_id]
+        writer.writerow([*about, result.seconds, *(result.metrics.get(name, "") for name in metrics)])
+    return text.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text.rstrip("\n") + "\n", encoding="utf-8")

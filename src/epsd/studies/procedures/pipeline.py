@@ -1,0 +1,49 @@
+"""The stages prune and train in memory: score, select, self-distil. Scores are shared over sparsities and controls."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from epsd.data import Prepared
+from epsd.masks import Mask
+from epsd.params import Params
+from epsd.pipeline.pruned import Pruned, network, pruned, scored, scoring_key
+from epsd.pipeline.trained import trained
+from epsd.registry import variant
+from epsd.runtime import seed_everything
+from epsd.studies.procedures.types import Desk, Trained
+
+
+@variant
+class Pipeline:
+    """EPSD's own: prune at initialisation, then train what is left. No settings beside params.yaml's.
+
+    `mask/seconds` of cells that share a scoring is the time of that one scoring.
+    """
+
+    def __call__(self, params: Params, data: Prepared, desk: Desk) -> Trained:
+        """As the stages do it, without files. At sparsity 0 nothing is scored."""
+        begun = time.perf_counter()
+        mask, model, report = self._pruned(params, data, desk)
+        middle = time.perf_counter()
+        checkpoint = desk.folder / "last.safetensors"
+        history = trained(params, data, model, mask, on_epoch=desk.log, checkpoint=checkpoint, mark=desk.mark)
+        seconds = {"time/prune": middle - begun, "time/train": time.perf_counter() - middle}
+        return Trained(model, mask, history, {f"mask/{name}": value for name, value in report.items()} | seconds)
+
+    def shares(self, params: Params) -> Mapping[str, Any] | None:
+        """One scoring, where there is one and it is the first and last round."""
+        return scoring_key(params) if params.prune.sparsity > 0 and params.prune.rounds == 1 else None
+
+    def _pruned(self, params: Params, data: Prepared, desk: Desk) -> Pruned:
+        if params.prune.sparsity == 0:
+            return _dense(params, data)
+        known = desk.shared(lambda: scored(params, data)) if self.shares(params) is not None else None
+        return pruned(params, data, known)
+
+
+def _dense(params: Params, data: Prepared) -> Pruned:
+    seed_everything(params.seed)
+    model = network(params, data)
+    mask = Mask.dense(model)
+    return Pruned(mask, model, mask.summary())

@@ -1,0 +1,68 @@
+"""What a procedure is given and what it gives back."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from torch import nn
+
+from epsd.data import Prepared
+from epsd.masks import Mask
+from epsd.params import Params
+from epsd.training import Record
+
+T = TypeVar("T")
+
+
+class Trained(NamedTuple):
+    """`model`: trained, on its device. `mask`: what was removed. `figures`: metrics of the whole cell, under the names
+    that the stages log (`mask/sparsity`, `time/train`, `cost/...`), beside those of the last epoch in `history`.
+    """
+
+    model: nn.Module
+    mask: Mask
+    history: list[Record]
+    figures: Mapping[str, Any]
+
+
+class Cache:
+    """The last thing that was shared, by what it was made of."""
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._value: Any = None
+
+    def get(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` gave for an equal `key`, or gives now."""
+        if self._key is None or self._key != key:
+            self._key, self._value = None, None  # the old one may be large
+            self._value = make()
+            self._key = key
+        value: T = self._value
+        return value
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a cell works with: `folder` and `mark` for its checkpoints, `log` for the record of an epoch."""
+
+    folder: Path
+    mark: str
+    log: Callable[[Record], None]
+    cache: Cache
+    key: Any
+
+    def shared(self, make: Callable[[], T]) -> T:
+        """What `make` gave to an earlier cell that shares with this one (`Procedure.shares`), or gives now."""
+        return make() if self.key is None else self.cache.get(self.key, make)
+
+
+class Procedure(Protocol):
+    """From parameters and prepared data to a trained model."""
+
+    def __call__(self, params: Params, data: Prepared, desk: Desk) -> Trained:
+        """Train. Called again with the same arguments after a kill, it goes on."""
+
+    def shares(self, params: Params) -> Mapping[str, Any] | None:
+        """What cells with an equal mapping have in common (data set and procedure are compared besides)."""

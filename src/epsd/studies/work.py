@@ -1,0 +1,336 @@
+"""The cells of a study that are not done yet, one after the other. Whatever is killed, each is done once.
+
+State, under `.epsd/studies/NAME`: `cells/<mark>.json`, the result of a finished cell, written last; `work/<mark>`,
+checkpoints and run id of one under way; `locks`, one for each group of cells that share something, held by the
+process that works on it and free again when that process is gone; `data`, the prepared images.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from epsd import artifacts, checkpoints, evaluation, sparse
+from epsd.data import Prepared
+from epsd.datasets import DATASETS
+from epsd.masks import prunable
+from epsd.params import Params
+from epsd.pipeline import recorded
+from epsd.pipeline.trained import card
+from epsd.preparing import prepare
+from epsd.registry import choose
+from epsd.runtime import pick_device, state_folder
+from epsd.stage import one_line
+from epsd.studies.plan import Cell, Plan
+from epsd.studies.procedures import Desk, Trained
+from epsd.studies.procedures.types import Cache
+from epsd.tracking import Tracker, track
+from epsd.tracking.recording import as_text
+from epsd.training import Record
+
+APART = {
+    "__init__.py", "__main__.py", "analysis", "artifacts.py", "checkpoints.py", "cli.py", "comparing.py", "console.py",
+    "detection.py", "detectors", "downloads.py", "params.py", "pictures.py", "presets.py", "registry.py", "spool.py",
+    "stage.py", "studies", "tracking", "tuning", "types.py", "voc.py",
+}  # fmt: skip
+"""Rooms of the package that no cell's result depends on: an edit there makes no cell stale. Nor do figures."""
+
+REGISTERED = {
+    "architectures": "architecture",
+    "objectives": "objective",
+    "scores": "prune.score",
+    "datasets": "dataset",
+}
+"""Package of variants -> the choice in params.yaml: only the chosen variant's file counts."""
+
+RESULT = "epsd-cell-1"
+
+
+class Result(NamedTuple):
+    """A finished cell: what its run in MLflow says, kept here so that the table needs no store.
+
+    `began`: Unix milliseconds. `params`: as text, as MLflow has them.
+    """
+
+    run_id: str
+    began: int
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+    seconds: float
+
+
+@dataclass
+class Place:
+    """Where a study keeps its state."""
+
+    name: str
+    _data: dict[str, Prepared] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """`.epsd/studies/NAME`."""
+        return state_folder("studies", self.name)
+
+    def data(self, params: Params, split_seed: int) -> Prepared:
+        """The images of a cell, prepared once: the same splits for every seed, so that all read the same test images.
+
+        Raises what `epsd.preparing.prepare` raises.
+        """
+        settings = params.data.model_dump(include={"validation", "test", "limit"})
+        key = _digest({"dataset": params.dataset, "seed": split_seed, **settings})
+        if key not in self._data:
+            folder = self.folder / "data" / key
+            with self.lock(f"data-{key}", wait=True):
+                if not (folder / "data.json").exists():
+                    prepare(choose(DATASETS, params.dataset, "dataset")(), folder, seed=split_seed, **settings)
+            self._data[key] = Prepared.load(folder)
+        return self._data[key]
+
+    def lock(self, name: str, wait: bool = False) -> FileLock:
+        """A lock that the system frees when its holder dies."""
+        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / "locks" / f"{name}.lock", timeout=-1 if wait else 0)
+
+    def result(self, mark: str) -> Result | None:
+        """The result of the cell, None where it is not finished. Raises ArtifactError for a damaged file."""
+        path = self.folder / "cells" / f"{mark}.json"
+        if not path.exists():
+            return None
+        content = artifacts.read_json(path)
+        return Result(**content["result"]) if content.get("format") == RESULT else None
+
+    def keep(self, mark: str, result: Result) -> None:
+        """From here on the cell is done."""
+        artifacts.write_json(self.folder / "cells" / f"{mark}.json", {"format": RESULT, "result": result._asdict()})
+
+    def fail(self, mark: str, reason: str) -> None:
+        """Note that the cell cannot be trained as it is."""
+        artifacts.write_json(self.folder / "failed" / f"{mark}.json", {"at": time.time(), "reason": reason})
+
+    def failure(self, mark: str, since: float) -> str | None:
+        """Why the cell failed, if it did since then; a later session tries it again."""
+        path = self.folder / "failed" / f"{mark}.json"
+        told = artifacts.read_json(path) if path.exists() else {"at": 0}
+        return str(told["reason"]) if told["at"] >= since else None
+
+    def parent(self) -> str | None:
+        """The id of the study's own run, where it has begun."""
+        path = self.folder / "run.json"
+        return str(artifacts.read_json(path)["run_id"]) if path.exists() else None
+
+
+def mark(cell: Cell, data: Prepared) -> str:
+    """Identity of a cell: parameters, procedure, data, code and torch. Not the number of threads or of workers.
+
+    Another number of threads changes the last bits of a result, which is no reason to train everything again.
+    """
+    device = pick_device(cell.params.device).type
+    params = cell.params.model_dump(exclude={"threads", "voc", "detect", "tracking"})
+    values = {"params": params, "procedure": dict(cell.procedure), "device": device}
+    return checkpoints.fingerprint({**values, "data": data.digest, "torch": torch.__version__}, code_files(cell))
+
+
+def code_files(cell: Cell) -> list[Path]:
+    """The files of this package that a cell's result depends on: those of the chosen variants, and all machinery."""
+    package = Path(__file__).resolve().parents[1]
+    procedure = package / "studies" / "procedures" / f"{cell.procedure['name']}.py"
+    found = [procedure] if procedure.exists() else []
+    flat = cell.params.model_dump()
+    for path in sorted(package.rglob("*.py")):
+        room = path.relative_to(package).parts[0]
+        if room in APART or room.startswith("figures") or path.name == "__init__.py":
+            continue
+        chosen = _at(flat, REGISTERED[room])["name"] if room in REGISTERED else path.stem
+        if path.stem == chosen or path.stem.startswith("_"):
+            found.append(path)
+    return found
+
+
+def _at(tree: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        tree = tree[part]
+    return tree
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+# --- which cells ----------------------------------------------------------------------------------------------------
+
+
+class Group(NamedTuple):
+    """Cells that share something, in their order, each with its mark. `key`: what they share, None for a single one."""
+
+    name: str
+    key: Any
+    cells: list[tuple[str, Cell]]
+
+
+def groups(plan: Plan, place: Place) -> list[Group]:
+    """All cells, with those that share a scoring together, in the order of the first of each group."""
+    found: dict[str, Group] = {}
+    for cell in plan.cells:
+        data = place.data(cell.params, plan.split_seed)
+        own = mark(cell, data)
+        shares = cell.how().shares(cell.params)
+        key = None if shares is None else _digest([dict(shares), dict(cell.procedure), data.digest])
+        name = key or own
+        found.setdefault(name, Group(name, key, [])).cells.append((own, cell))
+    return list(found.values())
+
+
+def results(plan: Plan, place: Place) -> Iterator[tuple[Cell, Result]]:
+    """The finished cells of the plan, in its order. A result without its cell in the plan is left out."""
+    for cell in plan.cells:
+        if result := place.result(mark(cell, place.data(cell.params, plan.split_seed))):
+            yield cell, result
+
+
+# --- the work -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Session:
+    """One `epsd study`. `since`: `time.time()` of its start; `deadline`: begin no cell after this."""
+
+    since: float
+    deadline: float | None = None
+
+
+def work(plan: Plan, place: Place, session: Session, done: Callable[[Cell, Result | str], None] | None = None) -> None:
+    """Every cell that is not done, that has not failed in this session, and that no other process is at.
+
+    `done` is called for each cell that was worked on here, with its result or the reason why it failed. A cell that
+    fails for a reason that the user can mend does not stop the others.
+    """
+    for group in groups(plan, place):
+        lock = place.lock(group.name)
+        try:
+            lock.acquire()
+        except Timeout:
+            continue
+        try:
+            cache = Cache()
+            for own, cell in group.cells:
+                if session.deadline is not None and time.time() >= session.deadline:
+                    return
+                if place.result(own) is None and place.failure(own, session.since) is None:
+                    came = _attempt(plan, place, own, cell, cache, group.key)
+                    if done is not None:
+                        done(cell, came)
+        finally:
+            lock.release()
+
+
+def _attempt(plan: Plan, place: Place, own: str, cell: Cell, cache: Cache, key: Any) -> Result | str:
+    try:
+        return run_cell(plan, place, own, cell, cache, key)
+    except Exception as error:
+        reason = one_line(error)
+        if reason is None:
+            raise
+        place.fail(own, reason)
+        return reason
+
+
+def run_cell(plan: Plan, place: Place, own: str, cell: Cell, cache: Cache, key: Any = None) -> Result:
+    """Train, evaluate on test once, log, keep. Goes on where an interrupted attempt of the same mark stopped."""
+    params, data = cell.params, place.data(cell.params, plan.split_seed)
+    folder = place.folder / "work" / own
+    started, clock = time.time(), time.monotonic()
+    with opened(plan, place, cell, data, folder) as tracker:
+        artifacts.write_json(folder / "run.json", {"run_id": tracker.run_id})
+
+        def log(record: Record) -> None:
+            values = {name: value for name, value in record.items() if name != "epoch"}
+            tracker.metrics(values, step=int(record["epoch"]))
+
+        trained = cell.how()(params, data, Desk(folder, own, log, cache, key))
+        figures = {**trained.figures, **evaluated(params, data, trained, tracker, keep=plan.study.keep_models)}
+        tracker.metrics(figures)
+        tracker.dataset(params.dataset["name"], data.digest, str(data.index.get("source", "")), data.sizes)
+    last = {name: value for name, value in trained.history[-1].items() if name != "epoch"}
+    result = Result(
+        run_id=tracker.run_id,
+        began=int(1000 * started),
+        params={name: as_text(value) for name, value in cell.logged().items()},
+        metrics=_finite({**last, **figures}),
+        tags={"data.digest": data.digest, "variant": cell.variant},
+        seconds=time.monotonic() - clock,
+    )
+    place.keep(own, result)
+    shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+def _finite(figures: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {k: float(v) for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+def opened(plan: Plan, place: Place, cell: Cell, data: Prepared, folder: Path) -> Any:
+    """The cell's run: a new one under the study's, or the one that an interrupted attempt began."""
+    begun = artifacts.read_json(folder / "run.json")["run_id"] if (folder / "run.json").exists() else None
+    params = cell.params
+    named = {"variant": cell.variant} if cell.variant else {}
+    procedure = {} if cell.procedure["name"] == "pipeline" else {"procedure": cell.procedure["name"]}
+    return track(
+        "study",
+        experiment=params.tracking.experiment,
+        name=run_name(cell),
+        run_id=begun,
+        parent_run_id=place.parent(),
+        params=cell.logged(),
+        tags={**recorded.tags(params, data, kind="study"), "study": plan.study.name, **named, **procedure},
+        description=f"{recorded.story(params, data)} A cell of the study `{plan.study.name}`.",
+    )
+
+
+def run_name(cell: Cell) -> str:
+    """As of a run of the pipeline, with the variant's name where it has one."""
+    name = recorded.run_name(cell.params)
+    method = recorded.method(cell.params)
+    return name.replace(f"-{method}-", f"-{cell.variant.replace(' ', '_')}-", 1) if cell.variant else name
+
+
+def evaluated(params: Params, data: Prepared, trained: Trained, tracker: Tracker, *, keep: bool) -> dict[str, float]:
+    """`test/...`, `model/...` and their time: the one reading of the test split."""
+    begun, settings = time.perf_counter(), params.evaluate
+    device = pick_device(params.device)
+    test = data.batches("test", batch_size=settings.batch_size, device=device, workers=params.data.workers)
+    result = evaluation.evaluate(trained.model, test, ece_bins=settings.ece_bins)
+    found = {f"test/{name}": value for name, value in result.metrics.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        about = card(params, data, trained.mask)
+        found |= {f"model/{name}": value for name, value in cost(params, trained.model, about, Path(folder)).items()}
+        if keep:
+            for name in ("model.sparse.safetensors", "model.json"):
+                tracker.artifact(Path(folder) / name, folder="model")
+    return {**found, "time/evaluate": time.perf_counter() - begun}
+
+
+def cost(params: Params, model: nn.Module, about: Mapping[str, Any], folder: Path) -> dict[str, float]:
+    """As the stage `evaluate` measures it: parameters, FLOPs, bytes on disk (written to `folder`), milliseconds."""
+    shape, weights = tuple(about["image_shape"]), prunable(model)
+    compact = sparse.save(model.state_dict(), folder / "model.sparse.safetensors", about)
+    artifacts.save_model(model, folder / "model.safetensors", about)
+    twins = {"latency_dense_ms": evaluation.filled(model, weights), "latency_pruned_ms": model}
+    timing = {"batch_size": params.evaluate.latency_batch_size, "repeats": params.evaluate.latency_repeats}
+    return {
+        **evaluation.cost(model, weights, shape),
+        "bytes_dense": (folder / "model.safetensors").stat().st_size,
+        "bytes_sparse": compact.file,
+        **evaluation.latency(twins, shape, **timing),
+    }
