@@ -275,7 +275,8 @@ class _Grid:
             section = _section(key) or ""
             chosen = sorted({name for name in CHOICES[section] if self._chosen(section, name)})
             valid = sorted({setting for name in chosen for setting in settings_of(CHOICES[section][name])})
-            raise unknown(f"{'set' if key in self.soft else 'vary'}: {section} ({', '.join(chosen)})", key, valid)
+            where = f"{'set' if key in self.soft else 'vary'}: {section} ({', '.join(chosen)})"
+            raise unknown(where, key.removeprefix(f"{section}."), valid)
 
     def _chosen(self, section: str, name: str) -> bool:
         present = self.base["prune"]["score"] if section == "prune.score" else self.base["objective"]
