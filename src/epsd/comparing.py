@@ -30,9 +30,11 @@ LOWER = (
 )
 """Parts of the last word of a metric's name that make a smaller value the better one; so does the prefix `time/`."""
 
-WITHOUT_EFFECT = ("device", "threads", "data.workers", "tracking.", "tune.", "prune.compare", "dataset.download",
-                  "evaluate.batch_size", "evaluate.latency_", "prune.score.graphs_kept", "train.memory_format", "train.update",
-                  "train.compile")  # fmt: skip
+WITHOUT_EFFECT = (
+    "device", "threads", "data.workers", "tracking.", "tune.", "prune.compare", "prune.score.graphs_kept",
+    "dataset.download", "evaluate.batch_size", "evaluate.latency_", "train.memory_format", "train.update",
+    "train.compile",
+)  # fmt: skip
 """Parameters that change no result but by rounding (or only its timing)."""
 
 ONLY_OF = {"evaluate.": ("test/ece",), "voc.": ("detect/",), "detect.": ("detect/",)}

@@ -7,6 +7,7 @@ from typing import Any
 from epsd.data import Prepared
 from epsd.masks import Mask
 from epsd.params import Params
+from epsd.passes import Meter
 from epsd.pipeline.pruned import Pruned, network, pruned, scored, scoring_key
 from epsd.pipeline.trained import trained
 from epsd.registry import variant
@@ -18,7 +19,7 @@ from epsd.studies.procedures.types import Desk, Trained
 class Pipeline:
     """EPSD's own: prune at initialisation, then train what is left. No settings beside params.yaml's.
 
-    `mask/seconds` of cells that share a scoring is the time of that one scoring.
+    `mask/seconds` and `cost/...` of cells that share a scoring include that one scoring whole, as without sharing.
     """
 
     def __call__(self, params: Params, data: Prepared, desk: Desk) -> Trained:
@@ -27,7 +28,8 @@ class Pipeline:
         mask, model, report = self._pruned(params, data, desk)
         middle = time.perf_counter()
         checkpoint = desk.folder / "last.safetensors"
-        history = trained(params, data, model, mask, on_epoch=desk.log, checkpoint=checkpoint, mark=desk.mark)
+        settings: dict[str, Any] = {"checkpoint": checkpoint, "mark": desk.mark, "meter": Meter.of(report)}
+        history = trained(params, data, model, mask, on_epoch=desk.log, **settings)
         seconds = {"time/prune": middle - begun, "time/train": time.perf_counter() - middle}
         return Trained(model, mask, history, {f"mask/{name}": value for name, value in report.items()} | seconds)
 
