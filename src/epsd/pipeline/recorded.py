@@ -14,10 +14,10 @@ def method(params: Params) -> str:
     return f"{params.prune.score['name']}{control}"
 
 
-def run_name(params: Params) -> str:
-    """The run's story in a few words: data, score, objective, sparsity, seed."""
+def run_name(params: Params, named: str = "") -> str:
+    """The run's story in a few words: data, method (`named`, or the score), objective, sparsity, seed."""
     return (
-        f"{params.dataset['name']}-{method(params)}-{params.objective['name']}"
+        f"{params.dataset['name']}-{(named or method(params)).replace(' ', '_')}-{params.objective['name']}"
         f"-s{params.prune.sparsity:g}-seed{params.seed}"
     )
 

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from epsd import presets
 from epsd.objectives import OBJECTIVES
 from epsd.params import DEFAULT_PATH, Choice, Count, Params, Section, Share, flatten, override, parse, read_yaml
+from epsd.pipeline.recorded import method
 from epsd.registry import ParamsError, choose, explain, settings_of, unknown
 from epsd.runtime import project_root
 from epsd.scores import SCORES
@@ -90,10 +91,9 @@ class Cell(NamedTuple):
 
     @property
     def method(self) -> str:
-        """The variant's name, else score and control; `dense` where nothing is removed."""
-        from epsd.pipeline.recorded import method
-
-        return self.variant or method(self.params)
+        """The variant's name, else the procedure's, else score and control; `dense` where nothing is removed."""
+        procedure = str(self.procedure["name"])
+        return self.variant or (method(self.params) if procedure == "pipeline" else procedure)
 
     def how(self) -> Procedure:
         """The procedure as an object."""
@@ -212,22 +212,22 @@ class _Grid:
         methods: list[dict[str, Any] | VariantParams] = [*scores, *study.variants]
         sparsities = study.sparsities or [self.base["prune"]["sparsity"]]
         points = list(itertools.product(*([(key, value) for value in values] for key, values in study.vary.items())))
-        for seed, objective, method, point, sparsity in itertools.product(
+        for seed, objective, way, point, sparsity in itertools.product(
             dict.fromkeys(seeds), study.objectives or [own["objective"]], methods, points, sparsities
         ):
-            yield self.cell(method, objective, sparsity, seed, dict(point))
+            yield self.cell(way, objective, sparsity, seed, dict(point))
 
     def cell(
         self,
-        method: dict[str, Any] | VariantParams,
+        way: dict[str, Any] | VariantParams,
         objective: Mapping[str, Any],
         sparsity: float,
         seed: int,
         point: Values,
     ) -> Cell:
         """One cell, checked."""
-        named = method if isinstance(method, VariantParams) else None
-        score = self.base["prune"]["score"] if named else method
+        named = way if isinstance(way, VariantParams) else None
+        score = self.base["prune"]["score"] if isinstance(way, VariantParams) else way
         tree = copy.deepcopy(self.base)
         given: dict[str, Any] = {}
         for section, choice in (("prune.score", score), ("objective", objective)):

@@ -44,7 +44,7 @@ class Stopped(BaseException):
 
 
 def command(request: Request) -> int:
-    """`epsd study`: the exit status is 0 when all cells are done, 1 when some failed or are left, 130 after Ctrl-C.
+    """`epsd study`: the exit status is 0 when all cells are done, 1 when some are left or failed, 130 after Ctrl-C.
 
     Raises ParamsError for a file or a cell that is not right, before any work; StudyError where nothing is finished.
     """
@@ -63,7 +63,9 @@ def command(request: Request) -> int:
 
 def _show(study: Plan, place: Place) -> None:
     for cell in study.cells:
-        done = place.result(mark(cell, place.data(cell.params, study.split_seed)))
+        done = False
+        if place.prepared(cell.params, study.split_seed):
+            done = place.result(mark(cell, place.data(cell.params, study.split_seed))) is not None
         print(f"{'done' if done else 'to do'}  {cell}")
 
 
@@ -98,7 +100,7 @@ class _Study:
             note(f"study: {len(self.failed)} cells failed, the first one {self.marks[own]}: {reason}")
         if left:
             print(f"study: {len(self.seen)} of {len(self.marks)} cells are done. `epsd study {self.path}` goes on.")
-        return INTERRUPTED if interrupted else int(bool(self.failed or not self.seen))
+        return INTERRUPTED if interrupted else int(left > 0)
 
     def _plan(self, left: int) -> str:
         done = f" ({len(self.seen)} done)" if self.seen else ""

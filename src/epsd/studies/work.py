@@ -5,6 +5,7 @@ checkpoints and run id of one under way; `locks`, one for each group of cells th
 process that works on it and free again when that process is gone; `data`, the prepared images.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -82,17 +83,20 @@ class Place:
         """`.epsd/studies/NAME`."""
         return state_folder("studies", self.name)
 
+    def prepared(self, params: Params, split_seed: int) -> bool:
+        """Whether `data` would find what it needs."""
+        return (self.folder / "data" / _data_key(params, split_seed) / "data.json").exists()
+
     def data(self, params: Params, split_seed: int) -> Prepared:
         """The images of a cell, prepared once: the same splits for every seed, so that all read the same test images.
 
         Raises what `epsd.preparing.prepare` raises.
         """
-        settings = params.data.model_dump(include={"validation", "test", "limit"})
-        key = _digest({"dataset": params.dataset, "seed": split_seed, **settings})
+        key = _data_key(params, split_seed)
         if key not in self._data:
-            folder = self.folder / "data" / key
+            folder, settings = self.folder / "data" / key, params.data.model_dump(include=_SPLITTING)
             with self.lock(f"data-{key}", wait=True):
-                if not (folder / "data.json").exists():
+                if not self.prepared(params, split_seed):
                     prepare(choose(DATASETS, params.dataset, "dataset")(), folder, seed=split_seed, **settings)
             self._data[key] = Prepared.load(folder)
         return self._data[key]
@@ -130,6 +134,13 @@ class Place:
         return str(artifacts.read_json(path)["run_id"]) if path.exists() else None
 
 
+_SPLITTING = {"validation", "test", "limit"}
+
+
+def _data_key(params: Params, split_seed: int) -> str:
+    return _digest({"dataset": params.dataset, "seed": split_seed, **params.data.model_dump(include=_SPLITTING)})
+
+
 def mark(cell: Cell, data: Prepared) -> str:
     """Identity of a cell: parameters, procedure, data, code and torch. Not the number of threads or of workers.
 
@@ -138,7 +149,15 @@ def mark(cell: Cell, data: Prepared) -> str:
     device = pick_device(cell.params.device).type
     params = cell.params.model_dump(exclude={"threads", "voc", "detect", "tracking"})
     values = {"params": params, "procedure": dict(cell.procedure), "device": device}
-    return checkpoints.fingerprint({**values, "data": data.digest, "torch": torch.__version__}, code_files(cell))
+    return checkpoints.fingerprint(
+        {**values, "data": data.digest, "torch": torch.__version__, "code": _code(tuple(code_files(cell)))}
+    )
+
+
+@functools.cache
+def _code(files: tuple[Path, ...]) -> str:
+    """Read once in a process: an edit while it works changes no identity under its feet."""
+    return checkpoints.fingerprint({}, files)
 
 
 def code_files(cell: Cell) -> list[Path]:
@@ -284,25 +303,19 @@ def opened(plan: Plan, place: Place, cell: Cell, data: Prepared, folder: Path) -
     """The cell's run: a new one under the study's, or the one that an interrupted attempt began."""
     begun = artifacts.read_json(folder / "run.json")["run_id"] if (folder / "run.json").exists() else None
     params = cell.params
-    named = {"variant": cell.variant} if cell.variant else {}
+    method = {"method": f"{cell.method}+{params.objective['name']}"}
+    method |= {"variant": cell.variant} if cell.variant else {}
     procedure = {} if cell.procedure["name"] == "pipeline" else {"procedure": cell.procedure["name"]}
     return track(
         "study",
         experiment=params.tracking.experiment,
-        name=run_name(cell),
+        name=recorded.run_name(params, cell.method),
         run_id=begun,
         parent_run_id=place.parent(),
         params=cell.logged(),
-        tags={**recorded.tags(params, data, kind="study"), "study": plan.study.name, **named, **procedure},
+        tags={**recorded.tags(params, data, kind="study"), "study": plan.study.name, **method, **procedure},
         description=f"{recorded.story(params, data)} A cell of the study `{plan.study.name}`.",
     )
-
-
-def run_name(cell: Cell) -> str:
-    """As of a run of the pipeline, with the variant's name where it has one."""
-    name = recorded.run_name(cell.params)
-    method = recorded.method(cell.params)
-    return name.replace(f"-{method}-", f"-{cell.variant.replace(' ', '_')}-", 1) if cell.variant else name
 
 
 def evaluated(params: Params, data: Prepared, trained: Trained, tracker: Tracker, *, keep: bool) -> dict[str, float]:
