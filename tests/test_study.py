@@ -304,6 +304,14 @@ def test_a_cell_depends_on_its_own_variants_and_on_no_report(project: Path) -> N
     assert not names & {"scores/snip.py", "studies/tables.py", "comparing.py", "figures.py", "cli.py", "artifacts.py"}
 
 
+def test_a_cell_depends_on_all_the_code_that_dvc_lists(project: Path) -> None:
+    cell = cells(write(project / "grid.yaml", sparsities=[0.5]))[0]
+    names = {str(path.relative_to(ROOT)) for path in work.code_files(cell)}
+    stages = read_yaml(ROOT / "dvc.yaml")["stages"]
+    listed = {dep for name in ("prune", "train", "evaluate") for dep in stages[name]["deps"] if dep.startswith("src/")}
+    assert {dep for dep in listed if "$" not in dep and "figures" not in dep} <= names
+
+
 # --- interruptions --------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +328,7 @@ def wait_for(pattern: str, folder: Path, count: int = 1) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_kill_9_and_again_gives_each_cell_once(project: Path) -> None:
     """Killed in the middle of a training, twice; the same command ends with one finished run per cell."""
     slow = {**QUICK, "train.epochs": 12, "data.limit": 40}
@@ -346,6 +355,7 @@ def test_kill_9_and_again_gives_each_cell_once(project: Path) -> None:
     assert not list((state / "work").iterdir())
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_cells(project: Path) -> None:
     write(project / "grid.yaml", sparsities=[0.5, 0.8], seeds=1)
     process = begin(project, "--workers", "2")
