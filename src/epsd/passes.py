@@ -59,6 +59,11 @@ class Meter:
         )
         return cls(forward, backward, second, float(figures.get(f"{prefix}seconds", 0.0)))
 
+    def add(self, other: "Meter") -> None:
+        """Add the counts of `other`."""
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
     def stand_at(self, other: "Meter") -> None:
         """Take over the counts of `other`."""
         vars(self).update(vars(other))

@@ -38,7 +38,7 @@ def trained(
         batches(params, data, "train"),
         objective=choose(OBJECTIVES, params.objective, "objective"),
         mask=mask,
-        recipe=Recipe(**params.train.model_dump(exclude={"batch_size"})),
+        recipe=recipe(params),
         validation=batches(params, data, "validation") if data.sizes["validation"] else None,
         seed=params.seed,
         checkpoint=checkpoint,
@@ -46,6 +46,11 @@ def trained(
         meter=meter,
         on_epoch=on_epoch,
     )
+
+
+def recipe(params: Params) -> Recipe:
+    """The section `train` as an object."""
+    return Recipe(**params.train.model_dump(exclude={"batch_size"}))
 
 
 def batches(params: Params, data: Prepared, split: Any) -> Batches:
