@@ -36,10 +36,10 @@ def test_the_formula_and_its_gradient() -> None:
 def test_alpha_0_is_cross_entropy_and_a_twin_teaches_nothing_new() -> None:
     batch = next(ToyBatches().epoch(0))
     student = convnet().eval()
-    plain = float(F.cross_entropy(student(batch.images), batch.labels))
-    assert float(Distillation(convnet(), alpha=0).loss(student, batch, 1.0).total) == pytest.approx(plain)
+    plain = F.cross_entropy(student(batch.images), batch.labels).item()
+    assert Distillation(convnet(), alpha=0).loss(student, batch, 1.0).total.item() == pytest.approx(plain)
     twin = Distillation(copy.deepcopy(student), alpha=1).loss(student, batch, 1.0)
-    assert float(twin.total) == pytest.approx(0, abs=1e-4)
+    assert twin.total.item() == pytest.approx(0, abs=1e-4)
 
 
 def test_training_leaves_the_teacher_alone_and_counts_its_passes() -> None:
@@ -65,8 +65,8 @@ def test_the_teacher_teaches_in_lower_precision_where_asked() -> None:
     torch.nn.init.normal_(teacher[8].weight)
     exact = Distillation(teacher).loss(student, batch, 1.0)
     lower = Distillation(teacher, precision=torch.bfloat16).loss(student, batch, 1.0)
-    assert float(lower.total) != float(exact.total)
-    assert float(lower.total) == pytest.approx(float(exact.total), rel=0.05)
+    assert lower.total.item() != exact.total.item()
+    assert lower.total.item() == pytest.approx(exact.total.item(), rel=0.05)
 
 
 @pytest.mark.parametrize(("settings", "said"), [({"temperature": 0}, "temperature 0"), ({"alpha": 1.5}, "alpha 1.5")])
