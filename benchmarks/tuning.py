@@ -1,17 +1,19 @@
-"""The search on the embedded digits: how long it takes, and whether its best trial beats the shipped parameters.
+"""What a search gains on the shipped digits at 98 % sparsity, how long it takes, and whether its best trial holds.
 
-    python benchmarks/tuning.py            # about 6 minutes on two quiet cores; writes results/tuning-digits.md
+    python benchmarks/tuning.py                          # three searches and their comparison, then the table
+    python benchmarks/tuning.py --seeds 0 --only search  # one step: what is done already lies in --folder
 
-Runs `epsd tune` as a user does, in a folder of its own, then trains the shipped parameters and the best trial with
-several seeds (each with its own split, initial weights and order of batches) and compares validation accuracy. The
-first seed is the one that the search saw; the others are new to it. The test split is not read.
+Each search is `epsd tune` as a user runs it, in a folder of its own, timed from the command to its last line. Its
+study seed decides the split into train, validation and test, the sampler and the seeds of the trials. Then the shipped
+parameters and the best trial are trained on further repeats, whose seeds and validation splits the search has not used,
+and compared pair by pair. The test split is not read.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ import torch
 from ruamel.yaml import YAML
 
 from epsd import artifacts
+from epsd.artifacts import read_json, write_json
 from epsd.data import Prepared
 from epsd.datasets import DATASETS
-from epsd.params import Params, override, parse, read_yaml
+from epsd.params import Params, load, override, parse, read_yaml
 from epsd.preparing import prepare
 from epsd.registry import choose
 from epsd.runtime import determinism, versions
@@ -32,115 +35,165 @@ from epsd.tuning.study import Ledger, open_storage
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "tuning-digits.md"
+FIRST = 3
+"""Unseen seeds whose mean is reported by itself, beside that of all."""
 
 
-def project(folder: Path, changes: dict[str, Any]) -> Params:
-    """A folder with the shipped params.yaml (and `changes`), prepared."""
-    from ruamel.yaml import YAML
-
+def project(folder: Path, seed: int, changes: dict[str, Any]) -> Params:
+    """A folder with the shipped params.yaml (and `seed`, `changes`), prepared."""
+    folder.mkdir(parents=True, exist_ok=True)
     tree = read_yaml(ROOT / "params.yaml")
-    for key, value in changes.items():
+    for key, value in {**changes, "seed": seed}.items():
         override(tree, key, value)
     params = parse(tree)
     with (folder / "params.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(tree, file)
     (folder / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
+    dataset = choose(DATASETS, params.dataset, "dataset")
+    shares = {"validation": params.data.validation, "test": params.data.test}
+    prepare(dataset(), folder / artifacts.DATA, seed=seed, limit=params.data.limit, **shares)
     return params
 
 
-def prepared(params: Params, folder: Path) -> Prepared:
-    """The data set of `params` in `folder`."""
-    dataset = choose(DATASETS, params.dataset, "dataset")
-    shares = {"validation": params.data.validation, "test": params.data.test}
-    prepare(dataset(), folder, seed=params.seed, limit=params.data.limit, **shares)
-    return Prepared.load(folder)
-
-
-def searched(folder: Path, trials: int, workers: int) -> float:
-    """Run `epsd tune`; its seconds on the wall, from the command to its last line."""
-    command = [sys.executable, "-m", "epsd.tuning", "--trials", str(trials), "--workers", str(workers)]
+def search(folder: Path) -> None:
+    """Run `epsd tune` and keep its seconds on the wall and what it printed."""
     started = time.perf_counter()
-    subprocess.run(command, cwd=folder, check=True)
-    return time.perf_counter() - started
+    done = subprocess.run(
+        [sys.executable, "-m", "epsd.tuning"], cwd=folder, check=True, stdout=subprocess.PIPE, text=True
+    )
+    write_json(folder / "search.json", {"seconds": time.perf_counter() - started, "printed": done.stdout})
 
 
-def judged(tree: dict[str, Any], seed: int, folder: Path) -> judge.Figures:
-    """Figures of one training with another seed of everything."""
-    params = parse({**tree, "seed": seed})
-    data = prepared(params, folder / f"data-{seed}")
-    return judge.run(params, data, lambda record, figures: None)
+def compare(folder: Path, fresh: int, processes: int) -> None:
+    """Train the shipped parameters and the best trial on `fresh` seeds that the search has not used."""
+    params = load(folder / "params.yaml")
+    space, (ledger, best) = Space(params), found(folder, params)
+    threads = int(best.user_attrs["threads"])
+    trees = {"shipped": space.tree(space.current()), "best trial": space.tree(best.params)}
+    numbers = range(params.tune.repeats, params.tune.repeats + fresh)
+    jobs = [(folder, title, tree, number, threads) for number in numbers for title, tree in trees.items()]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        pool.starmap(train, jobs)
+
+
+def found(folder: Path, params: Params) -> tuple[Ledger, Any]:
+    """The study in `folder` and its best trial."""
+    tune = params.tune.model_copy(update={"storage": str(folder / "mlruns" / "optuna.journal")})
+    ledger = Ledger(open_storage(tune), tune.study)
+    return ledger, report.chosen(ledger.study, None)
+
+
+def place(folder: Path, title: str, number: int) -> Path:
+    """Where the figures of one training lie."""
+    return folder / f"{title.replace(' ', '-')}-{number}.json"
+
+
+def train(folder: Path, title: str, tree: dict[str, Any], number: int, threads: int) -> None:
+    """Figures of one training, unless they are there."""
+    if place(folder, title, number).exists():
+        return
+    torch.set_num_threads(threads)
+    determinism()
+    data = Prepared.load(folder / artifacts.DATA)
+    figures = judge.run(*judge.repeat(parse(tree), data, number), lambda record, figures: None)
+    write_json(place(folder, title, number), figures)
 
 
 def main() -> None:
     """Search, compare, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3, for a try"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="study seeds: one search for each")
+    parser.add_argument("--fresh", type=int, default=9, help="seeds of the comparison")
+    parser.add_argument("--processes", type=int, default=2, help="of the comparison; a search has tune.workers")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".epsd" / "benchmark-tuning", help="keeps what is done")
+    parser.add_argument("--only", choices=["search", "compare"])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     changes = {key: YAML(typ="safe").load(value) for key, _, value in (entry.partition("=") for entry in arguments.set)}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        params = project(folder, changes)
-        prepared(params, folder / artifacts.DATA)
-        seconds = searched(folder, arguments.trials, arguments.workers)
-        tune = params.tune.model_copy(update={"storage": str(folder / "mlruns" / "optuna.journal")})
-        study = Ledger(open_storage(tune), tune.study).study
-        best = report.chosen(study, None)
-        table = report.table(study, list(tune.objectives))
-        determinism()
-        torch.set_num_threads(int(best.user_attrs["threads"]))
-        space = Space(params)
-        trees = {"shipped": space.tree(space.current()), "best trial": space.tree(best.params)}
-        rows = {
-            title: [judged(tree, params.seed + step, folder) for step in range(arguments.seeds)]
-            for title, tree in trees.items()
-        }
-        text = page(params, arguments, seconds, study, rows, table)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text, encoding="utf-8")
-    print(text)
+    for seed in arguments.seeds:
+        folder = arguments.folder.resolve() / f"seed-{seed}"
+        if arguments.only != "compare" and not (folder / "search.json").exists():
+            project(folder, seed, changes)
+            search(folder)
+        if arguments.only != "search":
+            compare(folder, arguments.fresh, arguments.processes)
+    if arguments.only != "search":
+        text = page(arguments)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text, encoding="utf-8")
+        print(text)
 
 
-def page(params: Params, arguments: argparse.Namespace, seconds: float, study: Any, rows: Any, table: str) -> str:
+def page(arguments: argparse.Namespace) -> str:
     """The results as Markdown."""
-    found = versions()
-    states = [trial.state.name.lower() for trial in study.get_trials(deepcopy=False)]
-    seeds = [params.seed + step for step in range(arguments.seeds)]
-    header = "| parameters | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | nonzero parameters |"
-    lines = [header, "|---" * (len(seeds) + 3) + "|"]
-    means = {}
-    for title, figures in rows.items():
-        top1 = [figure["val/top1"] for figure in figures]
-        means[title] = statistics.mean(top1)
-        cells = " | ".join(f"{value:.4f}" for value in top1)
-        lines.append(f"| {title} | {cells} | **{means[title]:.4f}** | {figures[0]['model/parameters_nonzero']:,.0f} |")
-    counts = ", ".join(f"{states.count(state)} {state}" for state in ("complete", "pruned", "fail") if state in states)
-    gain = means["best trial"] - means["shipped"]
+    parts = [section(arguments.folder.resolve() / f"seed-{seed}", seed, arguments.fresh) for seed in arguments.seeds]
+    params = load(arguments.folder.resolve() / f"seed-{arguments.seeds[0]}" / "params.yaml")
+    tune, here = params.tune, versions()
+    sets = "".join(f" --set {entry}" for entry in arguments.set)
+    rows = "\n".join(row for row, _ in parts)
     return f"""# `epsd tune` on the digits
 
-`python benchmarks/tuning.py{"".join(f" --set {entry}" for entry in arguments.set)}`: {arguments.trials} trials \
-(sampler {params.tune.sampler}, pruner {params.tune.pruner}), {arguments.workers} workers, \
-{params.train.epochs} epochs, sparsity {params.tune.fixed.get("prune.sparsity", params.prune.sparsity):.0%}.
-Machine: {found["cpu"]}; torch {found["torch"]}, Python {found["python"]}.
+`python benchmarks/tuning.py{sets}`: {tune.trials} trials of up to {tune.repeats} seeds each (sampler {tune.sampler}, \
+pruner {tune.pruner}), {tune.workers} workers, {params.train.epochs} epochs, sparsity \
+{tune.fixed.get("prune.sparsity", params.prune.sparsity):.0%}.
+Machine: {here["cpu"]}; torch {here["torch"]}, Python {here["python"]}.
 
-- Time of the whole command: **{seconds:.0f} s** ({counts}).
-- Best trial against the shipped parameters at the same sparsity, validation top-1, mean of {len(seeds)} seeds: \
-**{gain:+.4f}**.
+Best trial of each search against the shipped parameters at the same sparsity: validation top-1 after the last epoch,
+on seeds (split, initial weights, order of batches) that the search has not used. ± is the standard error of the paired
+difference. A search has its own study seed; all that were run are here. The test split was not read.
 
-{chr(10).join(lines)}
+| study seed | whole command | trials run to the end | trainings | gain on the {tune.repeats} seeds of the search | \
+gain on {FIRST} unseen seeds | gain on {arguments.fresh} unseen seeds |
+|---|---|---|---|---|---|---|
+{rows}
 
-Every seed has its own split, initial weights and order of batches; the search saw seed {seeds[0]} only. Each value is
-the accuracy after the last epoch. The test split was not read.
+{"".join(text for _, text in parts)}"""
 
-```
-{table}
-```
-"""
+
+def section(folder: Path, seed: int, fresh: int) -> tuple[str, str]:
+    """One search as a line of the overview, and in full."""
+    params = load(folder / "params.yaml")
+    ledger, best = found(folder, params)
+    first = report.current(ledger.study)
+    assert first is not None  # tune.current_first
+    told = read_json(folder / "search.json")
+    trials = ledger.trials()
+    complete = sum(trial.state.name == "COMPLETE" for trial in trials)
+    trainings = sum(len(trial.user_attrs.get("repeats") or []) for trial in trials)
+    numbers = range(params.tune.repeats, params.tune.repeats + fresh)
+    rows = {
+        title: [read_json(place(folder, title, number)) for number in numbers] for title in ("shipped", "best trial")
+    }
+    top1 = {title: [figures["val/top1"] for figures in row] for title, row in rows.items()}
+    seen = [[figures["val/top1"] for figures in trial.user_attrs["repeats"]] for trial in (best, first)]
+    gains = [
+        gain(*seen),
+        gain(top1["best trial"][:FIRST], top1["shipped"][:FIRST]),
+        gain(top1["best trial"], top1["shipped"]),
+    ]
+    counts = [f"{told['seconds']:.0f} s", f"{complete} of {len(trials)}", str(trainings)]
+    row = "| " + " | ".join([str(seed), *counts, *gains]) + " |"
+    lines = [
+        f"## Study seed {seed}",
+        "",
+        "| parameters | " + " | ".join(str(number) for number in numbers) + " | mean | nonzero parameters |",
+        "|---" * (fresh + 3) + "|",
+        *(
+            f"| {title} | "
+            + " | ".join(f"{value:.4f}" for value in values)
+            + f" | **{statistics.mean(values):.4f}** | {rows[title][0]['model/parameters_nonzero']:,.0f} |"
+            for title, values in top1.items()
+        ),
+    ]
+    return row, "\n".join([*lines, "", "```", told["printed"].rstrip(), "```", "", ""])
+
+
+def gain(after: list[float], before: list[float]) -> str:
+    """Mean paired difference and its standard error."""
+    differences = [a - b for a, b in zip(after, before, strict=True)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+    return f"{statistics.fmean(differences):+.4f} ± {error:.4f}"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ QUICK = {  # a trial in about a second
     "data.limit": 12, "architecture.width": 0.25, "train.epochs": 2, "train.batch_size": 32, "prune.batch_size": 32,
     "voc.train": 1, "voc.validation": 0, "voc.test": 1, "threads": 1, "tune.study": "quick", "tune.trials": 4,
     "tune.heartbeat": 1, "tune.fixed": {"prune.sparsity": 0.8},
+    "tune.workers": 1, "tune.pruner": "none", "tune.repeats": 1,
 }  # fmt: skip
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 

@@ -199,7 +199,8 @@ class TuneParams(Section):
     trials: Count = 20
     workers: Count = 1
     sampler: Literal["tpe", "gp", "nsga2", "random", "grid"] = "tpe"
-    pruner: Literal["hyperband", "median", "none"] = "hyperband"
+    pruner: Literal["hyperband", "median", "race", "none"] = "hyperband"
+    repeats: Count = 1
     objectives: Annotated[dict[str, Direction], Field(min_length=1, max_length=3)] = {"val/top1": "maximize"}
     constraints: dict[str, LimitParams] = {}
     current_first: bool = True

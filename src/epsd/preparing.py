@@ -75,12 +75,13 @@ def prepare(
     ImageError : a damaged image, unless the source says to skip it. ArtifactError : `out` cannot be written.
     """
     splits = limited(carved(source, validation, test, seed), limit, seed)
+    drawn = [split for split in splits if split not in source.splits]
     shape = _image_shape(splits["train"], source.reading)
     in_memory = max(shape[1:]) <= IN_MEMORY_UP_TO
     writer = Writer(out, source, shape, in_memory)
     for split, labelled in splits.items():
         writer.write(split, labelled)
-    return writer.finish({"seed": seed, "validation": validation, "test": test, "limit": limit})
+    return writer.finish({"seed": seed, "validation": validation, "test": test, "limit": limit, "carved": drawn})
 
 
 def carved(source: Source, validation: float, test: float, seed: int) -> dict[Split, Labelled]:

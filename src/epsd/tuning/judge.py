@@ -1,7 +1,13 @@
-"""One trial: the composition of the stages prune and train, in memory, judged on the validation split."""
+"""One trial: the composition of the stages prune and train, in memory, judged on the validation split.
 
+A trial may be repeated with other seeds, each of another split into train and validation, other initial weights and
+another order of batches: the mean tells better parameters from lucky ones. Every trial has the same seeds, so that two
+of them are compared pair by pair. Repeat 0 is the seed of params.yaml and the split as prepared: what `dvc repro` does.
+"""
+
+import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import nn
@@ -13,6 +19,8 @@ from epsd.params import Params
 from epsd.passes import Meter
 from epsd.pipeline.pruned import pruned
 from epsd.pipeline.trained import card, trained
+from epsd.resplitting import resplit
+from epsd.runtime import mix
 from epsd.training import Record
 
 Figures = dict[str, float]
@@ -46,6 +54,38 @@ def run(params: Params, data: Prepared, watch: Callable[[Record, Callable[[], Fi
 
     history = trained(params, data, model, mask, on_epoch=on_epoch, meter=Meter.of(report))
     return figures(params, data, model, mask, history[-1])
+
+
+def repeat(params: Params, data: Prepared, number: int) -> tuple[Params, Prepared]:
+    """What repeat `number` is run with: 0 with what is given, the others with a seed and a split of their own."""
+    if number == 0:
+        return params, data
+    seed = mix(params.seed, "repeat", number) % 2**31
+    return params.model_copy(update={"seed": seed}), resplit(data, seed)
+
+
+def repeats(
+    params: Params, data: Prepared, count: int, watch: Callable[[int, Record, Callable[[], Figures]], None]
+) -> Iterator[Figures]:
+    """The figures of repeat 0, 1, ... `count` - 1, each when it is done. `watch`: as of `run`, the number first."""
+    for number in range(count):
+
+        def on_epoch(record: Record, figures: Callable[[], Figures], number: int = number) -> None:
+            watch(number, record, figures)
+
+        yield run(*repeat(params, data, number), on_epoch)
+
+
+def means(done: list[Figures]) -> Figures:
+    """Figure by figure."""
+    return {name: statistics.fmean(figures[name] for figures in done) for name in done[0]}
+
+
+def deviations(done: list[Figures]) -> Figures:
+    """Standard deviation of each figure over the repeats; empty where there is one alone."""
+    if len(done) < 2:
+        return {}
+    return {name: statistics.stdev(figures[name] for figures in done) for name in done[0]}
 
 
 def figures(params: Params, data: Prepared, model: nn.Module, mask: Mask, record: Record) -> Figures:

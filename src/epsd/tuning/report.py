@@ -2,6 +2,7 @@
 
 import contextlib
 import html
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from io import StringIO
@@ -33,24 +34,75 @@ def feasible(trial: FrozenTrial) -> bool:
 def best(study: optuna.Study) -> list[FrozenTrial]:
     """The completed trials that keep to the constraints, best first; with several objectives the Pareto front.
 
-    Equal trials stand in the order of their numbers.
+    Trials of equal values stand in the order of their validation NLL, then of their numbers: accuracy on a small split
+    has few values, and of two networks that err as often the one that is more sure of what is right is the better.
     """
     signs = [1 if direction.name == "MINIMIZE" else -1 for direction in study.directions]
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     ranked = sorted(
-        (tuple(sign * value for sign, value in zip(signs, trial.values, strict=True)), trial.number, trial)
+        (tuple(sign * value for sign, value in zip(signs, trial.values, strict=True)), _nll(trial), trial.number, trial)
         for trial in finished
         if feasible(trial)
     )
     if len(signs) == 1:
-        return [trial for _, _, trial in ranked]
-    costs = [cost for cost, _, _ in ranked]
+        return [trial for *_, trial in ranked]
+    costs = [cost for cost, *_ in ranked]
     front: list[tuple[tuple[float, ...], FrozenTrial]] = []
-    for cost, _, trial in ranked:
+    for cost, *_, trial in ranked:
         beaten = any(other != cost and all(a <= b for a, b in zip(other, cost, strict=True)) for other in costs)
         if not beaten and cost not in [entry[0] for entry in front]:
             front.append((cost, trial))
     return [trial for _, trial in front]
+
+
+def _nll(trial: FrozenTrial) -> float:
+    """NaN would sort nowhere."""
+    value = float(trial.user_attrs["figures"]["val/nll"])
+    return value if value == value else float("inf")
+
+
+def current(study: optuna.Study) -> FrozenTrial | None:
+    """The completed trial of params.yaml as it stood when the study began."""
+    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return next((trial for trial in completed if trial.user_attrs.get("origin")), None)
+
+
+def against_current(study: optuna.Study, trial: FrozenTrial, objective: str) -> str:
+    """What `trial` gains over params.yaml, seed by seed, in one line; "" where there is nothing to compare.
+
+    The standard error is that of the mean difference over the repeats. It does not know that `trial` was picked as the
+    best of many, which flatters it: only seeds that the search has not used tell what is left of the gain.
+    """
+    before = current(study)
+    if before is None or before.number == trial.number:
+        return ""
+    pairs = zip(_each(trial, objective), _each(before, objective), strict=False)
+    differences = [after - then for after, then in pairs]
+    if len(differences) < 2:
+        return ""
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return (
+        f"trial {trial.number} against params.yaml: {objective} {statistics.fmean(differences):+.4f} "
+        f"(standard error {error:.4f} over {len(differences)} seeds, before allowing for its being picked)"
+    )
+
+
+def _each(trial: FrozenTrial, objective: str) -> list[float]:
+    """The figure `objective` of each repeat."""
+    return [float(figures[objective]) for figures in trial.user_attrs.get("repeats") or []]
+
+
+def judged(trial: FrozenTrial) -> str:
+    """Validation top-1 as it may be told: of one training, or the mean of several and the first, which runs alone."""
+    each = _each(trial, "val/top1")
+    mean = trial.user_attrs["figures"]["val/top1"]
+    if len(each) < 2:
+        return f"validation top-1 {mean:.4f}"
+    deviation = trial.user_attrs["deviations"]["val/top1"]
+    return (
+        f"validation top-1 {mean:.4f}, the mean of {len(each)} seeds (standard deviation {deviation:.4f}); with the "
+        f"seed and split of params.yaml, which `dvc repro` runs, {each[0]:.4f}"
+    )
 
 
 def chosen(study: optuna.Study, number: int | None) -> FrozenTrial:
@@ -86,12 +138,14 @@ def table(study: optuna.Study, objectives: list[str]) -> str:
 
     ranked = best(study)
     columns = ranked[:COLUMNS]
-    first = next((t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("origin")), None)
-    if first is not None and first.state == TrialState.COMPLETE and first not in columns:
+    first = current(study)
+    if first is not None and first not in columns:
         columns = [*columns, first]
     if not columns:
         return "No trial has finished within the constraints."
     title = "Best trials" if len(objectives) == 1 else f"Pareto front ({len(ranked)} trials)"
+    repeats = max(len(trial.user_attrs.get("repeats") or []) for trial in columns)
+    title += f", means of {repeats} seeds" if repeats > 1 else ""
     grid = Table(title=title, title_justify="left", header_style="bold")
     grid.add_column("")
     for trial in columns:
@@ -100,6 +154,9 @@ def table(study: optuna.Study, objectives: list[str]) -> str:
         )
     for name in dict.fromkeys([*objectives, *SHOWN_FIGURES]):
         grid.add_row(name, *(shown_value(t.user_attrs["figures"].get(name)) for t in columns))
+        if repeats > 1 and name in objectives:
+            grid.add_row("  standard deviation", *(shown_value(t.user_attrs["deviations"].get(name)) for t in columns))
+            grid.add_row("  as dvc repro runs it", *(shown_value(_each(t, name)[0]) for t in columns))
     grid.add_section()
     for key in dict.fromkeys(key for trial in columns for key in trial.params):
         grid.add_row(key, *(shown_value(t.params[key]) if key in t.params else "-" for t in columns))
@@ -132,8 +189,19 @@ def _row(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
         "epochs_reported": len(trial.intermediate_values),
         **trial.params,
         **(trial.user_attrs.get("figures") or {}),
+        **_repeats(trial, list(study.user_attrs["epsd"]["objectives"]) if "epsd" in study.user_attrs else []),
         **known,
     }
+
+
+def _repeats(trial: FrozenTrial, objectives: list[str]) -> dict[str, Any]:
+    """Standard deviation and single values of the objectives, where trials are repeated."""
+    done = trial.user_attrs.get("repeats") or []
+    deviations = trial.user_attrs.get("deviations") or {}
+    row: dict[str, Any] = {f"{name} sd": deviations[name] for name in objectives if name in deviations}
+    if len(done) > 1:
+        row |= {f"{name} repeat {n}": figures[name] for name in objectives for n, figures in enumerate(done)}
+    return {"repeats": len(done) or None, **row}
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -158,7 +226,7 @@ def _plots(study: optuna.Study, objectives: list[str]) -> Iterator[Plot]:
         yield Plot(f"parallel{tail}", f"Parallel coordinates{of}", "plot_parallel_coordinate", target)
         yield Plot(f"slice{tail}", f"Each parameter by itself{of}", "plot_slice", target)
     if not many:
-        yield Plot("curves", "Validation curves of all trials", "plot_intermediate_values", {})
+        yield Plot("curves", "What was reported of each trial while it ran", "plot_intermediate_values", {})
     elif len(objectives) <= 3:
         yield Plot("pareto", "Pareto front", "plot_pareto_front", {"target_names": objectives})
 
@@ -228,7 +296,8 @@ def apply(study: optuna.Study, trial: FrozenTrial, params: Params, target: Path 
     """Write the trial's parameters into `target`, comments kept; the copy of what was there (None: nothing to change).
 
     Everything that bears on the trial is written, the fixed values and the number of threads too, so that `dvc repro`
-    or `dvc exp run` gives the trial's validation accuracy again on the same kind of CPU. `params`: the present ones.
+    or `dvc exp run` gives the trial's validation accuracy again on the same kind of CPU; of a trial that was repeated,
+    that of repeat 0, which has the seed of the file. `params`: the present ones.
     """
     facts = study.user_attrs["epsd"]
     space = Space(parse({**params.model_dump(), **facts["base"], "tune": facts["tune"]}))

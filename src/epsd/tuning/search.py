@@ -381,6 +381,8 @@ def _say_result(ledger: Ledger, interrupted: bool) -> None:
     shown_counts = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
     print(f"tune: {shown_counts or 'no trial finished'}." + " `epsd tune --resume` goes on." * interrupted)
     if ranked := report.best(ledger.study):
+        if len(objectives) == 1 and (gain := report.against_current(ledger.study, ranked[0], objectives[0])):
+            print(f"tune: {gain}.")
         number = str(ranked[0].number) if len(objectives) == 1 else "NUMBER"
         print(f"Next: epsd tune --apply {number} && dvc repro")
 
@@ -391,6 +393,5 @@ def _apply(ledger: Ledger, params: Params, number: int | None) -> None:
     if copy is None:
         print(f"params.yaml already is trial {trial.number}.")
         return
-    top1 = trial.user_attrs["figures"]["val/top1"]
-    print(f"params.yaml is now trial {trial.number} (validation top-1 {top1:.4f}). What was there: {copy}")
+    print(f"params.yaml is now trial {trial.number} ({report.judged(trial)}). What was there: {copy}")
     print("Next: dvc repro")

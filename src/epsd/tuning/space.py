@@ -23,7 +23,7 @@ REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
     "prune.score": SCORES,
 }
 SEARCHABLE = ("architecture.", "objective.", "prune.", "train.", "data.crop_padding", "data.flip")
-"""What may differ between trials: they share one prepared data set, one seed and one device."""
+"""What may differ between trials: they share one prepared data set, the same seeds and one device."""
 
 
 class Suggests(Protocol):
@@ -124,7 +124,7 @@ class Space:
             "objectives": dict(self.tune.objectives),
             "constraints": {key: limit.model_dump() for key, limit in self.tune.constraints.items()},
             "fixed": self.fixed,
-            "params": dict(self.unsearched()),
+            "params": {**dict(self.unsearched()), "tune.repeats": self.tune.repeats},
         }
 
     def unsearched(self) -> Iterator[tuple[str, Any]]:
@@ -155,6 +155,8 @@ class Space:
             self._check_current()
 
     def _check_figures(self) -> None:
+        if self.tune.pruner == "race" and self.tune.repeats < 2:
+            raise ParamsError("tune.pruner: 'race' compares trials seed by seed: set tune.repeats to 2 or more.")
         for where in ("objectives", "constraints"):
             for name in getattr(self.tune, where):
                 if name not in FIGURES:

@@ -159,12 +159,15 @@ class Worker:
             return
         params = self.space.params(values)
         with self._tracked(params, trial, values) as tracker:
+            done: list[Figures] = []
             try:
-                figures = judge.run(params, self.data, self._watch(trial, tracker))
+                for figures in judge.repeats(params, self.data, self.tune.repeats, self._watch(trial, tracker)):
+                    done.append(figures)
+                    self._repeated(trial, done, tracker)
             except optuna.TrialPruned as stop:
                 tracker.tags({"trial.state": "PRUNED"})
                 with self.interrupts.shield():
-                    self._record(trial, stop.args[0], tracker)
+                    self._record(trial, done or [stop.args[0]], tracker, params.train.epochs)
                     study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 return
             except Exception:
@@ -175,39 +178,62 @@ class Worker:
                 raise
             tracker.tags({"trial.state": "COMPLETE"})
             with self.interrupts.shield():
-                self._record(trial, figures, tracker)
+                figures = self._record(trial, done, tracker, params.train.epochs)
                 study.tell(trial, [figures[name] for name in self.tune.objectives])
 
-    def _watch(self, trial: Any, tracker: Tracker) -> Callable[[Record, Callable[[], Figures]], None]:
-        """Per epoch: curve to MLflow, and (one objective) to the pruner, which may end the trial."""
-        import optuna
+    def _watch(self, trial: Any, tracker: Tracker) -> Callable[[int, Record, Callable[[], Figures]], None]:
+        """Per epoch of the first repeat: curve to MLflow, and (one objective) to the pruner, which may end the trial.
 
+        The curves of all trials are so of one seed, and comparable.
+        """
         first = next(iter(self.tune.objectives))
-        reports = len(self.tune.objectives) == 1
+        reports = len(self.tune.objectives) == 1 and self.tune.pruner != "race"
 
-        def watch(record: Record, figures: Callable[[], Figures]) -> None:
-            epoch = int(record["epoch"])
-            tracker.metrics({name: value for name, value in record.items() if name != "epoch"}, step=epoch)
+        def watch(number: int, record: Record, figures: Callable[[], Figures]) -> None:
             if self._orphaned():
                 raise Stopped
-            if not reports or epoch >= self.params.train.epochs:
+            if number > 0:
                 return
-            with self.interrupts.shield():
-                trial.report(record[first] if first in record else figures()[first], epoch)
-                stop = trial.should_prune()
-            if stop:
-                raise optuna.TrialPruned(figures())
+            epoch = int(record["epoch"])
+            tracker.metrics({name: value for name, value in record.items() if name != "epoch"}, step=epoch)
+            if reports and epoch < self.params.train.epochs:
+                self._report(trial, record[first] if first in record else figures()[first], epoch, figures)
 
         return watch
 
-    def _record(self, trial: Any, figures: Figures, tracker: Tracker) -> None:
-        """Figures and constraints, before the trial is told to be over."""
+    def _repeated(self, trial: Any, done: list[Figures], tracker: Tracker) -> None:
+        """After each repeat: its figures to MLflow, and (in a race) the mean so far to the pruner."""
+        if self.tune.repeats == 1:
+            return
+        tracker.metrics({f"repeat/{name}": value for name, value in done[-1].items()}, step=len(done) - 1)
+        if self.tune.pruner == "race" and len(self.tune.objectives) == 1 and len(done) < self.tune.repeats:
+            so_far = judge.means(done)
+            self._report(trial, so_far[next(iter(self.tune.objectives))], len(done), lambda: so_far)
+
+    def _report(self, trial: Any, value: float, step: int, figures: Callable[[], Figures]) -> None:
+        """Tell the pruner. Raises TrialPruned with the figures where it ends the trial."""
+        import optuna
+
+        with self.interrupts.shield():
+            trial.report(value, step)
+            stop = trial.should_prune()
+        if stop:
+            raise optuna.TrialPruned(figures())
+
+    def _record(self, trial: Any, done: list[Figures], tracker: Tracker, epochs: int) -> Figures:
+        """Figures (means over the repeats done) and constraints, before the trial is told to be over."""
+        figures = judge.means(done)
         trial.set_user_attr("figures", figures)
+        trial.set_user_attr("repeats", done)
+        trial.set_user_attr("deviations", judge.deviations(done))
         trial.set_user_attr("run_id", tracker.run_id)
         for name, limit in self.tune.constraints.items():
             for key, excess in excesses(name, limit, figures[name]).items():
                 trial.set_constraint(key, excess)
-        tracker.metrics(figures)
+        tracker.metrics({f"{name} sd": value for name, value in judge.deviations(done).items()})
+        # the curve of repeat 0 ends at step `epochs`: behind it, the mean is what the run shows as its figure
+        tracker.metrics(figures, step=None if len(done) == 1 else len(done) * epochs)
+        return figures
 
     def _failed(self, study: Any, trial: Any, error: Exception) -> None:
         """Keep the error; the slot goes back with new values, as the same would fail again."""
@@ -228,7 +254,7 @@ class Worker:
 
     def _copy(self, study: Any, trial: Any, twin: Any) -> None:
         with self.interrupts.shield():
-            for key in ("figures", "run_id"):
+            for key in ("figures", "repeats", "deviations", "run_id"):
                 trial.set_user_attr(key, twin.user_attrs.get(key))
             trial.set_user_attr("same_as", twin.number)
             for key, value in twin.constraints.items():
