@@ -67,7 +67,7 @@ def search(folder: Path) -> None:
 def compare(folder: Path, fresh: int, processes: int) -> None:
     """Train the shipped parameters and the best trial on `fresh` seeds that the search has not used."""
     params = load(folder / "params.yaml")
-    space, (ledger, best) = Space(params), found(folder, params)
+    space, best = Space(params), found(folder, params)[1]
     threads = int(best.user_attrs["threads"])
     trees = {"shipped": space.tree(space.current()), "best trial": space.tree(best.params)}
     numbers = range(params.tune.repeats, params.tune.repeats + fresh)

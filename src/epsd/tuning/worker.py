@@ -287,9 +287,9 @@ class Worker:
 
 
 def shown_value(value: Any) -> str:
-    """A value in a few characters; counts of thousands in full."""
+    """A value in a few characters; thousands in full."""
     if isinstance(value, float):
-        return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1000 else f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)
 
 
