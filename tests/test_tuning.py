@@ -170,6 +170,8 @@ LR = {"train.lr": {"float": [0.01, 0.5]}}
         ({"space": LR, "constraints": {"val/top1": {}}}, r"'at_least', 'at_most'"),
         ({"space": LR, "sampler": "cma"}, r"tune\.sampler"),
         ({"space": LR, "trials": 0}, r"tune\.trials"),
+        ({"space": LR, "repeats": 0}, r"tune\.repeats"),
+        ({"space": LR, "pruner": "race"}, r"tune\.pruner: 'race' .* set tune\.repeats to 2 or more"),
         ({"space": {"train.lr": {"float": [0.01, 0.5], "when": {"objective.nam": "x"}}}}, r"unknown 'objective\.nam'"),
     ],
 )
@@ -336,6 +338,7 @@ def test_the_same_name_again_is_never_an_accident(made: Space) -> None:
         ({"fixed": {"prune.sparsity": 0.9}}, r"tune\.fixed\.prune\.sparsity was 0\.8 and is now 0\.9"),
         ({"objectives": {"val/nll": "minimize"}}, r"tune\.objectives\.val/nll was None and is now 'minimize'"),
         ({"constraints": {"val/top1": {"at_least": 0.5}}}, r"tune\.constraints\.val/top1"),
+        ({"repeats": 3}, r"tune\.repeats was 1 and is now 3"),
     ],
 )
 def test_another_search_under_the_same_name_is_refused(made: Space, change: dict[str, Any], message: str) -> None:
@@ -472,6 +475,10 @@ class TestTrial:
         """All trials of a study, judged by `result(number, watch)` instead of a training."""
         count = iter(range(1000))
         monkeypatch.setattr(judge, "run", lambda params, data, watch: result(next(count), watch))
+        return self.work(**changes)
+
+    def work(self, **changes: Any) -> study.Ledger:
+        """One worker, until all trials are done."""
         params = parse(tree(**changes))
         ledger, _ = study.begin(study.open_storage(params.tune), Space(params), "d", params.tune.trials, False)
         told = {**params.model_dump(), "tune": params.tune.model_dump(by_alias=True)}
@@ -515,6 +522,55 @@ class TestTrial:
         assert states(ledger).count("FAIL") == worker.HOPELESS
         first, *_ = worker.failures(ledger.trials(), 0)
         assert first.user_attrs["error"] == "ValueError: no 0"
+
+    def test_repeats_are_of_other_seeds_and_splits_and_the_mean_counts(
+        self, project: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[tuple[int, bytes]] = []
+
+        def once(params: Any, data: Prepared, watch: Any) -> judge.Figures:
+            number = len(seen) % 3
+            seen.append((params.seed, data.images("validation").tobytes()))
+            watch({"epoch": 1.0, "val/top1": 0.1}, dict)
+            return dict.fromkeys(judge.FIGURES, 0.5) | {"val/top1": (0.9, 0.6, 0.75)[number]}
+
+        monkeypatch.setattr(judge, "run", once)
+        ledger = self.work(repeats=3, trials=2)
+        assert len(seen) == 6 and seen[:3] == seen[3:]  # every trial: the same seeds and splits
+        assert len(set(seen[:3])) == 3 and len({images for _, images in seen[:3]}) == 3
+        assert seen[0] == (0, Prepared.load(artifacts.DATA).images("validation").tobytes())
+        for trial in ledger.trials():
+            assert trial.values == [pytest.approx(0.75)]
+            assert [figures["val/top1"] for figures in trial.user_attrs["repeats"]] == [0.9, 0.6, 0.75]
+            assert trial.user_attrs["deviations"]["val/top1"] == pytest.approx(0.15)
+            assert trial.intermediate_values == {
+                1: 0.1
+            }  # of the first repeat: the curves of all trials are of one seed
+
+    def test_a_race_runs_the_better_half_on_further_seeds(self, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # trial 0 is params.yaml: poor, but the measure; 1 and 2 come before there is one; 5 begins with a lucky seed
+        levels = {
+            0: [0.1, 0.1, 0.1],
+            1: [0.5, 0.5, 0.5],
+            2: [0.6, 0.6, 0.6],
+            3: [0.2],
+            4: [0.7, 0.7, 0.7],
+            5: [0.8, 0.2],
+        }
+        runs: list[int] = []
+
+        def once(params: Any, data: Prepared, watch: Any) -> judge.Figures:
+            trial = next(trial.number for trial in ledger_of().trials() if trial.state == TrialState.RUNNING)
+            runs.append(trial)
+            return dict.fromkeys(judge.FIGURES, levels[trial][runs.count(trial) - 1])
+
+        monkeypatch.setattr(judge, "run", once)
+        ledger = self.work(repeats=3, trials=6, pruner="race", sampler="random")
+        assert states(ledger) == ["COMPLETE", "COMPLETE", "COMPLETE", "PRUNED", "COMPLETE", "PRUNED"]
+        assert [runs.count(number) for number in range(6)] == [3, 3, 3, 1, 3, 2]
+        assert ledger.trials()[4].intermediate_values == {1: 0.7, 2: pytest.approx(0.7)}
+        assert ledger.trials()[5].user_attrs["figures"]["val/top1"] == pytest.approx(0.5)
+        assert report.best(ledger.study)[0].number == 4
 
     @pytest.mark.parametrize("pruner", ["hyperband", "median"])
     def test_poor_curves_are_cut(self, pruner: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -604,6 +660,45 @@ def test_best_of_one_objective() -> None:
     assert report.chosen(up, 2).number == 2
     with pytest.raises(TuningError, match=r"trial 9 is not in it\. Complete trials, best first: 1, 3, 2, 0"):
         report.chosen(up, 9)
+
+
+def test_equal_accuracy_is_ranked_by_nll() -> None:
+    up = finished([[0.5], [0.9], [0.7], [0.9]], ["maximize"])
+    report.best(up)[1].user_attrs["figures"]["val/nll"] = 0.1
+    assert [trial.number for trial in report.best(up)] == [3, 1, 2, 0]
+
+
+def repeated(*seeds: list[float]) -> optuna.Study:
+    """A study whose trials were judged by validation top-1 with several seeds."""
+    values = [[sum(each) / len(each)] for each in seeds]
+    made = finished(values, ["maximize"])
+    for trial, each in zip(made.get_trials(deepcopy=False), seeds, strict=True):
+        done = [dict.fromkeys(judge.FIGURES, value) for value in each]
+        trial.user_attrs |= {"repeats": done, "figures": judge.means(done), "deviations": judge.deviations(done)}
+    return made
+
+
+def test_what_is_told_of_repeated_trials_is_the_mean_and_which_seed_comes_again(tmp_path: Path) -> None:
+    made = repeated([0.5, 0.5, 0.8], [0.7, 0.8, 0.9])
+    best = report.best(made)[0]
+    assert best.number == 1
+    gain = report.against_current(made, best, "val/top1")
+    assert "trial 1 against params.yaml: val/top1 +0.2000 (standard error 0.0577 over 3 seeds" in gain
+    assert report.against_current(made, report.current(made), "val/top1") == ""
+    told = report.judged(best)
+    assert "0.8000, the mean of 3 seeds (standard deviation 0.1000)" in told and told.endswith("runs, 0.7000")
+    table = report.table(made, ["val/top1"])
+    assert "means of 3 seeds" in table and "standard deviation" in table
+    first_seed = table.split("as dvc repro runs it")[1].split("\n")[0]
+    assert first_seed.replace("│", " ").split() == ["0.7", "0.5"]
+
+    made.set_user_attr("epsd", {"objectives": ["val/top1"]})
+    report.export(made, tmp_path / "trials.csv")
+    import pandas as pd
+
+    frame = pd.read_csv(tmp_path / "trials.csv")
+    assert list(frame["val/top1 repeat 0"]) == [0.5, 0.7] and list(frame["repeats"]) == [3, 3]
+    assert frame["val/top1 sd"][1] == pytest.approx(0.1)
 
 
 def test_the_front_holds_what_nothing_beats() -> None:
@@ -703,6 +798,15 @@ def runs() -> dict[str, dict[str, str]]:
     return {f"{tags['name']}": tags | {"run_id": run} for run, tags in found.items()}
 
 
+def metric(run: str, key: str) -> float:
+    """What the MLflow UI shows as the figure of a run."""
+    with sqlite3.connect("mlflow.db") as link:
+        (value,) = link.execute(
+            "SELECT value FROM latest_metrics WHERE run_uuid = ? AND key = ?", (run, key)
+        ).fetchone()
+    return float(value)
+
+
 def running(of: Callable[[], study.Ledger], epochs: int = 1) -> Iterator[Any]:
     """Trials in mid-training, as they come."""
     deadline = time.monotonic() + 120
@@ -725,7 +829,7 @@ def count_done(ledger: study.Ledger) -> int:
 
 @pytest.mark.slow
 def test_search_apply_and_the_pipeline_gives_the_same_accuracy(project: Path) -> None:
-    write(project, **{"tune.trials": 3, "tune.pruner": "none", "threads": None})
+    write(project, **{"tune.trials": 3, "tune.repeats": 2, "threads": None})
     done = tune("--trials", "3", "--workers", "2", "--export", "trials.csv", EPSD_QUIET="0")
     assert done.returncode == 0, done.stderr
     assert "Best trials" in done.stdout and "Next: epsd tune --apply" in done.stdout
@@ -755,8 +859,12 @@ def test_search_apply_and_the_pipeline_gives_the_same_accuracy(project: Path) ->
         )
         assert ran.returncode == 0, ran.stderr
     history = artifacts.read_csv(artifacts.HISTORY)
-    assert history["val/top1"][-1] == best.values[0]
-    assert history["val/nll"][-1] == best.user_attrs["figures"]["val/nll"]
+    first, second = best.user_attrs["repeats"]
+    assert history["val/top1"][-1] == first["val/top1"] and history["val/nll"][-1] == first["val/nll"]
+    assert best.values[0] == pytest.approx((first["val/top1"] + second["val/top1"]) / 2)
+    assert f"which `dvc repro` runs, {first['val/top1']:.4f}" in applied.stdout
+    assert metric(logged[f"trial-{best.number}"]["run_id"], "val/top1") == best.values[0]
+    assert metric(logged[f"trial-{best.number}"]["run_id"], "repeat/val/top1") == second["val/top1"]
 
     more = tune("--trials", "4", "--resume")
     assert more.returncode == 0, more.stderr
