@@ -20,15 +20,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
+from epsd.derivatives import TwiceDifferentiable, laid_out
 from epsd.masks import prunable
 from epsd.registry import variant
 from epsd.runtime import to_device
@@ -92,33 +91,12 @@ class MetaGradient(NamedTuple):
     terms: list[dict[str, float]]
 
 
-def _hard_sigmoid(x: Tensor, inplace: bool = False) -> Tensor:
-    return F.relu6(x + 3) / 6
-
-
-def _hard_swish(x: Tensor, inplace: bool = False) -> Tensor:
-    return x * F.relu6(x + 3) / 6
-
-
-class _TwiceDifferentiable(TorchFunctionMode):
-    """Computes hard activations (MobileNetV3) by their definition: their kernels have no second derivative."""
-
-    _BY_DEFINITION: ClassVar[dict[Any, Callable[..., Tensor]]] = {
-        F.hardsigmoid: _hard_sigmoid,
-        F.hardswish: _hard_swish,
-    }
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return self._BY_DEFINITION.get(func, func)(*args, **(kwargs or {}))
-
-
 @contextmanager
 def scoring(model: nn.Module, train: bool = True) -> Iterator[None]:
     """Put `model` in train or eval mode for a score; restore every module's mode and the random state afterwards.
 
-    Attention and hard activations run in their plain form meanwhile: the fused kernels are not twice differentiable.
+    Meanwhile layers run in a form that is cheap to differentiate twice (`epsd.derivatives`), attention in its plain
+    one.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -128,7 +106,7 @@ def scoring(model: nn.Module, train: bool = True) -> Iterator[None]:
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         model.train(train)
-        with torch.random.fork_rng(devices=devices), sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable():
+        with torch.random.fork_rng(devices=devices), sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -173,6 +151,11 @@ def _chunks(batch: Batch, micro_batch: int | None) -> list[Batch]:
         [None] * math.ceil(len(batch.labels) / micro_batch) if f is None else torch.split(f, micro_batch) for f in batch
     ]
     return [Batch(*parts) for parts in zip(*fields, strict=True)]
+
+
+def _laid_out(batch: Batch) -> Batch:
+    partner = None if batch.partner is None else laid_out(batch.partner)
+    return batch._replace(images=laid_out(batch.images), partner=partner)
 
 
 def gradient_of(loss: Tensor, weights: Vector, create_graph: bool) -> list[Tensor]:
@@ -227,7 +210,7 @@ class Unroll:
         self._loss = loss
         self._streams: list[LossFunction] = []
         self._velocity: list[Tensor] | None = None
-        start = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        start = {name: laid_out(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
         self._device = next(iter(start.values())).device if start else torch.device("cpu")
         self.weights: list[Vector] = [start]
         self._parts: list[list[_Part]] = []
@@ -250,7 +233,7 @@ class Unroll:
         """∇L_k(θ_k) on `batch`, which becomes step k's. Advances the loss's state."""
         step = len(self._parts)
         leaves = {name: w.detach().requires_grad_() for name, w in self.weights[-1].items()}
-        chunks = _chunks(batch, self._micro_batch)
+        chunks = _chunks(_laid_out(batch), self._micro_batch)
         self._streams += [copy.copy(self._loss) for _ in chunks[len(self._streams) :]]
         parts, graphs = [], []
         total = [torch.zeros_like(w) for w in leaves.values()]

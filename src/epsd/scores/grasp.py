@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from epsd.derivatives import laid_out
 from epsd.losses import cross_entropy
 from epsd.masks import prunable
 from epsd.metagradients import (
@@ -60,13 +61,15 @@ class Grasp:
         source = iter(batches)
         groups = [group for _ in range(self.repeats) for group in self._groups(source, model, device)]
         with scoring(model, self.mode == "train"):
-            weights = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+            weights = {
+                name: laid_out(p.detach()).requires_grad_() for name, p in model.named_parameters() if p.requires_grad
+            }
             curvature = self._curvature(model, weights, groups, names)
         saliency = {name: weights[name].detach() * curvature[name] for name in names}
         return _normalised(saliency)
 
     def _loss(self, model: nn.Module, weights: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(calling(model, weights)(images) / self.temperature, labels)
+        return cross_entropy(calling(model, weights)(laid_out(images)) / self.temperature, labels)
 
     def _curvature(
         self, model: nn.Module, weights: dict[str, Tensor], groups: list[tuple[Tensor, Tensor]], names: list[str]
