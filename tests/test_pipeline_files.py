@@ -28,7 +28,7 @@ REGISTRIES = {  # name of the registry -> (package, dotted key of the choice in 
 CHOICES = {package for package, _ in REGISTRIES.values()}
 TOP = {"stage", "cli", "pipeline", "tuning", "presets", "studies"}
 GROUND = {"types", "registry", "params", "runtime", "masks", "metagradients", "losses", "metrics", "passes"}
-GROUND |= {"derivatives"}
+GROUND |= {"derivatives", "lookahead", "memory"}
 GROUND |= {"archives", "downloads", "images", "sources"}  # how files are read: data sets and machinery both stand on it
 # Modules that no result depends on (a download is checked against its checksum): an edit of one makes no stage stale.
 PLUMBING = {

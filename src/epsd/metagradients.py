@@ -12,7 +12,7 @@ The gradient of L_i(θ_i) with respect to m at m = 1 follows by going back throu
 H_k ν is a Hessian-vector product, for which step k is evaluated again, with the same batch, objective state and
 random numbers. So only one step's graph is alive at a time, and memory grows with i by one copy of the parameters a
 step, where unrolled automatic differentiation (the official ProsPr code) keeps every graph. `graphs_kept` trades the
-second evaluation back for memory.
+second evaluation back for memory; `epsd.lookahead` measures how many the memory at hand allows.
 """
 
 import copy
@@ -20,16 +20,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Literal, NamedTuple
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from epsd.derivatives import TwiceDifferentiable, laid_out
-from epsd.masks import prunable
-from epsd.registry import variant
 from epsd.runtime import to_device
 from epsd.types import Batch, EpsdError, Forward, Loss, Objective, Scores
 
@@ -41,32 +40,6 @@ Vector = dict[str, Tensor]
 
 class MetaGradientError(EpsdError):
     """The loss or the model cannot be differentiated as asked."""
-
-
-@variant
-class LookAhead:
-    """Settings of a score that looks i SGD steps ahead.
-
-    steps : i ≥ 0. Default 3 (ProsPr's command line); 0 with cross entropy is SNIP.
-    lr : η > 0 of those steps. Default 0.1 (ProsPr's command line; its README example uses 0.5).
-    momentum : [0, 1). Default 0 (ProsPr's command line; its README example uses 0.9).
-    reading : "full" (default, as ProsPr's), "first_order", "local": see `mask_gradient`.
-    new_batch_per_step : a fresh batch for each step and for the outer loss. Default true (ProsPr's package default;
-        its command line uses one batch throughout).
-    detach_first_step : with momentum, treat the first buffer as a constant, as the official code does by detaching
-        it. Default false: the exact derivative.
-    micro_batch : images evaluated at once, null = the whole batch. See `Unroll` for when that is exact.
-    graphs_kept : steps whose graph is kept rather than evaluated again: faster, more memory. Default 0.
-    """
-
-    steps: Annotated[int, Field(ge=0)] = 3
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    reading: Reading = "full"
-    new_batch_per_step: bool = True
-    detach_first_step: bool = False
-    micro_batch: Annotated[int, Field(ge=1)] | None = None
-    graphs_kept: Annotated[int, Field(ge=0)] = 0
 
 
 class Following:
@@ -89,6 +62,34 @@ class MetaGradient(NamedTuple):
     gradient: Vector
     losses: list[float]
     terms: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What scores may use. memory : bytes, None = nine tenths of what the device has free when a score begins.
+    precision : the autocast type, None = that of the weights.
+    """
+
+    memory: float | None = None
+    precision: torch.dtype | None = None
+
+
+_WITHIN: ContextVar[Means | None] = ContextVar("means", default=None)
+
+
+def means() -> Means:
+    """What the score that runs now may use."""
+    return _WITHIN.get() or Means()
+
+
+@contextmanager
+def within(allowed: Means) -> Iterator[None]:
+    """Scores computed in the block keep to `allowed`."""
+    token = _WITHIN.set(allowed)
+    try:
+        yield
+    finally:
+        _WITHIN.reset(token)
 
 
 @contextmanager
@@ -115,12 +116,17 @@ def scoring(model: nn.Module, train: bool = True) -> Iterator[None]:
 
 
 def calling(model: nn.Module, weights: Vector) -> Forward:
-    """`model` called with `weights` (or buffers) in place of its own; other buffers are copied, never changed."""
+    """`model` called with `weights` (or buffers) in place of its own; other buffers are copied, never changed.
+
+    In the precision of `Means`; logits are in that of the weights, so that losses are exact.
+    """
+    lower = means().precision
 
     def forward(images: Tensor) -> Tensor:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        logits: Tensor = functional_call(model, {**buffers, **weights}, (images,))
-        return logits
+        with torch.autocast(images.device.type, dtype=lower, enabled=lower is not None):
+            logits: Tensor = functional_call(model, {**buffers, **weights}, (images,))
+        return logits.to(images.dtype)
 
     return forward
 
@@ -153,7 +159,8 @@ def _chunks(batch: Batch, micro_batch: int | None) -> list[Batch]:
     return [Batch(*parts) for parts in zip(*fields, strict=True)]
 
 
-def _laid_out(batch: Batch) -> Batch:
+def batch_laid_out(batch: Batch) -> Batch:
+    """Images and partners in the memory format in which they are convolved fastest."""
     partner = None if batch.partner is None else laid_out(batch.partner)
     return batch._replace(images=laid_out(batch.images), partner=partner)
 
@@ -233,7 +240,7 @@ class Unroll:
         """∇L_k(θ_k) on `batch`, which becomes step k's. Advances the loss's state."""
         step = len(self._parts)
         leaves = {name: w.detach().requires_grad_() for name, w in self.weights[-1].items()}
-        chunks = _chunks(_laid_out(batch), self._micro_batch)
+        chunks = _chunks(batch_laid_out(batch), self._micro_batch)
         self._streams += [copy.copy(self._loss) for _ in chunks[len(self._streams) :]]
         parts, graphs = [], []
         total = [torch.zeros_like(w) for w in leaves.values()]
@@ -389,41 +396,6 @@ def normalised(saliency: Vector) -> Scores:
     scores = {name: tensor.detach().abs() for name, tensor in saliency.items()}
     total = sum(float(score.sum(dtype=torch.float64)) for score in scores.values())
     return {name: score / total for name, score in scores.items()} if 0 < total < math.inf else scores
-
-
-def look_ahead_scores(
-    model: nn.Module,
-    loss: LossFunction,
-    batches: Iterable[Batch],
-    settings: "LookAhead",
-    who: str,
-) -> Scores:
-    """The score of EPSD and of ProsPr: normalised |∂L(θ_i)/∂m| of every prunable weight of `model`.
-
-    Draws i + 1 batches (one, used throughout, with `new_batch_per_step` off).
-    """
-    names = list(prunable(model))
-    if not names:
-        return {}
-    device = next(model.parameters()).device
-    count = settings.steps + 1
-    drawn = draw(
-        batches, count if settings.new_batch_per_step else 1, f"score {who} with steps={settings.steps}", device
-    )
-    with scoring(model):
-        result = mask_gradient(
-            model,
-            loss,
-            drawn if settings.new_batch_per_step else drawn * count,
-            names,
-            lr=settings.lr,
-            momentum=settings.momentum,
-            reading=settings.reading,
-            detach_first_step=settings.detach_first_step,
-            micro_batch=settings.micro_batch,
-            graphs_kept=settings.graphs_kept,
-        )
-    return normalised(result.gradient)
 
 
 def gradient_norms(

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from epsd.lookahead import LookAhead
 from epsd.losses import PlainLoss, as_objective, cross_entropy
 from epsd.masks import Mask, Scope, prunable
-from epsd.metagradients import Following, LookAhead, draw, gradient_norms, scoring
+from epsd.metagradients import Following, draw, gradient_norms, scoring
 from epsd.types import Batch, Batches, BatchNeeds, Objective, Score, Scores
 
 Source = Batches | Iterable[Batch] | DataLoader[Any]

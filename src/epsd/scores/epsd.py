@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from epsd.metagradients import Following, LookAhead, look_ahead_scores
+from epsd.lookahead import LookAhead, look_ahead_scores
+from epsd.metagradients import Following
 from epsd.registry import variant
 from epsd.types import Batch, Objective, Scores
 
