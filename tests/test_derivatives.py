@@ -119,12 +119,17 @@ def test_forms_without_a_cheap_way_are_left_to_torch() -> None:
             nn.BatchNorm1d(3)(torch.randn(1, 3))
 
 
-def test_a_third_derivative_is_refused() -> None:
-    x, weight = numbers(1, 1, 4, 4), numbers(1, 1, 3, 3)
-    first = torch.autograd.grad(conv2d(x, weight).pow(3).sum(), weight, create_graph=True)[0]
-    second = torch.autograd.grad(first.sum(), weight, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(second.sum(), weight)
+def test_a_third_derivative_is_right_or_refused() -> None:
+    def third(function: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+        first = torch.autograd.grad(function(weight).pow(4).sum(), weight, create_graph=True)[0]
+        second = torch.autograd.grad(first.sum(), weight, create_graph=True)[0]
+        return torch.autograd.grad(second.sum(), weight)[0]
+
+    x, weight = numbers(2, 1, 4, 4), numbers(1, 1, 3, 3)
+    ours = third(lambda w: conv2d(conv2d(x, w), w, padding=1), weight)
+    assert torch.allclose(ours, third(lambda w: F.conv2d(F.conv2d(x, w), w, padding=1), weight))
+    with pytest.raises(RuntimeError, match="twice, not three times"):
+        third(lambda w: batch_norm(x, None, None, w, torch.zeros_like(w), training=True), numbers(1))
 
 
 def test_a_net_that_flattens_by_view_runs_in_every_memory_format() -> None:

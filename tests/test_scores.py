@@ -191,6 +191,21 @@ def test_synflow_survives_a_deep_net_in_single_precision() -> None:
     scores = SCORES["synflow"]()(model, DATA.epoch(0), CE)
     assert (flat(scores) > 0).all()
     assert torch.isfinite(flat(scores)).all()
+    assert all(score.dtype == torch.float64 for score in scores.values()), "single precision would not have done"
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e6])
+def test_synflow_in_single_precision_is_that_in_double(scale: float) -> None:
+    """Whether single precision was enough or not, the scores are those of double precision, to single rounding."""
+    model, data = convnet(), ToyBatches()
+    with torch.no_grad():
+        model[0].weight.mul_(scale)
+        model[3].weight[4:] = 0
+    single = SCORES["synflow"]()(model, data.epoch(0), CE)
+    double = SCORES["synflow"]()(model.double(), ToyBatches(dtype=torch.float64).epoch(0), CE)
+    for name, score in double.items():
+        assert torch.allclose(single[name].double(), score, rtol=1e-5, atol=0), name
+    assert all(score.dtype == torch.float32 for score in single.values())
 
 
 @pytest.mark.parametrize("name", ["epsd", "prospr"])

@@ -8,7 +8,7 @@ y = x ∗ W whose backward pass gave (gx, gW) from gy, and adjoints a of gx and 
     adjoint of gy = a ∗ W + x ∗ v,     of x: the input gradient of (gy, v),     of W: the weight gradient of (gy, a),
 
 six times the forward pass's products for one Hessian-vector product: two plain training steps. The values are torch's,
-to rounding. Not differentiable a third time.
+to rounding. A third derivative is refused where it would be wrong.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 _OPS: Any = torch.ops.aten
@@ -55,7 +54,6 @@ class _ConvolutionBack(torch.autograd.Function):
         return _OPS.convolution_backward(gy, x, weight, bias, *geometry, wanted)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *adjoints: Tensor | None) -> Any:
         gy, x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = adjoints
@@ -124,8 +122,9 @@ class _BatchNormBack(torch.autograd.Function):
         return gx, for_weight, for_bias
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *adjoints: Tensor) -> Any:
+        if torch.is_grad_enabled():  # the sums below are saved as numbers
+            raise RuntimeError("batch normalisation inside a score is differentiable twice, not three times")
         a, b, c = adjoints
         gy, x, weight, mean, s, P, sum_gy = ctx.saved_tensors
         n = x.numel() // x.shape[1]
@@ -175,8 +174,10 @@ def _pair(value: Pair) -> list[int]:
 
 def _lowered(*tensors: Tensor | None) -> list[Tensor | None]:
     """In the precision that autocast asks for, where it is on: a convolution called by name is not cast by it."""
-    device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    first = tensors[0]
+    assert first is not None
+    device = first.device.type
+    if not torch.is_autocast_enabled(device) or first.dtype == torch.float64:
         return list(tensors)
     lower = torch.get_autocast_dtype(device)
     return [None if t is None else t.to(lower) for t in tensors]

@@ -59,6 +59,8 @@ class PruneParams(Section):
     keep_at_least_one: bool
     control: Literal["none", "shuffled", "reinitialised"]
     compare: bool
+    memory: Literal["auto"] | Positive
+    precision: Literal["fp32", "bf16"]
 
 
 class TrainParams(Section):

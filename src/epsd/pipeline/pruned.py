@@ -11,11 +11,13 @@ from epsd.architectures import ARCHITECTURES
 from epsd.data import Augmentation, Prepared
 from epsd.losses import PlainLoss, cross_entropy
 from epsd.masks import Mask
+from epsd.memory import GIB
+from epsd.metagradients import Means, within
 from epsd.objectives import OBJECTIVES
 from epsd.params import Params
 from epsd.passes import Meter
 from epsd.registry import choose
-from epsd.runtime import mix, pick_device, seed_everything
+from epsd.runtime import mix, pick_device, pick_precision, seed_everything
 from epsd.scores import SCORES
 from epsd.types import Batches, Objective, Score, Scores
 
@@ -61,10 +63,11 @@ def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Prune
     work = _begin(params, data)
     selection = params.prune.model_dump(include={"sparsity", "scope", "rounds", "keep_at_least_one"})
     if known is None:
-        with _measured(params, work.model) as spent:
-            mask = pruning.prune(work.model, work.batches, score=work.score, objective=work.objective, **selection)
-        report = mask.summary() | spent
-        report |= comparison(params, work.model, work.batches, mask, work.score, work.objective)
+        with within(_means(params)):
+            with _measured(params, work.model) as spent:
+                mask = pruning.prune(work.model, work.batches, score=work.score, objective=work.objective, **selection)
+            report = mask.summary() | spent
+            report |= comparison(params, work.model, work.batches, mask, work.score, work.objective)
     else:
         mask, report = _cut(known, selection)
     return _controlled(params, data, Pruned(mask, work.model, report))
@@ -73,19 +76,27 @@ def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Prune
 def scored(params: Params, data: Prepared) -> Scored:
     """The scoring of `pruned` by itself. Seeds everything from `params.seed` first."""
     model, batches, score, objective = _begin(params, data)
-    with _measured(params, model) as report:
-        scores = pruning.scored(model, batches, score=score, objective=objective)
-    if not params.prune.compare:
-        return Scored(scores, None, report)
-    plain = pruning.scored(model, batches, score=score, objective=PlainLoss(cross_entropy, objective.needs))
-    return Scored(scores, plain, report | pruning.signal(model, batches, score, objective))
+    with within(_means(params)):
+        with _measured(params, model) as report:
+            scores = pruning.scored(model, batches, score=score, objective=objective)
+        if not params.prune.compare:
+            return Scored(scores, None, report)
+        plain = pruning.scored(model, batches, score=score, objective=PlainLoss(cross_entropy, objective.needs))
+        return Scored(scores, plain, report | pruning.signal(model, batches, score, objective))
 
 
 def scoring_key(params: Params) -> dict[str, Any]:
     """All parameters that `scored` depends on, beside the data: those with equal keys share one scoring."""
     sections = params.model_dump(include={"seed", "device", "architecture", "objective"})
     augmentation = params.data.model_dump(include={"crop_padding", "flip"})
-    return {**sections, **augmentation, **params.prune.model_dump(include={"score", "batch_size", "compare"})}
+    own = params.prune.model_dump(include={"score", "batch_size", "compare", "precision"})
+    return {**sections, **augmentation, **own}
+
+
+def _means(params: Params) -> Means:
+    """Memory and precision that scoring may use."""
+    memory = None if params.prune.memory == "auto" else params.prune.memory * GIB
+    return Means(memory, pick_precision(params.prune.precision, pick_device(params.device)))
 
 
 @contextmanager

@@ -1,14 +1,23 @@
 """SynFlow: synaptic flow, without data (Tanaka et al., NeurIPS 2020; official code ganguli-lab/Synaptic-Flow)."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from epsd.derivatives import laid_out
 from epsd.masks import prunable
-from epsd.metagradients import calling, draw, scoring
+from epsd.metagradients import Means, calling, draw, scoring, within
 from epsd.registry import variant
 from epsd.types import Batch, Objective, Scores
+
+_SAFE = 1e-25, 1e30
+"""Where the largest activation, gradient and score of every layer must lie for single precision: what is up to 10¹³
+times smaller than the layer's largest is then still a normal number. A layer without any flow has none to lose."""
+_SAFE_WEIGHTS = 1e-10, 1e10
+"""Where the largest weight of a layer must lie, so that no single layer leads from the range above to 0 or ∞."""
 
 
 @variant
@@ -17,8 +26,9 @@ class SynFlow:
     for one image of ones.
 
     Use `prune.rounds: 100`, as the paper does (the official command line defaults to 1). In eval mode, so BatchNorm
-    stays at its initial statistics. Computed in double precision: single precision over- or underflows in deep nets
-    (official issue).
+    stays at its initial statistics. Computed in the precision of the weights while the flow through every layer keeps
+    well inside its range, else again in double precision: single precision over- or underflows in deep nets
+    (official issue). All terms are positive, so that nothing cancels.
     """
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
@@ -28,13 +38,49 @@ class SynFlow:
             return {}
         device = next(model.parameters()).device
         image = draw(batches, 1, "score synflow", device)[0].images[:1]
-        with scoring(model, train=False):
-            weights = {n: p.detach().double().abs().requires_grad_() for n, p in model.named_parameters()}
-            flow = _flow(model, weights, torch.ones_like(image, dtype=torch.float64))
-            gradients = torch.autograd.grad(flow, [weights[name] for name in names], materialize_grads=True)
-        return {name: (weights[name].detach() * g).abs() for name, g in zip(names, gradients, strict=True)}
+        with within(Means()), scoring(model, train=False):
+            dtype = model.get_parameter(names[0]).dtype
+            scores = _scores(model, names, torch.ones_like(image, dtype=dtype)) if dtype != torch.float64 else None
+            return scores or _scores(model, names, torch.ones_like(image, dtype=torch.float64), safe=False) or {}
 
 
-def _flow(model: nn.Module, weights: dict[str, Tensor], image: Tensor) -> Tensor:
-    buffers = {n: b.double().abs() if b.is_floating_point() else b for n, b in model.named_buffers()}
-    return calling(model, {**weights, **buffers})(image).sum()
+def _scores(model: nn.Module, names: list[str], image: Tensor, safe: bool = True) -> Scores | None:
+    """In the precision of `image`; None where that is not enough and `safe` asks for more."""
+    weights = {n: laid_out(p.detach().to(image.dtype)).abs().requires_grad_() for n, p in model.named_parameters()}
+    buffers = {n: b.to(image.dtype).abs() if b.is_floating_point() else b for n, b in model.named_buffers()}
+    with _Range() as flow:
+        total = calling(model, {**weights, **buffers})(laid_out(image)).sum()
+    gradients = torch.autograd.grad(total, [weights[name] for name in names], materialize_grads=True)
+    scores = {name: weights[name].detach() * g for name, g in zip(names, gradients, strict=True)}
+    flowing = flow.holds(list(scores.values())) and _within(list(weights.values()), _SAFE_WEIGHTS)
+    return scores if flowing or not safe else None
+
+
+def _within(tensors: list[Tensor], ends: tuple[float, float]) -> bool:
+    """Whether the largest of each tensor lies between `ends`, or is 0."""
+    largest = torch.stack([tensor.detach().amax() for tensor in tensors])
+    return bool(((largest == 0) | ((largest > ends[0]) & (largest < ends[1]))).all())
+
+
+class _Range(TorchFunctionMode):
+    """Notes the largest activation of every operation, and the largest gradient that comes back to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._largest: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.requires_grad:
+            self._note(result.detach())
+            result.register_hook(self._note)  # type: ignore[no-untyped-call]
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        self._largest.append(tensor.amax())
+
+    def holds(self, tensors: list[Tensor]) -> bool:
+        """Whether all that was noted, and the largest of each of `tensors`, lies where nothing is lost."""
+        return _within([*self._largest, *tensors], _SAFE)
