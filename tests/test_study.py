@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from ruamel.yaml import YAML
@@ -123,6 +124,21 @@ def test_settings_go_to_every_choice_that_has_them(project: Path) -> None:
     weights = {cell.params.objective["name"]: cell.params.objective.get("weight") for cell in found}
     assert weights == {"cskd": 2.0, "dlb": 3.0, "pskd": None}
     assert len(found) == 3 * (2 + 2 + 1 + 1)  # a learning rate that random and snip lack makes no second cell
+
+
+def test_settings_go_to_the_bases_own_choices_too(project: Path) -> None:
+    path = project / "own.yaml"
+    write(
+        path, sparsities=[0.5], seeds=1, set={"prune.score.steps": 5, "objective.weight": 2.0}, variants=[{"name": "v"}]
+    )
+    content = {key: value for key, value in read_yaml(path).items() if key not in ("scores", "objectives")}
+    for scores in ({}, {"scores": [{"name": "epsd", "lr": 0.3}]}):
+        with path.open("w") as file:
+            YAML(typ="safe").dump({**content, **scores}, file)
+        for cell in cells(path):
+            assert cell.params.prune.score["steps"] == 5 and cell.params.prune.score["reading"] == "full"
+            assert cell.params.objective == {"name": "cskd", "temperature": 4.0, "weight": 2.0}
+    assert [cell.params.prune.score["lr"] for cell in cells(path)] == [0.3, 0.1]
 
 
 def test_a_variant_has_the_last_word(project: Path) -> None:
@@ -356,10 +372,18 @@ def test_kill_9_and_again_gives_each_cell_once(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_workers_share_the_cells(project: Path) -> None:
+def test_two_workers_share_the_cells_and_outlive_nobody(project: Path) -> None:
+    """The main process is killed: its workers end soon, and the same command goes on."""
     write(project / "grid.yaml", sparsities=[0.5, 0.8], seeds=1)
     process = begin(project, "--workers", "2")
-    assert process.wait(timeout=240) == 0
+    wait_for("cells/*.json", project / ".epsd/studies/grid")
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+    assert begin(project, "--workers", "2").wait(timeout=240) == 0
     frame = read_runs(["epsd"], ["kind=study"])
     assert len(frame) == 4
     assert len(list((project / ".epsd/studies/grid/cells").glob("*.json"))) == 4

@@ -57,7 +57,8 @@ class StudyParams(Section):
     name : of the folder under artifacts/studies and of the tag `study`; default: the file's name.
     base : `params.yaml` (or another parameter file, relative to the study file) or the name of a preset.
     set : dotted names and values that change the base, for all cells.
-    scores, objectives : names, or mappings `{name: ..., setting: ...}`; default: the base's own.
+    scores, objectives : names, or mappings `{name: ..., setting: ...}`; default: the base's own. Settings that are not
+        given are the base's where it has the same name, else the variant's defaults.
     variants : further methods, crossed with all objectives and sparsities that they do not set themselves.
     sparsities, seeds : lists; seeds also as a number, n = 0 ... n - 1. Sparsity 0 is the dense network, trained once
         for each objective and seed, whatever the scores.
@@ -119,7 +120,7 @@ class Plan(NamedTuple):
 
 
 def find(name: str) -> Path:
-    """A study file by path, or one of `presets/studies` by name. Raises StudyError-like EpsdError, listing those."""
+    """A study file by path, or one of `presets/studies` by name. Raises ParamsError, listing those."""
     path = Path(name)
     if path.is_file():
         return path
@@ -206,7 +207,7 @@ class _Grid:
     def cells(self) -> Iterator[Cell]:
         """Seed by seed; the sparsities of a method next to each other, as they share its scores."""
         study = self.study
-        own = {"prune.score": self.base["prune"]["score"], "objective": self.base["objective"]}
+        own = {section: {"name": _at(self.base, section)["name"]} for section in CHOICES}
         seeds = list(range(study.seeds)) if isinstance(study.seeds, int) else study.seeds
         scores = [own["prune.score"]] if study.scores is None and not study.variants else study.scores or []
         methods: list[dict[str, Any] | VariantParams] = [*scores, *study.variants]
@@ -227,13 +228,12 @@ class _Grid:
     ) -> Cell:
         """One cell, checked."""
         named = way if isinstance(way, VariantParams) else None
-        score = self.base["prune"]["score"] if isinstance(way, VariantParams) else way
+        score = {"name": _at(self.base, "prune.score.name")} if isinstance(way, VariantParams) else way
+        given = {"prune.score": score, "objective": objective}
         tree = copy.deepcopy(self.base)
-        given: dict[str, Any] = {}
-        for section, choice in (("prune.score", score), ("objective", objective)):
-            given[section] = choice
-            present = self.base["prune"]["score"] if section == "prune.score" else self.base["objective"]
-            override(tree, section, dict(present) if choice == {"name": present["name"]} else dict(choice))
+        for section, choice in given.items():
+            present = _at(tree, section)
+            override(tree, section, {**(present if choice["name"] == present["name"] else {}), **choice})
         tree["prune"]["sparsity"], tree["seed"] = sparsity, seed
         for key, value in {**self.soft, **point}.items():
             self._apply(tree, key, value, given)
@@ -248,7 +248,7 @@ class _Grid:
         if section is None:
             _set(tree, key, value, "vary")
             return
-        choice = tree["prune"]["score"] if section == "prune.score" else tree["objective"]
+        choice = _at(tree, section)
         setting, registry = key.removeprefix(f"{section}."), CHOICES[section]
         if choice.get("name") in registry and setting in settings_of(registry[choice["name"]]):
             self.unused.discard(key)
@@ -259,13 +259,13 @@ class _Grid:
         if tree["prune"].get("sparsity") == 0 and procedure.get("name") == "pipeline":
             tree = _dense(tree, self.base)
             variant = ""
-        where = variant or tree["prune"]["score"].get("name", "?")
+        where = variant or _at(tree, "prune.score.name")
         try:
             params = parse(tree)
             check(params)
             choose(PROCEDURES, procedure, "procedure")
         except EpsdError as error:
-            objective, sparsity = tree["objective"].get("name", "?"), tree["prune"].get("sparsity")
+            objective, sparsity = _at(tree, "objective.name"), _at(tree, "prune.sparsity")
             raise ParamsError(f"cell '{where}, {objective}, sparsity {sparsity}': {error}") from None
         return Cell(params, dict(procedure), variant)
 
@@ -279,7 +279,7 @@ class _Grid:
             raise unknown(where, key.removeprefix(f"{section}."), valid)
 
     def _chosen(self, section: str, name: str) -> bool:
-        present = self.base["prune"]["score"] if section == "prune.score" else self.base["objective"]
+        present = _at(self.base, section)
         listed = self.study.scores if section == "prune.score" else self.study.objectives
         return name in [choice["name"] for choice in listed or [present]]
 
