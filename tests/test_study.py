@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import psutil
@@ -19,11 +19,14 @@ from ruamel.yaml import YAML
 from conftest import ROOT
 from epsd import evaluation
 from epsd.cli import main
-from epsd.params import load, read_yaml
-from epsd.pipeline.pruned import pruned
+from epsd.data import Prepared
+from epsd.masks import Mask
+from epsd.params import Params, load, read_yaml
+from epsd.pipeline.pruned import network, pruned
 from epsd.pipeline.trained import trained
-from epsd.registry import ParamsError
+from epsd.registry import ParamsError, variant
 from epsd.studies import compare, outcome, plan, work
+from epsd.studies.procedures import PROCEDURES, Desk, Trained
 from epsd.studies.work import Place, mark
 from epsd.tracking.runs import RunsError, read_runs
 
@@ -408,6 +411,45 @@ def test_a_cell_that_cannot_be_trained_stops_no_other(project: Path, capsys: pyt
 def test_scores_over_rounds_are_not_shared(project: Path) -> None:
     made = plan.load(write(project / "grid.yaml", sparsities=[0.5, 0.8], seeds=1, set={**QUICK, "prune.rounds": 2}))
     assert [len(group.cells) for group in work.groups(made, Place("grid"))] == [1, 1, 1, 1]
+
+
+# --- another procedure ---------------------------------------------------------------------------------------------
+
+
+@variant
+class Lazy:
+    """Trains the dense network, with nothing removed. `shared` counts what cells share."""
+
+    patience: int = 1
+    made: ClassVar[list[str]] = []
+
+    def __call__(self, params: Params, data: Prepared, desk: Desk) -> Trained:
+        desk.shared(lambda: self.made.append("x"))
+        assert desk.mark and desk.folder.parent.name == "work"
+        network_ = network(params, data)
+        mask = Mask.dense(network_)
+        history = trained(params, data, network_, mask, on_epoch=desk.log)
+        return Trained(network_, mask, history, {"cost/patience": self.patience})
+
+    def shares(self, params: Params) -> dict[str, Any] | None:
+        return {"seed": params.seed}
+
+
+def test_a_procedure_is_one_entry_of_the_registry(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROCEDURES, "lazy", Lazy)
+    lazy = {"name": "lazy", "patience": 3}
+    write(project / "grid.yaml", seeds=1, sparsities=[0.5, 0.8], scores=["random"],
+          variants=[{"name": "do little", "procedure": lazy}])  # fmt: skip
+    assert main(["study", "grid.yaml"]) == 0
+    assert Lazy.made == ["x"]  # once for two cells
+    frame = read_runs(["epsd"], ["procedure.name=lazy"])
+    assert set(frame["params.procedure.patience"]) == {"3"} and set(frame["metrics.cost/patience"]) == {3.0}
+    assert "digits-do_little-cskd-s0.5-seed0" in set(frame["name"])
+    made = compare.compared(compare.Request(("epsd",)))
+    assert [(row.label, sorted(row.cells)) for row in made.rows] == [("random", [0.5, 0.8]), ("do little", [0.5, 0.8])]
+    write(project / "bad.yaml", procedure={"name": "lazy", "patients": 3})
+    with pytest.raises(ParamsError, match="Did you mean 'patience'"):
+        plan.load(project / "bad.yaml")
 
 
 # --- epsd compare ---------------------------------------------------------------------------------------------------
