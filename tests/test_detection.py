@@ -315,9 +315,9 @@ def test_gallery_is_drawn(scenes: dict[str, list[Scene]], tmp_path: Path, channe
     perfect = [Detections(s.boxes, np.ones(len(s.labels)), s.labels) for s in scenes["test"]]
     figure = pictures.gallery(scenes["test"][:4], perfect[:4], names, channels)
     figures.save(figure, tmp_path / "some.png")
-    blue = (np.asarray(Image.open(tmp_path / "some.png").convert("RGB")) == (0, 0x72, 0xB2)).all(2)
-    assert blue.sum() > 100
+    green = (np.asarray(Image.open(tmp_path / "some.png").convert("RGB")) == (0, 0x9E, 0x73)).all(2)
+    assert green.sum() > 100
     blank = pictures.gallery(scenes["test"][:4], [found()] * 4, names, channels)
     figures.save(blank, tmp_path / "blank.png")
-    drawn = (np.asarray(Image.open(tmp_path / "blank.png").convert("RGB")) == (0, 0x72, 0xB2)).all(2)
-    assert drawn.sum() < blue.sum() / 4  # the legend's sample only
+    drawn = (np.asarray(Image.open(tmp_path / "blank.png").convert("RGB")) == (0, 0x9E, 0x73)).all(2)
+    assert drawn.sum() < green.sum() / 4  # the legend's sample only

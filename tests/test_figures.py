@@ -100,6 +100,30 @@ def test_matplotlib_stays_off_the_start_up_path() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_what_training_records_has_a_panel_each_and_ink_in_it() -> None:
+    from epsd.objectives import OBJECTIVES
+    from epsd.training import Recipe, fit
+    from inks import ink
+    from toys import ToyBatches, convnet
+
+    records = fit(
+        convnet(), ToyBatches(), objective=OBJECTIVES["cskd"](), recipe=Recipe(epochs=3), validation=ToyBatches()
+    )
+    history = {name: [record[name] for record in records] for name in records[0]}
+    panels = figures.history_panels(history)
+    assert {label: set(series) for label, series in panels.items()} == {
+        "loss (nats)": {"train/loss", "val/nll"},
+        "terms of the objective (nats)": {"train/cross_entropy", "train/distillation"},
+        "gradient norm (nats per unit of weight)": {"train/grad_norm"},
+        "top-1 (share right)": {"train/top1", "val/top1"},
+        "learning rate": {"train/lr"},
+    }
+    figure = figures.curves(panels)
+    for axes, series in zip(figure.axes, panels.values(), strict=True):
+        assert [line.get_ydata().tolist() for line in axes.lines] == list(series.values())
+        assert ink(figure, axes) > 0.005
+
+
 @pytest.mark.parametrize("history", [{}, {"epoch": [1.0]}])
 def test_a_history_without_curves_gives_no_panel(history: dict[str, list[float]]) -> None:
     assert figures.history_panels(history) == {}

@@ -26,7 +26,7 @@ REGISTRIES = {  # name of the registry -> (package, dotted key of the choice in 
     "DETECTORS": ("detectors", "detect.detector.name"),
 }
 CHOICES = {package for package, _ in REGISTRIES.values()}
-TOP = {"stage", "cli", "pipeline", "tuning", "presets", "studies"}
+TOP = {"stage", "cli", "pipeline", "tuning", "presets", "studies", "analysis"}
 GROUND = {"types", "registry", "params", "runtime", "masks", "metagradients", "losses", "metrics", "passes"}
 GROUND |= {"derivatives", "lookahead", "memory"}
 GROUND |= {"archives", "downloads", "images", "sources"}  # how files are read: data sets and machinery both stand on it

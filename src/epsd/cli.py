@@ -57,6 +57,14 @@ def _positive(text: str) -> float:
     return number
 
 
+def analyse(arguments: argparse.Namespace) -> int:
+    """Compare prunings in depth."""
+    from epsd.analysis.command import DEFAULT, Request, command
+
+    others = DEFAULT if arguments.others is None else tuple(filter(None, arguments.others.split(",")))
+    return command(Request(others, arguments.epochs, arguments.seeds, arguments.points))
+
+
 def _count(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -97,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--export", metavar="FILE", help="write all trials as CSV")
     one.set_defaults(command=tune)
     _comparisons(commands)
+    _analysis(commands)
     return top
 
 
@@ -125,6 +134,26 @@ def _comparisons(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     one.add_argument("--minutes", type=_positive, metavar="M", help="begin no model after this long; later: go on")
     one.add_argument("--list", action="store_true", help="only list the models, and which are done")
     one.set_defaults(command=study)
+
+
+def _analysis(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    one = commands.add_parser("analyse", help="train EPSD and simple combinations and measure why they differ")
+    one.add_argument(
+        "--with",
+        dest="others",
+        metavar="SCORES",
+        help="scores of the simple combinations (default: prospr,snip,random); the objective stays the run's",
+    )
+    one.add_argument("--epochs", type=_count, metavar="K", help="of each training, instead of train.epochs")
+    one.add_argument("--seeds", type=_count, default=1, metavar="N", help="trainings of each (default: 1)")
+    one.add_argument(
+        "--points",
+        type=int,
+        default=17,
+        metavar="P",
+        help="of the loss landscape along each direction, odd (default: 17); 0 = no landscape, no features",
+    )
+    one.set_defaults(command=analyse)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -138,7 +138,15 @@ def _lines(axes: "Axes", series: Mapping[str, Sequence[float | None]]) -> None:
 
 def history_panels(history: Mapping[str, Sequence[float | None]]) -> dict[str, dict[str, Sequence[float | None]]]:
     """Columns of history.csv (`train/loss`, `val/top1`) as panels of `curves`; those without a unit are dropped."""
-    labels = {"loss": "loss (nats)", "nll": "loss (nats)", "top1": "top-1 (share right)", "lr": "learning rate"}
+    labels = {
+        "loss": "loss (nats)",
+        "nll": "loss (nats)",
+        "cross_entropy": "terms of the objective (nats)",
+        "distillation": "terms of the objective (nats)",
+        "top1": "top-1 (share right)",
+        "grad_norm": "gradient norm (nats per unit of weight)",
+        "lr": "learning rate",
+    }
     panels: dict[str, dict[str, Sequence[float | None]]] = {}
     for column, values in history.items():
         quantity = column.rsplit("/", 1)[-1]

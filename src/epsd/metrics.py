@@ -95,6 +95,15 @@ def ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     return reliability(logits, labels, bins).ece()
 
 
+def brier(logits: Tensor, labels: Tensor) -> float:
+    """Brier score: mean over rows of Σ_k (p_k − [k is the label])², [0, 2]. `logits` (N, K), `labels` (N,).
+
+    The sum over all classes, as Brier (1950) has it; some libraries halve it for two classes.
+    """
+    onehot = F.one_hot(labels, logits.shape[1]).double()
+    return float((logits.double().softmax(dim=1) - onehot).square().sum(dim=1).mean())
+
+
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:
     """(K, K) int64: row = true class, column = predicted class."""
     classes = logits.shape[1]

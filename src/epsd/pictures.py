@@ -25,11 +25,12 @@ class Style(NamedTuple):
     meaning: str
 
 
-RIGHT = Style("#0072B2", "-", "right")
-WRONG = Style("#D55E00", (0, (4, 2)), "wrong (class, place or double)")
-MISSED = Style("#009E73", (0, (1, 1.5)), "missed")
+RIGHT = Style("#009E73", "-", "✓ right")
+WRONG = Style("#D55E00", (0, (4, 2)), "✗ wrong (class, place or double)")
+MISSED = Style("#0072B2", (0, (1, 1.5)), "missed")
 PASSED = Style("#7F7F7F", (0, (6, 2, 1, 2)), "difficult: not counted")
 STYLES = (RIGHT, WRONG, MISSED, PASSED)
+_SIGNS = {RIGHT: "✓", WRONG: "✗"}
 
 
 class Mark(NamedTuple):
@@ -112,7 +113,7 @@ def draw(axes: "Axes", pixels: npt.NDArray[np.uint8], some: Sequence[Mark]) -> N
         axes.add_patch(patch)
         below = style in (MISSED, PASSED)
         axes.annotate(
-            text if style != WRONG else f"{text} x",
+            f"{text} {_SIGNS[style]}" if style in _SIGNS else text,
             (left - 0.5, (bottom if below else top) - 0.5),
             xytext=(0, -2 if below else 1.5),
             textcoords="offset points",

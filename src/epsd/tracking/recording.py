@@ -140,7 +140,7 @@ def identity_tags(stage: str, params: Mapping[str, str]) -> dict[str, str]:
     """Who made the run, from which code, which experiment of DVC and which configuration."""
     found = versions()
     digest = hashlib.sha256(json.dumps(sorted(params.items())).encode()).hexdigest()[:12]
-    source = f"epsd {stage}" if stage in ("tune", "study") else f"stages/{stage}.py"
+    source = f"epsd {stage}" if stage in ("tune", "study", "analyse") else f"stages/{stage}.py"
     tags = {"config_hash": digest, "mlflow.source.name": source, "mlflow.source.type": "LOCAL"}
     with contextlib.suppress(Exception):  # no user name in some containers
         import getpass

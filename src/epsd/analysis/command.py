@@ -1,0 +1,176 @@
+"""`epsd analyse`: EPSD beside simple combinations, trained and measured in one go; table, files, one MLflow run."""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+from epsd import artifacts
+from epsd.analysis import AnalysisError
+from epsd.analysis.measuring import MEASURES, Finding, examine, with_score
+from epsd.analysis.report import FOLDER, Report
+from epsd.data import Prepared
+from epsd.objectives import OBJECTIVES
+from epsd.params import DEFAULT_PATH, Params, flatten, load
+from epsd.registry import choose, unknown
+from epsd.runtime import determinism, no_telemetry, note, pick_device, quiet
+from epsd.scores import SCORES
+from epsd.stage import check
+from epsd.tracking import Tracker, track
+
+OURS = "epsd"
+DEFAULT = ("prospr", "snip", "random")
+INTERRUPTED = 130
+
+
+class Request(NamedTuple):
+    """What the command line asked for.
+
+    others : scores of the simple combinations.  epochs : of each training, None = train.epochs.  seeds : trainings per
+    method, with params.seed and the numbers after it.  points : of the loss slice along each direction, 0 = no slice
+    and no features.
+    """
+
+    others: tuple[str, ...] = DEFAULT
+    epochs: int | None = None
+    seeds: int = 1
+    points: int = 17
+
+
+def command(request: Request) -> int:
+    """Run the analysis that `request` describes on params.yaml. The exit status.
+
+    Raises ParamsError and AnalysisError before any work: unknown score, no prepared data, no validation split.
+    """
+    no_telemetry()
+    params = load(DEFAULT_PATH)
+    plan = _plan(params, request)
+    data = _data()
+    print(f"analyse: {_described(params, request, plan)}", flush=True)
+    try:
+        report = _run(params, request, plan, data)
+    except KeyboardInterrupt:
+        note("analyse: interrupted; nothing was written.")
+        return INTERRUPTED
+    _print(report)
+    return 0
+
+
+def _plan(params: Params, request: Request) -> list[Params]:
+    """The parameters of each training; all names and settings are checked."""
+    check(params)
+    pick_device(params.device)
+    for name in request.others:
+        if name not in SCORES:
+            raise unknown("--with", name, SCORES)
+    if request.points and (request.points < 3 or request.points % 2 == 0):
+        raise AnalysisError(
+            f"--points {request.points}: takes an odd number from 3 on, so that the network is in the middle, or 0."
+        )
+    train = params.train.model_copy(update={"epochs": request.epochs or params.train.epochs})
+    methods = [with_score(params, name) for name in dict.fromkeys((OURS, *request.others))]
+    for each in methods:
+        choose(SCORES, each.prune.score, "prune.score")
+    choose(OBJECTIVES, params.objective, "objective")
+    seeds = range(params.seed, params.seed + request.seeds)
+    return [each.model_copy(update={"seed": seed, "train": train}) for seed in seeds for each in methods]
+
+
+def _data() -> Prepared:
+    if not artifacts.DATA_INDEX.is_file():
+        raise AnalysisError(f"{artifacts.DATA_INDEX}: missing. Run `dvc repro prepare` first.")
+    data = Prepared.load(artifacts.DATA)
+    if not data.sizes.get("validation"):
+        raise AnalysisError(
+            "there is no validation split, and the test split is not read here: set data.validation above 0 and run "
+            "`dvc repro prepare`."
+        )
+    return data
+
+
+def _described(params: Params, request: Request, plan: list[Params]) -> str:
+    names = ", ".join(dict.fromkeys(str(each.prune.score["name"]) for each in plan))
+    return (
+        f"{names} under {params.objective['name']} at sparsity {params.prune.sparsity:g}, {params.dataset['name']}, "
+        f"{params.architecture['name']}; {len(plan)} trainings of {plan[0].train.epochs} epochs, "
+        f"on {pick_device(params.device).type}"
+    )
+
+
+def _run(params: Params, request: Request, plan: list[Params], data: Prepared) -> Report:
+    if params.threads:
+        torch.set_num_threads(params.threads)
+    determinism()
+    with _tracked(params, request, plan) as tracker:
+        findings = []
+        for number, each in enumerate(plan):
+            first = each.seed == params.seed
+            finding = examine(each, data, points=request.points if first else 0, slice_seed=params.seed)
+            findings.append(finding)
+            _say(finding, number + 1, len(plan))
+        report = Report(findings, data.class_names, params.objective["name"], params.evaluate.ece_bins)
+        paths = report.write()
+        _log(tracker, report)
+        for path in paths:
+            tracker.artifact(path, folder=None if path.suffix == ".png" else "analysis")
+        tracker.artifact(DEFAULT_PATH)
+        tracker.dataset(params.dataset["name"], data.digest, str(data.index.get("source", "")), data.sizes)
+    return report
+
+
+def _say(finding: Finding, number: int, total: int) -> None:
+    if not quiet():
+        figures = finding.figures
+        note(
+            f"analyse: {number}/{total} {finding.method}, seed {finding.seed}: validation top-1 "
+            f"{figures['val/top1']:.4f}, ECE {figures['calibration/ece']:.4f} ({figures['time/seconds']:.1f} s)"
+        )
+
+
+def _tracked(params: Params, request: Request, plan: list[Params]) -> contextlib.AbstractContextManager[Tracker]:
+    names = list(dict.fromkeys(str(each.prune.score["name"]) for each in plan))
+    asked = {"with": names[1:], "epochs": plan[0].train.epochs, "seeds": request.seeds, "points": request.points}
+    flat = {key: value for key, value in flatten(params.model_dump()) if not key.startswith(("detect.", "voc."))}
+    return track(
+        "analyse",
+        experiment=params.tracking.experiment,
+        name=f"analysis-{params.dataset['name']}-{params.objective['name']}-s{params.prune.sparsity:g}",
+        params=flat | {f"analyse.{key}": value for key, value in asked.items()},
+        tags={"kind": "analysis", "dataset": params.dataset["name"], "objective": params.objective["name"]},
+        description=(
+            f"Why the pruning matters: `{OURS}` beside the simple combinations {', '.join(names[1:])}, each pruned to "
+            f"{params.prune.sparsity:.1%} and trained with `{params.objective['name']}` for {plan[0].train.epochs} "
+            "epochs. Trainability, distillation, calibration, overlap of masks, loss around the result, features; on "
+            "the validation split."
+        ),
+    )
+
+
+def _log(tracker: Tracker, report: Report) -> None:
+    """Curves by epoch and figures, `METHOD/group/name`; means over seeds, with `/std` where there are several."""
+    curves = report.history.drop(columns="seed").groupby(["method", "epoch"], sort=False).mean()
+    for (method, epoch), row in curves.iterrows():  # type: ignore[misc]
+        values = {f"{method}/{_curve(name)}": value for name, value in row.dropna().items()}
+        tracker.metrics(values, step=int(epoch))
+    grouped = report.summary.groupby("method", sort=False)[[n for n in MEASURES if n in report.summary]]
+    single = set(curves.columns)
+    for method, row in grouped.mean().iterrows():
+        tracker.metrics({f"{method}/{k}": v for k, v in row.dropna().items() if _plain(k) not in single})
+    for method, row in grouped.std().iterrows():
+        tracker.metrics({f"{method}/{name}/std": value for name, value in row.dropna().items()})
+
+
+def _curve(name: str) -> str:
+    """The divergences get their group's name."""
+    return name if "/" in name else f"distillation/{name}"
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("distillation/")
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+
+    Console().print(report.table())
+    print(f"analyse: tables and figures are in {FOLDER}/", flush=True)

@@ -1,0 +1,191 @@
+"""What an analysis leaves behind: a table to print, CSV and Markdown, figures. All below artifacts/analysis/."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from epsd import artifacts, figures, figures_analysis, metrics
+from epsd.analysis import landscape, overlap
+from epsd.analysis.distillation import CREATED_FOR
+from epsd.analysis.features import project
+from epsd.analysis.measuring import MEASURES, Finding, calibration
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+FOLDER = artifacts.ROOT / "analysis"
+
+
+class Report:
+    """Tables and figures of some findings, the methods in the order of their first finding.
+
+    objective : its name, which decides what the divergences are titled. ece_bins : of the reliability diagram.
+    """
+
+    def __init__(self, findings: Sequence[Finding], class_names: Sequence[str], objective: str, ece_bins: int) -> None:
+        self.findings, self.class_names, self.objective, self.ece_bins = findings, class_names, objective, ece_bins
+        self.methods = list(dict.fromkeys(finding.method for finding in findings))
+        self.seeds = sorted({finding.seed for finding in findings})
+        self.measured, self.expected = self._overlaps()
+        self.summary = pd.DataFrame([self._row(finding) for finding in findings])
+        self.history = pd.DataFrame(
+            [
+                {"method": finding.method, "seed": finding.seed, **record}
+                for finding in findings
+                for record in finding.history
+            ]
+        )
+
+    def _overlaps(self) -> tuple[Tensor, Tensor]:
+        """Measured and expected (M, M), means over seeds."""
+        of_seed = [
+            [finding.mask for method in self.methods for finding in self.of(method) if finding.seed == seed]
+            for seed in self.seeds
+        ]
+        return tuple(  # type: ignore[return-value]
+            torch.stack([table(masks) for masks in of_seed]).mean(0) for table in (overlap.measured, overlap.expected)
+        )
+
+    def of(self, method: str) -> list[Finding]:
+        """Its findings, one per seed."""
+        return [finding for finding in self.findings if finding.method == method]
+
+    def _row(self, finding: Finding) -> dict[str, Any]:
+        first = next(other for other in self.of(self.methods[0]) if other.seed == finding.seed)
+        known = {**finding.figures, "mask/jaccard_epsd": finding.mask.jaccard(first.mask)}
+        row = {name: known[name] for name in MEASURES if name in known}
+        return {"method": finding.method, "seed": finding.seed, **row}
+
+    # --- tables ---
+
+    def cells(self) -> Iterator[tuple[str, list[str]]]:
+        """Each measure with its mean (± one standard deviation) by method."""
+        grouped = self.summary.groupby("method", sort=False)
+        for name, meaning in MEASURES.items():
+            if name in self.summary:
+                mean, spread = grouped[name].mean(), grouped[name].std()
+                yield meaning, [_cell(float(mean[method]), float(spread[method])) for method in self.methods]
+
+    def table(self) -> "Table":
+        """For the terminal: a row per measure, a column per method."""
+        from rich.table import Table
+
+        table = Table("", *self.methods)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for meaning, cells in self.cells():
+            table.add_row(meaning, *cells)
+        return table
+
+    def markdown(self) -> str:
+        """The same for a document."""
+        lines = [f"| | {' | '.join(self.methods)} |", "|---|" + "---:|" * len(self.methods)]
+        lines += [f"| {meaning} | {' | '.join(cells)} |" for meaning, cells in self.cells()]
+        count = len(self.seeds)
+        seeds = f"{count} seed" if count == 1 else f"mean ± standard deviation over {count} seeds"
+        return f"Objective `{self.objective}`, {seeds}; validation split.\n\n" + "\n".join(lines) + "\n"
+
+    # --- files ---
+
+    def write(self, folder: Path = FOLDER) -> list[Path]:
+        """Every table and figure; the paths. Raises ArtifactError: cannot be written."""
+        tables = {
+            "summary": self.summary,
+            "history": self.history,
+            "overlap": self._pairs(),
+            "landscape": self._slices(),
+        }
+        written = []
+        for name, table in tables.items():
+            if len(table):
+                with artifacts.replacing(folder / f"{name}.csv") as temporary:
+                    table.to_csv(temporary, index=False)
+                written.append(folder / f"{name}.csv")
+        with artifacts.replacing(folder / "summary.md") as temporary:
+            temporary.write_text(self.markdown(), encoding="utf-8")
+        written.append(folder / "summary.md")
+        for name, draw in self._figures():
+            figures.save(draw(), folder / f"{name}.png")
+            written.append(folder / f"{name}.png")
+        return written
+
+    def _pairs(self) -> pd.DataFrame:
+        return pd.DataFrame(
+            {"method": one, "other": other, "jaccard": float(measured), "expected": float(expected)}
+            for one, row, by_chance in zip(self.methods, self.measured, self.expected, strict=True)
+            for other, measured, expected in zip(self.methods, row, by_chance, strict=True)
+        )
+
+    def _slices(self) -> pd.DataFrame:
+        return pd.DataFrame(
+            {"method": finding.method, "seed": finding.seed, "x": x, "y": y, "loss": float(loss)}
+            for finding in self.findings
+            if finding.surface is not None
+            for y, row in zip(landscape.coordinates(len(finding.surface)), finding.surface, strict=True)
+            for x, loss in zip(landscape.coordinates(len(finding.surface)), row, strict=True)
+        )
+
+    def _figures(self) -> "Iterator[tuple[str, Callable[[], Figure]]]":
+        yield "overlap", self.overlap_figure
+        yield "trainability", self.trainability_figure
+        yield "distillation", self.distillation_figure
+        yield "calibration", self.calibration_figure
+        if any(finding.surface is not None for finding in self.findings):
+            yield "landscape", self.landscape_figure
+        if any(finding.features is not None for finding in self.findings):
+            yield "features", self.features_figure
+
+    # --- figures ---
+
+    def overlap_figure(self) -> "Figure":
+        """See `figures_analysis.mask_overlap`."""
+        uniform = overlap.uniform(1 - self.findings[0].mask.sparsity)
+        return figures_analysis.mask_overlap(self.methods, self.measured, self.expected, uniform)
+
+    def trainability_figure(self) -> "Figure":
+        """See `figures_analysis.trainability`."""
+        short = {f"trainability/{name}": name for name in figures_analysis.NORMS}
+        losses = self.history.rename(columns={"train/loss": "value"})
+        return figures_analysis.trainability(self.summary.rename(columns=short), losses)
+
+    def distillation_figure(self) -> "Figure":
+        """See `figures_analysis.distillation`."""
+        rows = self.history.reindex(columns=["method", "seed", "epoch", *figures_analysis.KL])
+        return figures_analysis.distillation(rows, CREATED_FOR.get(self.objective))
+
+    def calibration_figure(self) -> "Figure":
+        """Of the predictions of all seeds together."""
+        pooled = {
+            method: tuple(
+                torch.cat(part) for part in zip(*((f.logits, f.labels) for f in self.of(method)), strict=True)
+            )
+            for method in self.methods
+        }
+        tables = {name: metrics.reliability(*both, self.ece_bins) for name, both in pooled.items()}
+        judged = {name: calibration(*both, self.ece_bins) for name, both in pooled.items()}
+        return figures_analysis.calibration(tables, judged)
+
+    def landscape_figure(self) -> "Figure":
+        """Of the first seed."""
+        surfaces = {f.method: f.surface for f in self.findings if f.surface is not None}
+        return figures_analysis.loss_landscapes(surfaces, landscape.REACH)
+
+    def features_figure(self) -> "Figure":
+        """Of the first seed."""
+        planes = {f.method: (project(f.features), f) for f in self.findings if f.features is not None}
+        titles = {
+            name: f"{name}, {plane.method}\nclasses apart / within {finding.figures['features/separation']:.2f}"
+            for name, (plane, finding) in planes.items()
+        }
+        points = {name: (plane.points, plane.labels, plane.right) for name, (plane, _) in planes.items()}
+        return figures_analysis.features(points, self.class_names, titles=titles)
+
+
+def _cell(mean: float, spread: float) -> str:
+    text = f"{mean:.1f}" if abs(mean) >= 100 else f"{mean:.4f}" if abs(mean) >= 0.001 or mean == 0 else f"{mean:.2e}"
+    return text if spread != spread else f"{text} ± {spread:.2g}"
