@@ -4,7 +4,7 @@ Each raises FigureError where there is nothing to draw. Methods differ by marker
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +16,7 @@ from epsd.metrics import ReliabilityTable
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.contour import QuadContourSet
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
@@ -85,7 +86,7 @@ def _bars(axes: "Axes", rows: "pd.DataFrame") -> None:
     for number, (column, label) in enumerate(NORMS.items()):
         table = rows.groupby("method", sort=False)[column].agg(["mean", "std"]).fillna(0.0)
         places = np.arange(len(methods)) + 0.4 * (number - 0.5)
-        look = {"color": ("0.75", "white")[number], "edgecolor": "black", "hatch": HATCHES[number]}
+        look: dict[str, Any] = {"color": ("0.75", "white")[number], "edgecolor": "black", "hatch": HATCHES[number]}
         several = rows["seed"].nunique() > 1
         axes.bar(places, table["mean"], 0.38, yerr=table["std"] if several else None, capsize=3, label=label, **look)
     axes.set_xticks(range(len(methods)), methods, rotation=20 if len(methods) > 4 else 0)
@@ -176,7 +177,7 @@ def calibration(
             label=f"{name}: {numbers}",
         )
         share = (table.images / table.images.sum())[some].numpy()
-        looks = {"facecolors": "none", "edgecolors": look.colour, "linewidths": 1.2}
+        looks: dict[str, Any] = {"facecolors": "none", "edgecolors": look.colour, "linewidths": 1.2}
         axes.scatter(table.confidence[some].numpy(), table.accuracy[some].numpy(), 40 + 1500 * share, **looks)
     axes.set(xlabel="confidence (largest probability)", ylabel="accuracy (share right)", xlim=(0, 1.02), ylim=(0, 1.02))
     axes.set_title(f"Calibration on the {split} split \n(ring: area by share of the images; NLL in nats)")
@@ -197,7 +198,7 @@ def loss_landscapes(surfaces: Mapping[str, Tensor], reach: float) -> "Figure":
     if not any(len(values) for values in finite):
         raise FigureError("figure: no finite loss on any slice.")
     low = max(min(float(values.min()) for values in finite if len(values)), 1e-4)
-    high = max(float(values.max()) for values in finite if len(values))
+    high = max(1.01 * low, *(float(values.max()) for values in finite if len(values)))
     wide = high > 5 * low
     levels = np.geomspace(low, high * 1.0001, LEVELS) if wide else np.linspace(low, high + 1e-6, LEVELS)
     columns = min(4, len(surfaces))
@@ -216,7 +217,9 @@ def loss_landscapes(surfaces: Mapping[str, Tensor], reach: float) -> "Figure":
     return figure
 
 
-def _contours(axes: "Axes", values: "NDArray[np.float64]", levels: "NDArray[np.float64]", reach: float) -> object:
+def _contours(
+    axes: "Axes", values: "NDArray[np.float64]", levels: "NDArray[np.float64]", reach: float
+) -> "QuadContourSet":
     """Shades up to a grey on which the black numbers of the lines can still be read."""
     import matplotlib
 
@@ -270,10 +273,15 @@ def _scatter(
     for number, name in enumerate(shown):
         mine = points[labels == number]
         marker = f"${name}$" if written else MARKERS[number % len(MARKERS)]
-        look = {"marker": marker, "color": style(number).colour, "markersize": 5, "linestyle": "none"}
+        look: dict[str, Any] = {"marker": marker, "color": style(number).colour, "markersize": 5, "linestyle": "none"}
         axes.plot(mine[:, 0], mine[:, 1], **look, label=name)
     wrong = points[~right & (labels < len(shown))]
-    ring = {"markersize": 10, "markerfacecolor": "none", "markeredgecolor": "black", "linestyle": "none"}
+    ring: dict[str, Any] = {
+        "markersize": 10,
+        "markerfacecolor": "none",
+        "markeredgecolor": "black",
+        "linestyle": "none",
+    }
     axes.plot(wrong[:, 0], wrong[:, 1], "o", **ring, label="wrong")
     axes.set_xticks([])
     axes.set_yticks([])

@@ -149,24 +149,22 @@ def _tracked(params: Params, request: Request, plan: list[Params]) -> contextlib
 def _log(tracker: Tracker, report: Report) -> None:
     """Curves by epoch and figures, `METHOD/group/name`; means over seeds, with `/std` where there are several."""
     curves = report.history.drop(columns="seed").groupby(["method", "epoch"], sort=False).mean()
-    for (method, epoch), row in curves.iterrows():  # type: ignore[misc]
-        values = {f"{method}/{_curve(name)}": value for name, value in row.dropna().items()}
-        tracker.metrics(values, step=int(epoch))
-    grouped = report.summary.groupby("method", sort=False)[[n for n in MEASURES if n in report.summary]]
-    single = set(curves.columns)
-    for method, row in grouped.mean().iterrows():
-        tracker.metrics({f"{method}/{k}": v for k, v in row.dropna().items() if _plain(k) not in single})
-    for method, row in grouped.std().iterrows():
-        tracker.metrics({f"{method}/{name}/std": value for name, value in row.dropna().items()})
+    for point in curves.reset_index().to_dict("records"):
+        method, epoch = point.pop("method"), point.pop("epoch")
+        tracker.metrics({f"{method}/{_curve(str(name))}": v for name, v in point.items() if v == v}, step=int(epoch))
+    known = {_curve(str(name)) for name in curves.columns}
+    measured = [name for name in MEASURES if name in report.summary]
+    grouped = report.summary.groupby("method", sort=False)[measured]
+    for table, ending in ((grouped.mean(), ""), (grouped.std(), "/std")):
+        for row in table.reset_index().to_dict("records"):
+            method = row.pop("method")
+            wanted = [name for name in measured if row[name] == row[name] and (ending or name not in known)]
+            tracker.metrics({f"{method}/{name}{ending}": row[name] for name in wanted})
 
 
 def _curve(name: str) -> str:
     """The divergences get their group's name."""
     return name if "/" in name else f"distillation/{name}"
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("distillation/")
 
 
 def _print(report: Report) -> None:

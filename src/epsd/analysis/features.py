@@ -75,7 +75,7 @@ def separation(features: Features) -> float:
 
     Large = classes are tight and apart. NaN with fewer than two classes.
     """
-    classes = features.labels.unique()
+    classes = torch.tensor(sorted(set(features.labels.tolist())))
     if len(classes) < 2:
         return float("nan")
     values = features.values.double()

@@ -62,15 +62,13 @@ def surface(model: nn.Module, mask: Mask, images: Tensor, labels: Tensor, *, poi
     across, down = (direction(model, mask, mix(seed, axis)) for axis in ("x", "y"))
     weights = dict(model.named_parameters())
     places = coordinates(points)
-    rows = []
+
+    def loss(x: float, y: float) -> float:
+        moved = {name: weights[name] + x * across[name] + y * down[name] for name in across}
+        return float(F.cross_entropy(calling(model, moved)(images).double(), labels))
+
     with torch.no_grad(), batch_statistics(model):
-        for y in places:
-            rows.append([])
-            for x in places:
-                moved = {name: weights[name] + x * across[name] + y * down[name] for name in across}
-                logits = calling(model, moved)(images)
-                rows[-1].append(float(F.cross_entropy(logits.double(), labels)))
-    return torch.tensor(rows, dtype=torch.float64)
+        return torch.tensor([[loss(x, y) for x in places] for y in places], dtype=torch.float64)
 
 
 def coordinates(points: int) -> list[float]:

@@ -160,14 +160,12 @@ class Report:
 
     def calibration_figure(self) -> "Figure":
         """Of the predictions of all seeds together."""
-        pooled = {
-            method: tuple(
-                torch.cat(part) for part in zip(*((f.logits, f.labels) for f in self.of(method)), strict=True)
-            )
-            for method in self.methods
-        }
-        tables = {name: metrics.reliability(*both, self.ece_bins) for name, both in pooled.items()}
-        judged = {name: calibration(*both, self.ece_bins) for name, both in pooled.items()}
+        tables, judged = {}, {}
+        for method in self.methods:
+            logits = torch.cat([finding.logits for finding in self.of(method)])
+            labels = torch.cat([finding.labels for finding in self.of(method)])
+            tables[method] = metrics.reliability(logits, labels, self.ece_bins)
+            judged[method] = calibration(logits, labels, self.ece_bins)
         return figures_analysis.calibration(tables, judged)
 
     def landscape_figure(self) -> "Figure":
