@@ -194,7 +194,7 @@ def test_slice_is_the_loss_of_the_moved_weights_by_the_statistics_of_the_batch()
                 for name in across:
                     moved.get_parameter(name).add_(x * across[name] + y * down[name])
             assert found[row, column] == pytest.approx(
-                float(cross_entropy(moved(drawn.images), drawn.labels)), rel=1e-4
+                cross_entropy(moved(drawn.images), drawn.labels).item(), rel=1e-4
             )
 
 
