@@ -19,7 +19,8 @@ class Dlb:
     Step t: logits of batch t, view 0; logits of batch t−1, view 1, with the current weights, in a forward pass of
     its own; CE over both halves as one mean; KL pulls the second half towards what the net said of view 0 one step
     earlier (detached). State carries over the end of an epoch. The very first step is plain cross entropy, so
-    scoring needs at least one look-ahead step for the distillation to be live.
+    scoring needs at least one look-ahead step for the distillation to be live. Of a batch computed in parts, each
+    part looks back at the same part of the last batch.
 
     temperature : T > 0. The official script has no default; 3 as its example tag "TP3" hints and a known
         re-implementation uses.
@@ -45,8 +46,7 @@ class Dlb:
         """Current batch first, then the last one: the order in which the official code updates running statistics."""
         assert batch.partner is not None
         logits = forward(batch.images)
-        last = self.last
-        self.last = {"images": batch.partner, "labels": batch.labels, "logits": logits.detach()}
+        last = self._swapped(batch.part, {"images": batch.partner, "labels": batch.labels, "logits": logits.detach()})
         if not last:
             supervised = losses.cross_entropy(logits, batch.labels, self.label_smoothing)
             zero = torch.zeros_like(supervised)
@@ -60,6 +60,13 @@ class Dlb:
         terms = {"cross_entropy": supervised.detach(), "distillation": distillation.detach()}
         parts = {"supervised": supervised, "distillation": self.weight * distillation}
         return Loss(total, terms, logits.detach(), parts)
+
+    def _swapped(self, part: int, now: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Remember `now`, hand back what was remembered; {} at first. Parts after the first have a number behind."""
+        behind = f".{part}" if part else ""
+        last = {name: self.last[name + behind] for name in now if name + behind in self.last}
+        self.last = {**self.last, **{name + behind: value for name, value in now.items()}}
+        return last
 
     def state_dict(self) -> dict[str, Any]:
         """The last batch's second view, labels and logits."""
