@@ -124,9 +124,7 @@ def test_automatic_parts_fit_and_stay_after_a_resume(
     with pytest.raises(KeyboardInterrupt):
         fit(broken, ToyBatches(), objective=objective(), on_epoch=stop, **common)
     assert f"a batch of 12 does not fit into memory: computed in {parts} parts" in capsys.readouterr().err
-    monkeypatch.setattr(
-        memory, "free", lambda device: None
-    )  # elsewhere, there is room: the result must not depend on it
+    monkeypatch.setattr(fitting, "free", lambda device: None)  # as elsewhere: the result must not depend on it
     fit(resumed, ToyBatches(), objective=objective(), **common)
     assert all(torch.equal(value, expected.state_dict()[key]) for key, value in resumed.state_dict().items())
 
