@@ -18,8 +18,8 @@ from epsd.types import Batch, EpsdError
 
 TRANSIENT = 1.3
 """Peak of a step / what its forward pass keeps: gradients on their way, work space of convolutions. With it the
-estimate for ResNet-18 and ResNet-50 is within 15 % of the measured peak; a few hundred MB of work space that do not grow
-with the batch are not in it (benchmarks/results/memory-cpu.md)."""
+estimate for ResNet-18 and ResNet-50 is within 15 % of the measured peak; a few hundred MB of work space that do not
+grow with the batch are not in it (benchmarks/results/memory-cpu.md)."""
 SAMPLE = 4
 """Images from which a need is estimated: BatchNorm wants more than one."""
 _SHORTAGES = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory")
