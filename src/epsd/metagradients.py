@@ -153,9 +153,9 @@ class _Part(NamedTuple):
 def _chunks(batch: Batch, micro_batch: int | None) -> list[Batch]:
     if micro_batch is None or micro_batch >= len(batch.labels):
         return [batch]
-    count = math.ceil(len(batch.labels) / micro_batch)
-    tensors = batch.images, batch.labels, batch.indices, batch.partner
-    fields = [[None] * count if f is None else torch.split(f, micro_batch) for f in tensors]
+    fields = [
+        [None] * math.ceil(len(batch.labels) / micro_batch) if f is None else torch.split(f, micro_batch) for f in batch
+    ]
     return [Batch(*parts) for parts in zip(*fields, strict=True)]
 
 

@@ -115,7 +115,7 @@ def pick_device(name: str = "auto") -> torch.device:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """`batch` on `device`; no copy where it is there already."""
     partner = None if batch.partner is None else batch.partner.to(device)
-    return Batch(batch.images.to(device), batch.labels.to(device), batch.indices.to(device), partner, batch.part)
+    return Batch(batch.images.to(device), batch.labels.to(device), batch.indices.to(device), partner)
 
 
 def _computes_in_bf16(device: torch.device) -> bool:

@@ -280,7 +280,17 @@ class _Loop:
             self.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]
             return loss._replace(total=loss.total.detach())
         size = sum(len(part.labels) for part in parts)
-        return added([self._backward_part(part, progress, len(part.labels) / size) for part in parts])
+        losses = []
+        for number, part in enumerate(parts):
+            self._announce(number)
+            losses.append(self._backward_part(part, progress, len(part.labels) / size))
+        self._announce(0)
+        return added(losses)
+
+    def _announce(self, part: int) -> None:
+        """Tell an objective that remembers the last batch which part of it comes next."""
+        if hasattr(self.objective, "part"):
+            self.objective.part = part
 
     def _backward_part(self, part: Batch, progress: float, share: float) -> Loss:
         loss = self.objective.loss(self.counted_forward, part, progress)

@@ -22,14 +22,12 @@ class Batch(NamedTuple):
     `images` (B, C, H, W) normalised; `labels` (B,) int64; `indices` (B,) int64, position in the
     split that the batch was drawn from; `partner` (B, C, H, W): a second augmentation of the same images
     ("view") or one random image of the same class each ("same_class"), None where nobody asked.
-    `part`: which part of a batch that is computed in parts (`train.accumulate`), from 0.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     partner: Tensor | None = None
-    part: int = 0
 
 
 class BatchNeeds(NamedTuple):

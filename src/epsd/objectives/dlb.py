@@ -20,7 +20,7 @@ class Dlb:
     its own; CE over both halves as one mean; KL pulls the second half towards what the net said of view 0 one step
     earlier (detached). State carries over the end of an epoch. The very first step is plain cross entropy, so
     scoring needs at least one look-ahead step for the distillation to be live. Of a batch computed in parts, each
-    part looks back at the same part of the last batch.
+    part looks back at the same part of the last batch: `part` says which one comes next.
 
     temperature : T > 0. The official script has no default; 3 as its example tag "TP3" hints and a known
         re-implementation uses.
@@ -32,6 +32,7 @@ class Dlb:
     weight: Annotated[float, Field(ge=0)] = 1.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     last: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    part: int = field(default=0, init=False, repr=False)
 
     @property
     def needs(self) -> BatchNeeds:
@@ -40,13 +41,13 @@ class Dlb:
 
     def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
         """Forget the last batch."""
-        self.last = {}
+        self.last, self.part = {}, 0
 
     def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
         """Current batch first, then the last one: the order in which the official code updates running statistics."""
         assert batch.partner is not None
         logits = forward(batch.images)
-        last = self._swapped(batch.part, {"images": batch.partner, "labels": batch.labels, "logits": logits.detach()})
+        last = self._swapped({"images": batch.partner, "labels": batch.labels, "logits": logits.detach()})
         if not last:
             supervised = losses.cross_entropy(logits, batch.labels, self.label_smoothing)
             zero = torch.zeros_like(supervised)
@@ -61,9 +62,9 @@ class Dlb:
         parts = {"supervised": supervised, "distillation": self.weight * distillation}
         return Loss(total, terms, logits.detach(), parts)
 
-    def _swapped(self, part: int, now: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _swapped(self, now: dict[str, Tensor]) -> dict[str, Tensor]:
         """Remember `now`, hand back what was remembered; {} at first. Parts after the first have a number behind."""
-        behind = f".{part}" if part else ""
+        behind = f".{self.part}" if self.part else ""
         last = {name: self.last[name + behind] for name in now if name + behind in self.last}
         self.last = {**self.last, **{name + behind: value for name, value in now.items()}}
         return last
