@@ -75,7 +75,7 @@ def batches(count: int, size: int) -> list[Batch]:
     images = torch.from_numpy(digits.images).float().div(8).sub(1)[order][rows]
     images = F.interpolate(images[:, None].expand(-1, 3, -1, -1), scale_factor=4).contiguous()
     labels = torch.from_numpy(digits.target)[order][rows]
-    return [Batch(*parts) for parts in zip(images.split(size), labels.split(size), rows.split(size), strict=True)]
+    return [Batch(*parts) for parts in zip(*(torch.split(t, size) for t in (images, labels, rows)), strict=True)]
 
 
 def unit(model: nn.Module, batch: Batch, layout: torch.memory_format) -> Callable[[], None]:
