@@ -1,13 +1,14 @@
 # Two commands on a fresh machine: `make repro` runs the pipeline, `make test` the tests. Each sets up .venv first.
 PYTHON ?= python3
 PORT ?= 5000
+MODEL ?= models:/epsd@champion
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: repro test ui tune check
+.PHONY: repro test ui serve tune check
 
 repro: .venv/complete  ## run what is stale of prepare, prune, train, evaluate, detect
 	$(BIN)/python -m epsd.stage && $(BIN)/dvc repro
@@ -24,6 +25,9 @@ check: .venv/complete  ## style and types
 ui: .venv/complete  ## the recorded runs in the browser
 	@echo "Runs: $$($(BIN)/python -m epsd.tracking $(PORT))   (Ctrl-C ends it)"
 	$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --default-artifact-root "$(CURDIR)/mlruns"
+
+serve: .venv/complete  ## the champion over HTTP; MODEL=models:/epsd@candidate (or a folder) PORT=5001
+	MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" $(BIN)/mlflow models serve --env-manager local --host 127.0.0.1 --port $(PORT) -m $(MODEL)
 
 # Made again when the lock or the package's own settings change.
 .venv/complete: requirements.lock pyproject.toml

@@ -5,24 +5,23 @@ from typing import Any
 
 from torch import nn
 
-from epsd import artifacts, evaluation, figures, metrics, sparse
-from epsd.architectures import ARCHITECTURES
+from epsd import artifacts, cards, evaluation, figures, metrics, sparse
 from epsd.data import Prepared
 from epsd.masks import prunable
 from epsd.params import EvaluateParams, Params, flatten
-from epsd.registry import choose
+from epsd.pipeline.recorded import story
+from epsd.pipeline.served import exported, trained_network
 from epsd.runtime import pick_device
 from epsd.stage import run_stage
 from epsd.tracking import track
 
 
 def main(params: Params) -> str:
-    """Load the trained network, evaluate it, save tables and figures, add them to the network's run."""
+    """Load the trained network, evaluate it, save tables, figures and the model to hand on; add them to its run."""
     data = Prepared.load(artifacts.DATA)
     card = artifacts.read_json(artifacts.MODEL_CARD)
     device = pick_device(params.device)
-    model = choose(ARCHITECTURES, card["architecture"])(card["num_classes"], tuple(card["image_shape"]))
-    artifacts.load_into(model, artifacts.MODEL).to(device)
+    model = trained_network(artifacts.MODEL, card).to(device)
 
     settings = params.evaluate
     test = data.batches("test", batch_size=settings.batch_size, device=device, workers=params.data.workers)
@@ -32,10 +31,13 @@ def main(params: Params) -> str:
     artifacts.write_json(artifacts.METRICS, report)
     save_tables(result, data.class_names)
     save_figures(result, model, data.class_names)
-    log(params, report)
+    artifacts.write_text(artifacts.MODEL_README, cards.model_card(subject(params, data, result, report)))
+    exported(model, card, test)
+    version = log(params, report, data.sizes["test"])
+    kept = f"; model 'epsd' version {version} (candidate)" if version else ""
     return (
         f"test top-1 {result.metrics['top1']:.4f}, ECE {result.metrics['ece']:.4f}, "
-        f"sparsity {report['model']['sparsity']:.4f}, {report['model']['compression']:.1f} times fewer parameters"
+        f"sparsity {report['model']['sparsity']:.4f}, {report['model']['compression']:.1f} times fewer parameters{kept}"
     )
 
 
@@ -72,8 +74,20 @@ def save_figures(result: evaluation.Evaluation, model: nn.Module, names: list[st
     figures.save(figures.curves(panels), artifacts.CURVES_FIGURE)
 
 
-def log(params: Params, report: Mapping[str, Mapping[str, float]]) -> None:
-    """Add everything to the run that `train` opened; headline figures at the artifact root, tables in a folder."""
+def subject(
+    params: Params, data: Prepared, result: evaluation.Evaluation, report: Mapping[str, Mapping[str, float]]
+) -> cards.Subject:
+    """What the model card is about."""
+    rows = list(evaluation.per_class_rows(result, data.class_names))
+    run = artifacts.read_json(artifacts.RUN)
+    return cards.Subject(params.model_dump(), data.index, story(params, data), run, report, rows)
+
+
+def log(params: Params, report: Mapping[str, Mapping[str, float]], images: int) -> str | None:
+    """Add everything to the run that `train` opened; headline figures at the artifact root, tables in a folder.
+
+    Returns the version under which the model is registered, None while the store is away.
+    """
     run = artifacts.read_json(artifacts.RUN)
     flat = dict(flatten(params.model_dump()))
     with track(
@@ -90,6 +104,9 @@ def log(params: Params, report: Mapping[str, Mapping[str, float]]) -> None:
         for table in artifacts.EVALUATE_TABLES:
             tracker.artifact(table, folder="evaluate")
         tracker.artifact(artifacts.SPARSE_MODEL, folder="model")
+        tracker.artifact(artifacts.MODEL_README)
+        tracker.describe("Test", cards.results(report, images))
+        return tracker.model(artifacts.SERVED_MODEL)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ PLUMBING = {
     "artifacts",
     "stage",
     "tracking",
+    "recording",
+    "registered",
     "spool",
     "console",
     "checkpoints",

@@ -174,3 +174,9 @@ def test_telemetry_is_off_unless_the_user_says_otherwise(monkeypatch):
 
     assert os.environ["DO_NOT_TRACK"] == "true"
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
+
+
+def test_an_error_in_one_line_keeps_no_password() -> None:
+    text = runtime.brief(RuntimeError("no answer from\n http://me:secret@host:1/x " + "and so on " * 30))
+    assert text.startswith("no answer from http://host:1/x and so on") and len(text) == 160
+    assert runtime.brief(KeyError()) == "KeyError"

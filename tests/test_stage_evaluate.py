@@ -19,8 +19,8 @@ NET = ResNet(depth=20, width=0.5)
 STAGE = Path(__file__).resolve().parent.parent / "stages" / "evaluate.py"
 
 
-def run(folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "EPSD_QUIET": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+def run(folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "EPSD_QUIET": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", **more}
     environment.pop("DVC_ROOT", None)
     command = [sys.executable, str(STAGE)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -67,8 +67,12 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def test_writes_every_file(project: Path, done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr
-    for path in (*artifacts.EVALUATE_FIGURES, *artifacts.EVALUATE_TABLES, artifacts.SPARSE_MODEL):
+    others = artifacts.SPARSE_MODEL, artifacts.MODEL_README
+    for path in (*artifacts.EVALUATE_FIGURES, *artifacts.EVALUATE_TABLES, *others):
         assert (project / path).stat().st_size > 0
+    assert (project / artifacts.SERVED_MODEL / "data" / "model.pt2").is_file()
+    assert done.stderr.count("\n") == 1 and "a new one takes its place" in done.stderr, "this test made no run"
+    assert done.stdout.count("\n") == 2
 
 
 def test_figures_agree_with_each_other(project: Path, done: subprocess.CompletedProcess[str]) -> None:
@@ -118,6 +122,46 @@ def test_the_run_holds_the_figures(project: Path, done: subprocess.CompletedProc
         group, _, key = name.partition("/")
         assert run_.data.metrics[name] == pytest.approx(report[group][key])
     assert run_.data.params["evaluate.ece_bins"] == "15"
+
+
+def test_the_run_says_what_came_out_and_its_model_is_the_candidate(
+    project: Path, done: subprocess.CompletedProcess[str]
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    version = client.get_model_version_by_alias("epsd", "candidate")
+    assert "model 'epsd' version 1 (candidate)" in done.stdout
+    run_ = client.get_run(version.run_id)
+    assert f"**Test.** Top-1 accuracy {run_.data.metrics['test/top1']:.4f}" in run_.data.tags["mlflow.note.content"]
+    assert "model_card.md" in [file.path for file in client.list_artifacts(version.run_id)]
+
+
+def test_the_exported_model_gets_as_many_right_as_evaluation_says(
+    project: Path, done: subprocess.CompletedProcess[str]
+) -> None:
+    import numpy as np
+
+    from epsd.data import Prepared
+    from epsd.tracking import models
+
+    data = Prepared.load(project / artifacts.DATA)
+    module = models.load_exported(project / artifacts.SERVED_MODEL)
+    chosen = module(torch.from_numpy(data.images("test").astype(np.float32))).argmax(1).numpy()
+    report = json.loads((project / artifacts.METRICS).read_text())
+    assert (chosen == data.labels("test")).mean() == pytest.approx(report["test"]["top1"])
+
+
+def test_a_store_that_is_away_is_one_line(
+    project: Path, done: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "away"
+    shutil.copytree(project, folder, ignore=shutil.ignore_patterns("mlflow.db", "mlruns", ".epsd"))
+    result = run(folder, MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+    assert result.returncode == 0
+    assert result.stderr.count("\n") == 1 and "kept in" in result.stderr
+    assert "test top-1" in result.stdout and "candidate" not in result.stdout
+    assert len(list(folder.glob(".epsd/spool/*.files/*/model/MLmodel"))) == 1
 
 
 def test_a_model_of_another_network_is_one_line(

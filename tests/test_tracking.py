@@ -23,16 +23,6 @@ PARAMS = {
 }
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory) -> Path:
-    """A store without runs: to make one takes MLflow a second or more."""
-    from mlflow import MlflowClient
-
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{file}").search_experiments()
-    return file
-
-
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch, empty_store) -> Path:
     """A project of its own: its store, its spool, nothing said yet."""
@@ -108,8 +98,8 @@ def test_the_store_is_in_the_project_also_from_a_queued_copy(project, monkeypatc
 
 
 def test_passwords_are_not_shown():
-    assert tracking._shown("https://me:secret@host:1/x") == "https://host:1/x"
-    assert tracking._shown("sqlite:////a/mlflow.db") == "sqlite:////a/mlflow.db"
+    assert tracking.shown("https://me:secret@host:1/x") == "https://host:1/x"
+    assert tracking.shown("sqlite:////a/mlflow.db") == "sqlite:////a/mlflow.db"
 
 
 # --- one run per model ----------------------------------------------------------------------------------------------
@@ -224,6 +214,21 @@ def test_other_settings_of_a_later_stage_get_their_own_row():
     assert other.inputs.dataset_inputs
     assert runs[tracker.run_id].data.metrics["test/ece"] == 0.1
     assert runs[tracker.run_id].data.params["evaluate.ece_bins"] == "15"
+
+
+def test_the_description_grows_by_paragraphs_and_a_sibling_keeps_what_holds():
+    with session(description="A network.", tags={"kind": "pipeline", "dataset": "digits"}) as tracker:
+        tracker.describe("Test", "Top-1 0.5.")
+        tracker.describe("Detection", "mAP 0.7.")
+        tracker.describe("Test", "Top-1 0.6.")
+    tags = client().get_run(tracker.run_id).data.tags
+    assert tags["mlflow.note.content"] == "A network.\n\n**Detection.** mAP 0.7.\n\n**Test.** Top-1 0.6."
+    with session("detect", tracker.run_id, params={**PARAMS, "detect.epochs": 3}) as other:
+        other.describe("Detection", "mAP 0.8.")
+    tags = client().get_run(other.run_id).data.tags
+    assert tags["mlflow.note.content"] == "A network.\n\n**Test.** Top-1 0.6.\n\n**Detection.** mAP 0.8."
+    assert tags["kind"] == "pipeline" and tags["dataset"] == "digits" and tags["derived_from"] == tracker.run_id
+    assert tags["epsd.local_id"] != client().get_run(tracker.run_id).data.tags["epsd.local_id"]
 
 
 def test_nan_and_infinity_are_named_not_stored():

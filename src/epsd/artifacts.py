@@ -47,6 +47,8 @@ CURVES_FIGURE = EVALUATE / "curves.png"
 EVALUATE_FIGURES = (CONFUSION_FIGURE, RELIABILITY_FIGURE, DENSITY_FIGURE, CURVES_FIGURE)
 EVALUATE_TABLES = (METRICS, PER_CLASS, CONFUSION, RELIABILITY)
 SPARSE_MODEL = EVALUATE / "model.sparse.safetensors"
+SERVED_MODEL = EVALUATE / "model"
+MODEL_README = EVALUATE / "model_card.md"
 DETECT_METRICS = DETECT / "metrics.json"
 DETECT_PER_CLASS = DETECT / "per_class.csv"
 DETECT_HISTORY = DETECT / "history.csv"
@@ -89,6 +91,12 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """`content` as indented JSON. NaN and infinity are refused: they are not JSON."""
     text = json.dumps(content, indent=2, allow_nan=False, default=str) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` as UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

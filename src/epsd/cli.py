@@ -65,6 +65,23 @@ def analyse(arguments: argparse.Namespace) -> int:
     return command(Request(others, arguments.epochs, arguments.seeds, arguments.points))
 
 
+def predict(arguments: argparse.Namespace) -> None:
+    """Ask a model about images."""
+    from epsd.pipeline.served import predicted
+
+    for line in predicted(arguments.images, arguments.model, arguments.top, arguments.json):
+        print(line, flush=True)
+
+
+def promote(arguments: argparse.Namespace) -> None:
+    """Make the model of a run the champion."""
+    from epsd.tracking import registered
+
+    version = registered.promote(arguments.run)
+    print(f"Version {version.number} of the model 'epsd', of run '{version.run_name}', is now the champion.")
+    print("Next: make serve, or epsd predict --model champion IMAGE")
+
+
 def _count(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -106,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     one.set_defaults(command=tune)
     _comparisons(commands)
     _analysis(commands)
+    _models(commands)
     return top
 
 
@@ -154,6 +172,24 @@ def _analysis(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="of the loss landscape along each direction, odd (default: 17); 0 = no landscape, no features",
     )
     one.set_defaults(command=analyse)
+
+
+def _models(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    one = commands.add_parser("predict", help="ask a model what is on images")
+    one.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders of them")
+    one.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="champion, candidate, a run (its id, the beginning of it, its name) or a path; without it, the model "
+        "trained in this folder",
+    )
+    one.add_argument("--top", type=_count, default=3, metavar="K", help="classes shown for each image (3)")
+    one.add_argument("--json", action="store_true", help="one JSON object for each image")
+    one.set_defaults(command=predict)
+
+    one = commands.add_parser("promote", help="make the registered model of a run the champion")
+    one.add_argument("run", metavar="RUN", help="its id, the beginning of it, its name, or: candidate")
+    one.set_defaults(command=promote)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -196,3 +197,9 @@ def versions() -> dict[str, str]:
 def note(text: str) -> None:
     """One line on stderr, at once (stdout may be a pipe that is read late)."""
     print(" ".join(text.split()), file=sys.stderr, flush=True)
+
+
+def brief(error: BaseException) -> str:
+    """What `error` says, in one line of at most 160 characters, without the password of an address."""
+    text = re.sub(r"://[^/@\s]+@", "://", " ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= 160 else f"{text[:157]}..."

@@ -37,13 +37,13 @@ class Normalise:
 
     def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
         means, stds = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
-        self._scale = (1 / (255 * stds)).float().to(device)
-        self._shift = (-means / stds).float().to(device)
+        self.scale = (1 / (255 * stds)).float().to(device)
+        self.shift = (-means / stds).float().to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
         """A new tensor, contiguous, on the device of `images`."""
         floats = images.to(torch.float32, memory_format=torch.contiguous_format)
-        return floats.mul_(self._scale).add_(self._shift)
+        return floats.mul_(self.scale).add_(self.shift)
 
 
 class Pictures:

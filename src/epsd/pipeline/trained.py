@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from epsd.acceleration import keep_freed_memory
 from epsd.data import Augmentation, Prepared
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
@@ -34,7 +33,6 @@ def trained(
     `meter`: what was spent before (`Meter.of` the prune report); each record's `cost/...` then includes it.
     `checkpoint`, `mark`, `on_epoch` and the errors: see `epsd.training.fit`.
     """
-    keep_freed_memory()
     return fit(
         model,
         batches(params, data, "train"),
@@ -71,7 +69,7 @@ def batches(params: Params, data: Prepared, split: Any) -> Batches:
 
 
 def card(params: Params, data: Prepared, mask: Mask) -> dict[str, Any]:
-    """What stands beside saved weights: how to build the network again, and what was removed from it."""
+    """What stands beside saved weights: how to build the network again, to feed it, and what was removed from it."""
     return {
         "architecture": params.architecture,
         "num_classes": data.num_classes,
@@ -79,6 +77,7 @@ def card(params: Params, data: Prepared, mask: Mask) -> dict[str, Any]:
         "image_shape": data.image_shape,
         "mean": data.mean,
         "std": data.std,
+        "reading": data.index.get("reading", {}),
         "mask": mask.summary(),
         "seed": params.seed,
     }

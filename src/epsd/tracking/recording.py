@@ -21,8 +21,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
-from epsd.runtime import no_telemetry, note, project_root, state_folder, versions
+from epsd.runtime import brief, no_telemetry, note, project_root, state_folder, versions
 from epsd.spool import Event, Spool, waiting
+from epsd.tracking import models
 
 LOCAL = "local-"
 """Prefix of the id of a run that began while the store was away."""
@@ -31,6 +32,9 @@ _STORE = "store"
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"}
 _STALE_IF = {"detect/": ("detect.", "voc."), "test/": ("evaluate.",), "model/": ("evaluate.",)}
 """Metric prefix -> the parameters whose change makes that metric of the parent run untrue for its sibling."""
+
+PARAGRAPHS = {"Test": "test/", "Detection": "detect/"}
+"""Label of a paragraph in a run's description -> the metrics that it tells of."""
 
 _RELOCATED = {
     "experiments": "artifact_location",
@@ -63,7 +67,7 @@ def tracking_uri() -> str:
     return told or f"sqlite:///{project_root() / 'mlflow.db'}"
 
 
-def _shown(uri: str) -> str:
+def shown(uri: str) -> str:
     """`uri` without a password, as it may be printed and written down."""
     parts = urlsplit(uri)
     if "@" not in parts.netloc:
@@ -109,6 +113,22 @@ def _same(first: str, second: str) -> bool:
 def conflicts(known: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
     """Names of the parameters that both have, with different values."""
     return [name for name, value in wanted.items() if name in known and not _same(known[name], value)]
+
+
+def with_paragraph(description: str, label: str, text: str) -> str:
+    """`description` with the paragraph that begins with `**label.**` replaced, or added at the end."""
+    start = f"**{label}.**"
+    parts = [part for part in description.split("\n\n") if part and not part.startswith(start)]
+    return "\n\n".join([*parts, f"{start} {text}"])
+
+
+def _inherited(tags: Mapping[str, str], stale: list[str]) -> dict[str, str]:
+    """What a sibling says of itself like its elder: kind, method, data, and the paragraphs that still hold."""
+    own = ("mlflow.", "versions.", "git.", "dvc.", "epsd.", "host", "pid", "config_hash", "derived_from", "error")
+    same = {key: value for key, value in tags.items() if not key.startswith(own)}
+    gone = tuple(f"**{label}.**" for label, prefix in PARAGRAPHS.items() if prefix in stale)
+    parts = tags.get("mlflow.note.content", "").split("\n\n")
+    return same | {"mlflow.note.content": "\n\n".join(part for part in parts if not (gone and part.startswith(gone)))}
 
 
 # --- who and where --------------------------------------------------------------------------------------------------
@@ -159,7 +179,7 @@ def _identity(stage: str, params: Mapping[str, str]) -> dict[str, str]:
     try:
         return {**identity_tags(stage, params), **_process_tags()}
     except Exception as error:  # an odd machine is no reason to stop a training
-        say_once(f"tracking: this machine cannot be described ({_reason(error)}).")
+        say_once(f"tracking: this machine cannot be described ({brief(error)}).")
         return {}
 
 
@@ -205,13 +225,14 @@ class _Store:
         self.database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
         self.home = self.database.parent if self.database else project_root()
         self._client: Any = None
+        self.version: str | None = None
         self._points: dict[tuple[str, str], list[tuple[int, float, int]]] = {}
         self._fresh: set[str] = set()
 
     @property
     def name(self) -> str:
         """As written down in a spool: the project's own store keeps its name when the folder is moved."""
-        return _STORE if self.uri == f"sqlite:///{project_root() / 'mlflow.db'}" else _shown(self.uri)
+        return _STORE if self.uri == f"sqlite:///{project_root() / 'mlflow.db'}" else shown(self.uri)
 
     def reachable(self) -> bool:
         """Whether trying again is worth it, in two seconds at most; any answer of a server counts."""
@@ -220,7 +241,7 @@ class _Store:
         import requests
 
         try:
-            requests.get(_shown(self.uri), timeout=2)
+            requests.get(shown(self.uri), timeout=2)
         except requests.RequestException as error:
             return isinstance(error, requests.exceptions.SSLError)
         return True
@@ -230,7 +251,7 @@ class _Store:
         """The MLflow client; its database is created (or moved) by one process at a time."""
         if self._client is None:
             no_telemetry()
-            for variable, value in _HTTP.items():
+            for variable, value in (_HTTP | models.PLAIN).items():
                 os.environ.setdefault(variable, value)
             self._client = self._connect()
         return self._client
@@ -284,7 +305,7 @@ class _Store:
         run = self.find(opening["run"]) if opening["run"] else None
         if run is None:
             if opening["run"]:
-                note(f"tracking: run {opening['run']} is no more in {_shown(self.uri)}; a new one takes its place.")
+                note(f"tracking: run {opening['run']} is no more in {shown(self.uri)}; a new one takes its place.")
             return self.create(experiment, opening)
         if clash := conflicts(run.data.params, opening["params"]):
             return self.sibling(experiment, run, clash, opening)
@@ -312,8 +333,9 @@ class _Store:
 
     def create(self, experiment: str, opening: Event, extra: Mapping[str, str] | None = None) -> str:
         """A new run with its identity, tags, description and parameters."""
-        tags = {**opening["identity"], **opening["tags"], "epsd.local_id": opening["local"], **(extra or {})}
-        tags["mlflow.note.content"] = opening["description"]
+        described = {"mlflow.note.content": opening["description"]}
+        tags = {**described, **(extra or {}), **opening["identity"], **opening["tags"]}
+        tags["epsd.local_id"] = opening["local"]
         if parent := opening.get("parent"):
             tags["mlflow.parentRunId"] = resolve(parent)
         run = self.client.create_run(experiment, opening["time"], tags, opening["name"])
@@ -343,10 +365,10 @@ class _Store:
             if not conflicts(other.data.params, opening["params"]):
                 self.reopen(other, opening)
                 return str(other.info.run_id)
-        made = self.create(experiment, opening, {"derived_from": parent})
+        stale = [prefix for prefix, sections in _STALE_IF.items() if any(key.startswith(sections) for key in clash)]
+        made = self.create(experiment, opening, {"derived_from": parent, **_inherited(run.data.tags, stale)})
         if run.inputs and run.inputs.dataset_inputs:
             self.client.log_inputs(made, datasets=run.inputs.dataset_inputs)
-        stale = [prefix for prefix, sections in _STALE_IF.items() if any(key.startswith(sections) for key in clash)]
         kept = [key for key in run.data.metrics if not key.startswith(tuple(stale))]
         history = [point for key in kept for point in self.client.get_metric_history(parent, key)]
         for start in range(0, len(history), 1000):
@@ -374,6 +396,10 @@ class _Store:
                 self.artifact(run_id, Path(event["path"]), event["folder"])
             case "dataset":
                 self.dataset(run_id, event)
+            case "model":
+                self.version = models.record(self.client, run_id, Path(event["path"]))
+            case "describe":
+                self.describe(run_id, event["label"], event["text"])
             case "end":
                 self.client.set_terminated(run_id, event["status"], event["time"])
 
@@ -426,6 +452,11 @@ class _Store:
         else:
             self.client.log_artifact(run_id, str(path), folder)
 
+    def describe(self, run_id: str, label: str, text: str) -> None:
+        """Replace the paragraph of the run's description that `label` begins, or add it at the end."""
+        before = self.client.get_run(run_id).data.tags.get("mlflow.note.content", "")
+        self.tags(run_id, {"mlflow.note.content": with_paragraph(before, label, text)})
+
     def dataset(self, run_id: str, event: Event) -> None:
         """The data set that the run has seen, as MLflow's UI shows it."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -439,6 +470,16 @@ class _Store:
 def _code(error: BaseException) -> str:
     """MLflow's name for the error, "" for an error that is not MLflow's."""
     return str(getattr(error, "error_code", ""))
+
+
+def _refused(event: Event, error: BaseException) -> bool:
+    """Whether the store has answered no, and would again. A server of MLflow 2 has no place for a model."""
+    return _code(error) in (_REFUSALS | {"ENDPOINT_NOT_FOUND"} if event["op"] == "model" else _REFUSALS)
+
+
+def connection() -> Any:
+    """The MLflow client of the store, for those who read. Raises what MLflow raises."""
+    return _Store(tracking_uri()).client
 
 
 @contextlib.contextmanager
@@ -481,7 +522,7 @@ def _replay(store: _Store, events: list[Event]) -> str:
         try:
             store.send(run_id, event)
         except Exception as error:
-            if _code(error) not in _REFUSALS and not isinstance(error, FileNotFoundError):
+            if not _refused(event, error) and not isinstance(error, FileNotFoundError):
                 raise
             _reject(run_id, event, error)
     return run_id
@@ -493,12 +534,7 @@ def _reject(run_id: str, event: Event, error: Exception) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"run": run_id, "error": str(error), **event}, default=str) + "\n")
-    say_once(f"tracking: {_shown(tracking_uri())} refused {event['op']} of run {run_id} ({_reason(error)}).")
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else f"{text[:157]}..."
+    say_once(f"tracking: {shown(tracking_uri())} refused {event['op']} of run {run_id} ({brief(error)}).")
 
 
 def replay(store: _Store) -> int:
@@ -519,7 +555,7 @@ def replay(store: _Store) -> int:
     except Timeout:  # another process is at it
         return sent
     if sent:
-        note(f"tracking: sent {sent} events that were kept while {_shown(store.uri)} was away.")
+        note(f"tracking: sent {sent} events that were kept while {shown(store.uri)} was away.")
     return sent
 
 
@@ -565,6 +601,19 @@ class Tracker:
             return
         self._do("artifact", path=str(Path(path)), folder=folder)
 
+    def describe(self, label: str, text: str) -> None:
+        """One paragraph of the run's description, begun by `label`; a later one of the same label takes its place."""
+        self._do("describe", label=label, text=text)
+
+    def model(self, folder: str | Path) -> str | None:
+        """Record the MLflow model in `folder` (`epsd.tracking.models.write`), register it, make it the candidate.
+
+        Returns the registered version; None where the store is away (the model is kept and sent later) or refused it.
+        """
+        self._store.version = None
+        self._do("model", path=str(folder))
+        return self._store.version
+
     def dataset(
         self,
         name: str,
@@ -591,7 +640,7 @@ class Tracker:
         try:
             action()
         except Exception as error:
-            say_once(f"tracking: not recorded ({type(error).__name__}: {_reason(error)}).")
+            say_once(f"tracking: not recorded ({type(error).__name__}: {brief(error)}).")
 
     def _do(self, op: str, **fields: Any) -> None:
         self._safely(lambda: self._record({"op": op, "time": _milliseconds(), **fields}))
@@ -601,7 +650,7 @@ class Tracker:
             self._try_again()
         if self._online and self._sent(event):
             return
-        if event["op"] == "artifact":
+        if event["op"] in ("artifact", "model"):
             event["path"] = str(self._kept().keep(Path(event["path"])))
         self._kept().append(event)
 
@@ -611,7 +660,7 @@ class Tracker:
         try:
             self._store.send(self._run, event)
         except Exception as error:
-            if _code(error) not in _REFUSALS:
+            if not _refused(event, error):
                 self._lost(error)
                 return False
             _reject(self._run, event, error)
@@ -632,7 +681,7 @@ class Tracker:
         self._pause = min(self._pause * 2, 300.0)
         where = state_folder("spool")
         say_once(
-            f"tracking: {_shown(self._store.uri)} cannot be used ({_reason(error)}). The work goes on; "
+            f"tracking: {shown(self._store.uri)} cannot be used ({brief(error)}). The work goes on; "
             f"its numbers are kept in {where} and sent when it is back.",
             subject=self._store.uri,
         )
@@ -671,7 +720,7 @@ class Tracker:
     def finish(self, status: str, error: BaseException | None = None) -> None:
         """End the session: `status` is MLflow's word (FINISHED, FAILED)."""
         if error is not None:
-            self.tags({"error": f"{type(error).__name__}: {_reason(error)}"})
+            self.tags({"error": f"{type(error).__name__}: {brief(error)}"})
         elif f"time/{self.stage}" not in self._logged:
             self.metrics({f"time/{self.stage}": time.monotonic() - self._started})
         self._do("end", status=status)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from epsd.registry import unknown
-from epsd.tracking.recording import _reason, _same, _shown, _Store, tracking_uri
+from epsd.runtime import brief
+from epsd.tracking.recording import _same, _Store, shown, tracking_uri
 from epsd.types import EpsdError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _search(store: _Store, experiments: Sequence[str], filters: Sequence[str]) -
     try:
         known = {found.name: found.experiment_id for found in store.client.search_experiments()}
     except Exception as error:
-        raise RunsError(f"{_shown(store.uri)}: the runs cannot be read ({_reason(error)}).") from None
+        raise RunsError(f"{shown(store.uri)}: the runs cannot be read ({brief(error)}).") from None
     for name in experiments:
         if name not in known:
             raise RunsError(str(unknown("experiment", name, sorted(known))))
@@ -78,7 +79,7 @@ def _search(store: _Store, experiments: Sequence[str], filters: Sequence[str]) -
     except Exception as error:
         told = ", ".join(filters)
         hint = "Example: --where \"params.`prune.score.name` = 'epsd'\" or --where prune.score.name=epsd."
-        raise RunsError(f"--where: MLflow does not understand {told} ({_reason(error)}). {hint}") from None
+        raise RunsError(f"--where: MLflow does not understand {told} ({brief(error)}). {hint}") from None
 
 
 def _frame(found: list[tuple[str, Any]]) -> "pd.DataFrame":

@@ -1,0 +1,158 @@
+"""The model card: one page of Markdown that goes with a trained network wherever it is handed on."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Row = tuple[str, int, float | str]
+"""Class, test images, accuracy ("" for a class without images)."""
+
+_LISTED_CLASSES = 20
+_WEAKEST = 5
+_OTHERS = ("device", "evaluate", "voc", "detect", "tracking")
+"""Sections of params.yaml that did not make the network."""
+
+_DIGITS = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "nll": "NLL (nats)", "ece": "ECE"}
+_COST = {
+    "parameters": ("parameters", ",.0f"),
+    "parameters_nonzero": ("of these not zero", ",.0f"),
+    "compression": ("all parameters / nonzero ones", ".1f"),
+    "sparsity": ("share of prunable weights that are zero", ".4f"),
+    "gflops_dense": ("GFLOPs of one image, zeros counted", ".4g"),
+    "gflops_sparse": ("GFLOPs of one image, zeros skipped", ".4g"),
+    "bytes_dense": ("bytes of the weights", ",.0f"),
+    "bytes_sparse": ("bytes of the compact file", ",.0f"),
+    "latency_pruned_ms": ("ms of one forward pass, pruned", ".3g"),
+    "latency_dense_ms": ("ms of one forward pass, without zeros", ".3g"),
+}
+
+
+class Subject(NamedTuple):
+    """What a card is about. `params`: params.yaml as nested mappings. `data`: data.json of `prepare`. `story`: the run
+    in plain words. `run`: its id and name. `report`: the figures of evaluate by group. `classes`: one row per class.
+    """
+
+    params: Mapping[str, Any]
+    data: Mapping[str, Any]
+    story: str
+    run: Mapping[str, str]
+    report: Mapping[str, Mapping[str, float]]
+    classes: Sequence[Row]
+
+
+def model_card(subject: Subject) -> str:
+    """Data, method, parameters, metrics, limits and how to load, as Markdown."""
+    sections = {
+        "Data": _data(subject),
+        "Method": _method(subject.params),
+        "Metrics": _metrics(subject),
+        "Limits": _limits(subject),
+        "How to use it": _use(subject),
+        "Parameters": _parameters(subject.params),
+    }
+    body = "\n\n".join("\n".join([f"## {title}", "", *lines]) for title, lines in sections.items())
+    return f"# {subject.run.get('name', 'Model')}\n\n{subject.story}\n\n{body}\n"
+
+
+def results(report: Mapping[str, Mapping[str, float]], images: int) -> str:
+    """One sentence with the headline figures."""
+    test, model = report["test"], report["model"]
+    return (
+        f"Top-1 accuracy {test['top1']:.4f} on {images} test images, ECE {test['ece']:.4f}; "
+        f"{model['sparsity']:.2%} of the prunable weights are zero, which leaves {model['parameters_nonzero']:,.0f} of "
+        f"{model['parameters']:,.0f} parameters ({model['compression']:.1f} times fewer)."
+    )
+
+
+def _data(subject: Subject) -> Iterator[str]:
+    data, names = subject.data, subject.data["class_names"]
+    sizes = ", ".join(f"{count} {split}" for split, count in data["sizes"].items())
+    shown = ", ".join(names[:_LISTED_CLASSES]) + (", ..." if len(names) > _LISTED_CLASSES else "")
+    yield f"* Source: {data['source']}, digest `{data['digest'][:16]}`"
+    yield f"* Images: {sizes}, of {_shape(data['image_shape'])} pixels"
+    yield f"* {len(names)} classes: {shown}"
+    yield "* The test images were read once, to write this card; choices were made on validation."
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _method(params: Mapping[str, Any]) -> Iterator[str]:
+    prune, train = params["prune"], params["train"]
+    yield (
+        "EPSD (Chen et al., AAAI 2024): weights are removed before training, by a score under the very loss that the "
+        "rest is then trained with."
+        if prune["score"]["name"] == "epsd"
+        else "Early pruning and self-distillation, one after the other: weights are removed before training."
+    )
+    yield ""
+    yield f"* Architecture: {_choice(params['architecture'])}"
+    yield f"* Score: {_choice(prune['score'])}; sparsity {prune['sparsity']:g}, scope {prune['scope']}"
+    yield f"* Objective: {_choice(params['objective'])}"
+    yield f"* Training: {train['epochs']} epochs, batches of {train['batch_size']}, learning rate {train['lr']:g}"
+
+
+def _choice(choice: Mapping[str, Any]) -> str:
+    settings = ", ".join(f"{key} {value}" for key, value in choice.items() if key != "name")
+    return f"{choice['name']} ({settings})" if settings else str(choice["name"])
+
+
+def _metrics(subject: Subject) -> Iterator[str]:
+    test, model = subject.report["test"], subject.report["model"]
+    yield "| on the test images | |"
+    yield "|---|---|"
+    yield from (f"| {words} | {test[key]:.4f} |" for key, words in _DIGITS.items() if key in test)
+    yield ""
+    yield "| cost | |"
+    yield "|---|---|"
+    yield from (f"| {words} | {model[key]:{form}} |" for key, (words, form) in _COST.items() if key in model)
+    weakest = sorted((row for row in subject.classes if row[2] != ""), key=lambda row: float(row[2]))[:_WEAKEST]
+    yield ""
+    yield "Weakest classes: " + ", ".join(f"{name} {share:.1%} of {count}" for name, count, share in weakest) + "."
+
+
+def _limits(subject: Subject) -> Iterator[str]:
+    seed, names = subject.params["seed"], subject.data["class_names"]
+    yield f"* One training, seed {seed}: another seed gives other figures."
+    yield f"* It answers with one of its {len(names)} classes whatever it is shown, and was measured on images like its"
+    yield "  training images only."
+    yield "* Zeros scattered over weight tensors make the compact file small, not dense kernels faster."
+    yield f"* Its probabilities are off by {subject.report['test']['ece']:.1%} on average (ECE)."
+
+
+def _use(subject: Subject) -> Iterator[str]:
+    height, width = subject.data["image_shape"][1:]
+    yield "```console"
+    yield f"$ epsd predict --model {subject.run.get('run_id', 'candidate')} photo.png"
+    yield f"$ epsd promote {subject.run.get('run_id', 'RUN')}     # makes it models:/epsd@champion"
+    yield "$ mlflow models serve --env-manager local -p 5001 -m models:/epsd@champion"
+    yield "```"
+    yield ""
+    yield "```python"
+    yield "import mlflow"
+    yield 'model = mlflow.pyfunc.load_model("models:/epsd@champion")'
+    yield 'probabilities = model.predict(images.astype("float32"))'
+    yield "```"
+    yield ""
+    yield (
+        f"Input: (B, {subject.data['image_shape'][0]}, height, width) float32, values 0 to 255 (or all of an image's "
+        f"within 0 to 1), not normalised: that is part of the model. Images of {height}x{width} are taken as they are, "
+        "others are resized by their shorter side and cut in the middle. Output: probabilities (B, "
+        f"{len(subject.data['class_names'])}) in the order of the class names, which are in the model's metadata."
+    )
+
+
+def _parameters(params: Mapping[str, Any]) -> Iterator[str]:
+    yield "```yaml"
+    made = {section: content for section, content in params.items() if section not in _OTHERS}
+    yield from (f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in _flat(made))
+    yield "```"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

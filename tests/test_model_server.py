@@ -1,0 +1,74 @@
+"""`mlflow models serve` answers a real request for the champion, as `epsd predict` would."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+import torch
+
+from epsd.tracking import registered, track
+from handed_on import model_folder, servable
+
+MODEL = "models:/epsd@champion"
+
+
+@pytest.fixture
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Iterator[str]:
+    """A server of a promoted model on a free port; gone at the end with its workers."""
+    shutil.copy(empty_store, tmp_path)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    with track("evaluate", experiment="epsd", name="served") as tracker:
+        tracker.model(model_folder(tmp_path / "made"))
+    registered.promote("served")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", MODEL, "--env-manager", "local"]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+            env={**os.environ, "PATH": path, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        wait(server, f"http://127.0.0.1:{port}/ping", tmp_path / "log")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait(10)
+
+
+def wait(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+        try:
+            if requests.get(url, timeout=2).ok:
+                return
+        except requests.RequestException:
+            time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_an_image_array_gets_its_probabilities(address: str) -> None:
+    for shape in ((1, 1, 4, 4), (3, 1, 9, 13)):
+        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        answer = requests.post(f"{address}/invocations", json={"inputs": images.tolist()}, timeout=30)
+        assert answer.status_code == 200, answer.text
+        shares = torch.tensor(answer.json()["predictions"])
+        torch.testing.assert_close(shares, servable()(torch.from_numpy(images)).detach())
+    refused = requests.post(f"{address}/invocations", json={"inputs": [[1, 2], [3, 4]]}, timeout=30)
+    assert refused.status_code == 400 and "hape" in refused.text
