@@ -1,7 +1,10 @@
 """How fast a step runs must not change what it computes: every kernel of the update, and compilation."""
 
 import copy
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +124,30 @@ def test_compilation_that_cannot_be_is_one_clear_line(monkeypatch: pytest.Monkey
     monkeypatch.setattr(acceleration.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(AccelerationError, match="needs the package triton"):
         compiled(model, "kernels", torch.device("cuda"))
+
+
+TAKE_AND_FREE = """
+import resource
+import torch
+from epsd.acceleration import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        held = [torch.ones(10 * 2**20 + 1024 * number) for number in range(4)]
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+print(faults(), faults())
+assert keep_freed_memory()
+print(faults(), faults(), faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than GNU's")
+def test_freed_memory_is_kept_and_used_again() -> None:
+    """Every page that is taken anew costs a fault."""
+    done = subprocess.run([sys.executable, "-c", TAKE_AND_FREE], capture_output=True, text=True, check=True)
+    before, after = (int(line.split()[-1]) for line in done.stdout.splitlines())
+    assert 4 * after < before

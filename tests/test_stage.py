@@ -124,6 +124,8 @@ def test_random_state_is_seeded_before_the_stage(run_here):
         (OSError(28, os.strerror(28), "model.bin"), "train: model.bin: No space left on device."),
         (PermissionError(13, "Permission denied", "out"), "train: out: Permission denied."),
         (RuntimeError("I/O error: No space left on device"), "train: No space left on device (I/O error"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "train: out of memory on the device"),
+        (MemoryError(), "train: out of memory on the device: lower the batch size."),
     ],
 )
 def test_a_users_mistake_is_one_line(run_here, error, line):

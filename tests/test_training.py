@@ -150,7 +150,7 @@ def test_a_nan_loss_says_where_and_keeps_the_last_good_checkpoint(tmp_path: Path
     path = tmp_path / "last.safetensors"
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss.calls += 1  # type: ignore[attr-defined]
+        loss.calls += len(labels) == 12  # type: ignore[attr-defined]  (fewer: an estimate of the memory it needs)
         value = nn.functional.cross_entropy(logits, labels)
         return value * float("nan") if loss.calls == 7 else value  # type: ignore[attr-defined]
 

@@ -81,6 +81,7 @@ class TrainParams(Section):
     memory_format: MemoryFormat
     update: Literal["auto", "fused", "foreach", "loop"]
     compile: Literal["auto", "none", "kernels", "graphs"]
+    accumulate: Literal["auto"] | Count
 
 
 class EvaluateParams(Section):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from epsd.fitting import is_shortage
 from epsd.params import DEFAULT_PATH, Params, load
 from epsd.registry import ParamsError, choose
 from epsd.runtime import STATE, determinism, no_telemetry, note, pick_device, seed_everything
@@ -135,7 +136,7 @@ def one_line(error: Exception) -> str | None:
     """The message for a mistake or shortage that the user can mend; None for anything else."""
     if isinstance(error, EpsdError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_shortage(error):
         return f"out of memory on the device: lower the batch size. ({str(error).split('. ')[0]})"
     if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
         return f"{error.filename or 'file'}: {error.strerror}."

@@ -1,9 +1,10 @@
 """The one classifier loop: self-distilled training with the mask held after every step, checkpoint and resume."""
 
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,15 +13,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from epsd import checkpoints
+from epsd import checkpoints, fitting
 from epsd.acceleration import Compile, Update, align_, compiled, pick_update, sgd
 from epsd.console import Progress
 from epsd.losses import as_objective, cross_entropy
 from epsd.masks import Mask, MaskHolder
 from epsd.passes import Meter
 from epsd.registry import variant
-from epsd.runtime import mix, pick_memory_format, pick_precision, to_device
-from epsd.types import Batch, Batches, EpsdError, Objective
+from epsd.runtime import mix, note, pick_memory_format, pick_precision, to_device
+from epsd.types import Batch, Batches, EpsdError, Loss, Objective
 
 Record = dict[str, float]
 """One epoch: `epoch` (from 1), `train/loss`, `train/<term>`, `train/grad_norm` (mean over steps of the norm of the
@@ -48,6 +49,9 @@ class Recipe:
         "contiguous".
     update : how optimiser and mask go over the parameters ("auto", "fused", "foreach", "loop"), and
     compile : of the passes through the network ("auto", "none", "kernels", "graphs"): see `epsd.acceleration`.
+    accumulate : parts of equal size in which a batch is computed, their gradients added, "auto": 1, doubled until a
+        step fits into memory. Each part is normalised by BatchNorm statistics of its own, so the result is that of
+        the smaller batch there and of the whole one everywhere else. DLB distils part n from part n of the last batch.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 200
@@ -64,6 +68,7 @@ class Recipe:
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     update: Update = "auto"
     compile: Compile = "auto"
+    accumulate: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of optimiser step `step` (from 0)."""
@@ -98,7 +103,8 @@ def fit(
     Parameters
     ----------
     train : prepared batches, or a `DataLoader` of (image, label) pairs.
-    objective : a self-distillation method, or a plain `loss(logits, labels)`.
+    objective : a self-distillation method, or a plain `loss(logits, labels)`. On a CPU it is also called with a few
+        images before the first step, to see whether the step will fit into memory.
     validation : judged after every epoch where given.
     seed : of everything random inside the loop (dropout): epoch n draws from (seed, n) alone, so a resumed run draws
         the same. The global random state is restored afterwards.
@@ -116,6 +122,7 @@ def fit(
     Raises
     ------
     TrainingError : a loss that is NaN or infinite (says at which epoch and step; the last good checkpoint stays).
+    OutOfMemory : a step does not fit into memory; says which batch would.
     MaskError : the mask does not fit the model.  CheckpointError : a checkpoint of something else.
     """
     return _Loop(model, train, as_objective(objective), mask, recipe or Recipe(), seed, meter or Meter()).run(
@@ -146,7 +153,7 @@ class _Loop:
     ) -> None:
         self.model, self.objective, self.recipe, self.seed = model, objective, recipe, seed
         self.meter = meter
-        self.counted_forward = meter.through(self._forward)
+        self.counted_forward = meter.through(self.forward)
         self.train = _as_batches(train)
         self.device = next(model.parameters()).device
         self.layout = pick_memory_format(recipe.memory_format)
@@ -165,6 +172,7 @@ class _Loop:
             weight_decay=recipe.weight_decay,
         )
         self.history: list[Record] = []
+        self.room = _Fitting(self, recipe.accumulate)
         objective.begin("train", self.train.size, self.train.num_classes)
 
     def run(
@@ -177,6 +185,11 @@ class _Loop:
         self.model.to(memory_format=self.layout)
         try:
             return self._run(validation, checkpoint, mark, on_epoch)
+        except (RuntimeError, MemoryError) as error:
+            if not fitting.is_shortage(error):
+                raise
+            fitting.release(error, self.device)
+            raise fitting.OutOfMemory(self.room.advice()) from None
         finally:
             self.model.to(memory_format=torch.contiguous_format)
 
@@ -219,8 +232,12 @@ class _Loop:
         tally = _Tally(len(self.train), self.device, epoch)
         progress = (epoch + 1) / self.recipe.epochs
         step = -1
-        for step, batch in enumerate(self.train.epoch(epoch, self.objective.needs)):
-            self._step(epoch * len(self.train) + step, to_device(batch, self.device), progress, tally)
+        for step, drawn in enumerate(self.train.epoch(epoch, self.objective.needs)):
+            batch = to_device(drawn, self.device)
+            if not self.room.known:
+                self.room.find(batch)
+                torch.manual_seed(mix(self.seed, "train", epoch))
+            self._step(epoch * len(self.train) + step, batch, progress, tally)
             bar.step()
         if self.holder is not None:
             self.holder.weights_()
@@ -232,7 +249,8 @@ class _Loop:
         self.meter.seconds += record["time/epoch"]
         return record | self.meter.figures("cost/")
 
-    def _forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K) in full precision, whatever the network computes in."""
         if images.dim() == 4:
             images = images.contiguous(memory_format=self.layout)
         if self.autocast is None:
@@ -245,16 +263,40 @@ class _Loop:
     def _step(self, number: int, batch: Batch, progress: float, tally: "_Tally") -> None:
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.lr_at(number, len(self.train))
-        loss = self.objective.loss(self.counted_forward, batch, progress)
-        tally.add(loss.total.detach(), loss.terms, loss.logits, batch.labels)
-        self.optimiser.zero_grad(set_to_none=True)
-        self.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]
+        loss = self.backward(fitting.parts(batch, self.room.parts), progress)
+        tally.add(loss.total, loss.terms, loss.logits, batch.labels)
         self.scaler.unscale_(self.optimiser)
         if self.holder is not None:
             self.holder.gradients_()
         tally.add_gradient(self._clipped())
         self.scaler.step(self.optimiser)
         self.scaler.update()
+
+    def backward(self, parts: list[Batch], progress: float) -> Loss:
+        """The gradient of a batch, from its parts, and what to log of it (detached)."""
+        self.optimiser.zero_grad(set_to_none=True)
+        if len(parts) == 1:
+            loss = self.objective.loss(self.counted_forward, parts[0], progress)
+            self.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]
+            return loss._replace(total=loss.total.detach())
+        size = sum(len(part.labels) for part in parts)
+        losses = []
+        for number, part in enumerate(parts):
+            self._announce(number)
+            losses.append(self._backward_part(part, progress, len(part.labels) / size))
+        self._announce(0)
+        return added(losses)
+
+    def _announce(self, part: int) -> None:
+        """Tell an objective that remembers the last batch which part of it comes next."""
+        if hasattr(self.objective, "part"):
+            self.objective.part = part
+
+    def _backward_part(self, part: Batch, progress: float, share: float) -> Loss:
+        loss = self.objective.loss(self.counted_forward, part, progress)
+        total = loss.total * share
+        self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        return Loss(total.detach(), {name: term * share for name, term in loss.terms.items()}, loss.logits)
 
     @torch.no_grad()
     def _clipped(self) -> Tensor:
@@ -270,7 +312,7 @@ class _Loop:
         right = nll = torch.zeros((), device=self.device)
         for drawn in batches.epoch(0):
             batch = to_device(drawn, self.device)
-            logits = self._forward(batch.images)
+            logits = self.forward(batch.images)
             nll = nll + nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
             right = right + (logits.argmax(1) == batch.labels).sum()
         return {"top1": float(right) / batches.size, "nll": float(nll) / batches.size}
@@ -282,6 +324,7 @@ class _Loop:
             "scaler": self.scaler.state_dict(),
             "objective": self.objective.state_dict(),
             "history": self.history,
+            "parts": self.room.parts,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -293,6 +336,100 @@ class _Loop:
         self.objective.load_state_dict(placed)
         self.history = copy.deepcopy(state["history"])
         self.meter.stand_at(Meter.of(self.history[-1], "cost/"))
+        self.room.known, self.room.parts = True, state["parts"]
+
+
+class _Fitting:
+    """In how many parts a batch is computed so that a step fits into memory: found at the first batch, then fixed.
+
+    A resumed training keeps the number it began with: it is a part of the result.
+    """
+
+    def __init__(self, loop: _Loop, asked: int | Literal["auto"]) -> None:
+        self.loop, self.asked = loop, asked
+        self.parts = 1 if asked == "auto" else asked
+        self.known = False
+        self._batch: Batch | None = None
+
+    def find(self, batch: Batch) -> None:
+        """Estimate on a CPU, which gives no second chance where memory runs out; with "auto" also try on a GPU."""
+        self._batch, self.known = batch, True
+        size, device = len(batch.labels), self.loop.device
+        with self._untouched():
+            room = fitting.free(device)
+            if device.type == "cpu" and room is not None and size >= fitting.SAMPLE:
+                needed = self._need()
+                while needed.of(-(-size // self.parts)) > room:
+                    if self.asked != "auto" or self.parts * 4 > size:
+                        raise fitting.OutOfMemory(self.advice())
+                    self.parts *= 2
+            while self.asked == "auto" and device.type != "cpu" and not self._fits():
+                self.parts *= 2
+        if self.asked == "auto" and self.parts > 1:
+            note(f"train: a batch of {size} does not fit into memory: computed in {self.parts} parts.")
+
+    def advice(self) -> str:
+        """What to do about a batch that does not fit."""
+        device = self.loop.device
+        if self._batch is None or len(self._batch.labels) < fitting.SAMPLE:
+            return f"out of memory on {device} before the first step. Take a smaller network, or free memory."
+        self.loop.optimiser.zero_grad(set_to_none=True)
+        with self._untouched():
+            needed = self._need()
+        return fitting.advice(len(self._batch.labels), self.parts, needed, fitting.free(device), device)
+
+    def _need(self) -> fitting.Need:
+        """From a few images of the batch under the objective itself, with a state of its own."""
+        assert self._batch is not None
+        objective = copy.copy(self.loop.objective)
+        objective.begin("score", self.loop.train.size, self.loop.train.num_classes)
+        copies = 1 + (self.loop.recipe.momentum > 0) + (self.loop.holder is not None)
+
+        def graph(batch: Batch) -> object:
+            with torch.no_grad():
+                objective.loss(self.loop.forward, batch, 1.0)  # DLB looks back at it
+            return objective.loss(self.loop.forward, batch, 1.0)
+
+        net, self.loop.net = self.loop.net, self.loop.model  # nothing is compiled for so few images
+        try:
+            return fitting.need(self.loop.model, graph, self._batch, copies)
+        finally:
+            self.loop.net = net
+
+    def _fits(self) -> bool:
+        """Whether the gradient of the batch can be computed in that many parts."""
+        assert self._batch is not None
+        try:
+            self.loop.backward(fitting.parts(self._batch, self.parts), 1.0)
+        except (RuntimeError, MemoryError) as error:
+            if not fitting.is_shortage(error) or self.parts * 4 > len(self._batch.labels):
+                raise
+            fitting.release(error, self.loop.device)
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """What is tried leaves no trace in the network's buffers, gradients, or a training that has not begun."""
+        loop = self.loop
+        buffers = {name: buffer.clone() for name, buffer in loop.model.named_buffers()}
+        state, meter = loop.objective.state_dict(), copy.copy(loop.meter)
+        try:
+            yield
+        finally:
+            loop.meter.stand_at(meter)
+            for name, buffer in loop.model.named_buffers():
+                buffer.copy_(buffers[name])
+            loop.optimiser.zero_grad(set_to_none=True)
+            if not state:
+                loop.objective.begin("train", loop.train.size, loop.train.num_classes)
+
+
+def added(parts: list[Loss]) -> Loss:
+    """The loss of a batch from those of its parts, each already weighted by its share; logits (B, K) in order."""
+    total = torch.stack([part.total for part in parts]).sum()
+    terms = {name: torch.stack([part.terms[name] for part in parts]).sum() for name in parts[0].terms}
+    return Loss(total, terms, torch.cat([part.logits for part in parts]))
 
 
 _SHOWN = {"epoch": "epoch", "loss": "train/loss", "val": "val/top1"}

@@ -19,7 +19,8 @@ class Dlb:
     Step t: logits of batch t, view 0; logits of batch t−1, view 1, with the current weights, in a forward pass of
     its own; CE over both halves as one mean; KL pulls the second half towards what the net said of view 0 one step
     earlier (detached). State carries over the end of an epoch. The very first step is plain cross entropy, so
-    scoring needs at least one look-ahead step for the distillation to be live.
+    scoring needs at least one look-ahead step for the distillation to be live. Of a batch computed in parts, each
+    part looks back at the same part of the last batch: `part` says which one comes next.
 
     temperature : T > 0. The official script has no default; 3 as its example tag "TP3" hints and a known
         re-implementation uses.
@@ -31,6 +32,7 @@ class Dlb:
     weight: Annotated[float, Field(ge=0)] = 1.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     last: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    part: int = field(default=0, init=False, repr=False)
 
     @property
     def needs(self) -> BatchNeeds:
@@ -39,14 +41,13 @@ class Dlb:
 
     def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
         """Forget the last batch."""
-        self.last = {}
+        self.last, self.part = {}, 0
 
     def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
         """Current batch first, then the last one: the order in which the official code updates running statistics."""
         assert batch.partner is not None
         logits = forward(batch.images)
-        last = self.last
-        self.last = {"images": batch.partner, "labels": batch.labels, "logits": logits.detach()}
+        last = self._swapped({"images": batch.partner, "labels": batch.labels, "logits": logits.detach()})
         if not last:
             supervised = losses.cross_entropy(logits, batch.labels, self.label_smoothing)
             zero = torch.zeros_like(supervised)
@@ -60,6 +61,13 @@ class Dlb:
         terms = {"cross_entropy": supervised.detach(), "distillation": distillation.detach()}
         parts = {"supervised": supervised, "distillation": self.weight * distillation}
         return Loss(total, terms, logits.detach(), parts)
+
+    def _swapped(self, now: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Remember `now`, hand back what was remembered; {} at first. Parts after the first have a number behind."""
+        behind = f".{self.part}" if self.part else ""
+        last = {name: self.last[name + behind] for name in now if name + behind in self.last}
+        self.last = {**self.last, **{name + behind: value for name, value in now.items()}}
+        return last
 
     def state_dict(self) -> dict[str, Any]:
         """The last batch's second view, labels and logits."""

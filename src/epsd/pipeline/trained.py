@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from epsd.acceleration import keep_freed_memory
 from epsd.data import Augmentation, Prepared
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
@@ -33,6 +34,7 @@ def trained(
     `meter`: what was spent before (`Meter.of` the prune report); each record's `cost/...` then includes it.
     `checkpoint`, `mark`, `on_epoch` and the errors: see `epsd.training.fit`.
     """
+    keep_freed_memory()
     return fit(
         model,
         batches(params, data, "train"),

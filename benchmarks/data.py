@@ -1,0 +1,176 @@
+"""How fast batches are made: from memory against the training that waits for them, from files against decoding alone.
+
+    python benchmarks/data.py [--threads 1] [--repeats 5] [--write FILE]
+
+Memory: CIFAR-shaped images (50,000 of 3x32x32, uint8), pad-crop 4 and flip, batches of 128, plain, with a second view,
+with a partner of the same class; against the training rate of ResNet-18 with the CIFAR stem on the same cores.
+Files: 256 JPEG photographs of 500x375, random resized crop to 224 px and flip, batches of 32, one process; against
+reading and decoding the same files and nothing else. What is compared takes turns; median (min-max) of the rounds.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import training
+from epsd.archives import open_tree
+from epsd.data import MemoryBatches, Pixels
+from epsd.images import decode
+from epsd.objectives import OBJECTIVES
+from epsd.runtime import versions
+from epsd.sources import Files, Reading
+from epsd.streaming import Augmentation, Pictures, StreamedBatches
+from epsd.types import Batches, BatchNeeds
+
+NEEDS = {
+    "pad-crop, flip": BatchNeeds(),
+    "and a second view": BatchNeeds(partner="view"),
+    "and a partner": BatchNeeds(partner="same_class"),
+}
+CIFAR, PHOTOGRAPHS, SIDE = 50_000, 256, 224
+
+
+def in_memory() -> MemoryBatches:
+    """A data set of CIFAR's size."""
+    pixels = torch.randint(0, 256, (CIFAR, *training.SHAPE), dtype=torch.uint8)
+    pixels_of = Pixels.of(pixels, 4)
+    return MemoryBatches(
+        pixels_of,
+        torch.arange(CIFAR) % 10,
+        num_classes=10,
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        batch_size=128,
+        flip=True,
+        shuffle=True,
+        drop_last=True,
+    )
+
+
+def rate(batches: Batches, needs: BatchNeeds, limit: int) -> float:
+    """Images a second over the first `limit` batches of an epoch; what an epoch does once is counted in full."""
+    start, images = time.perf_counter(), 0
+    for number, batch in enumerate(batches.epoch(0, needs), start=1):
+        images += len(batch.labels)
+        if number == limit:
+            break
+    return images / (time.perf_counter() - start)
+
+
+def photographs(folder: Path) -> list[str]:
+    """Smooth random pictures, which compress and decode like photographs."""
+    random = np.random.default_rng(0)
+    names = []
+    for number in range(PHOTOGRAPHS):
+        coarse = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        picture = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)).astype(np.int16)
+        noisy = np.clip(picture + random.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
+        names.append(f"{number}.jpg")
+        Image.fromarray(noisy).save(folder / names[-1], quality=90)
+    return names
+
+
+def decoding(folder: Path, names: list[str]) -> float:
+    """Images a second of reading and decoding."""
+    tree = open_tree(folder)
+    start = time.perf_counter()
+    for name in names:
+        decode(tree.read(name), name)
+    return len(names) / (time.perf_counter() - start)
+
+
+def streamed(folder: Path, names: list[str]) -> StreamedBatches:
+    """The same files as training batches."""
+    pictures = Pictures(
+        Files(open_tree(folder), names), Reading(size=SIDE, resize=256, grayscale=False), (3, SIDE, SIDE)
+    )
+    return StreamedBatches(
+        pictures,
+        torch.arange(len(names)) % 10,
+        num_classes=10,
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        batch_size=32,
+        augmentation=Augmentation(flip=True),
+        shuffle=True,
+    )
+
+
+def memory_table(repeats: int) -> Iterator[str]:
+    """Batches from memory against training."""
+    batches = in_memory()
+    step = training.bare_step(training.drawn(128), "auto", OBJECTIVES["cross_entropy"]())
+    step()
+    rates: dict[str, list[float]] = {name: [] for name in NEEDS}
+    trained, ratios = [], dict[str, list[float]]((name, []) for name in NEEDS)
+    for _ in range(repeats):
+        trained.append(128 / training.clock(step))
+        for name, needs in NEEDS.items():
+            rates[name].append(rate(batches, needs, len(batches)))
+            ratios[name].append(rates[name][-1] / trained[-1])
+    yield "| batches from memory | images a second | times the training rate |"
+    yield "|---|---|---|"
+    yield f"| (training, a plain step of ResNet-18) | {training.spread(trained, 0)} | 1 |"
+    for name in NEEDS:
+        yield f"| {name} | {training.spread(rates[name], 0)} | {training.spread(ratios[name], 0)} |"
+
+
+def file_table(repeats: int) -> Iterator[str]:
+    """Batches from files against decoding alone."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        names = photographs(folder)
+        batches = streamed(folder, names)
+        calls: dict[str, Callable[[], float]] = {
+            "reading and decoding alone": lambda: decoding(folder, names),
+            "training batches": lambda: rate(batches, BatchNeeds(), len(batches)),
+        }
+        for call in calls.values():
+            call()
+        rates: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(repeats):
+            for name, call in calls.items():
+                rates[name].append(call())
+    alone, made = rates.values()
+    shares = [100 * b / a for a, b in zip(alone, made, strict=True)]
+    yield "| from JPEG files | images a second | % of decoding alone |"
+    yield "|---|---|---|"
+    yield f"| reading and decoding alone | {training.spread(alone, 0)} | 100 |"
+    yield f"| training batches | {training.spread(made, 0)} | {training.spread(shares, 0)} |"
+
+
+def report(arguments: argparse.Namespace) -> Iterator[str]:
+    """The lines of the report."""
+    info = versions()
+    yield f"{info['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {info['python']},"
+    yield f"commit {info.get('git.commit', '?')[:10]}; {arguments.repeats} rounds."
+    yield ""
+    yield from memory_table(arguments.repeats)
+    yield ""
+    yield from file_table(arguments.repeats)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--write", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    lines = []
+    for line in report(arguments):
+        print(line, flush=True)
+        lines.append(line)
+    if arguments.write:
+        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
