@@ -205,9 +205,11 @@ def test_mistakes_are_one_line_before_any_work(
 
 
 def test_an_unknown_study_lists_the_shipped_ones(project: Path) -> None:
-    with pytest.raises(ParamsError, match=r"Did you mean 'digits'. Valid: cifar10-quick, digits"):
+    with pytest.raises(ParamsError, match=r"Did you mean 'digits'. Valid: cifar10-quick, cost-cifar10-quick, cost-digits, digits"):
         plan.find("digit")
-    with pytest.raises(ParamsError, match=r"no such file. Shipped studies: cifar10-quick, digits"):
+    with pytest.raises(
+        ParamsError, match=r"no such file. Shipped studies: cifar10-quick, cost-cifar10-quick, cost-digits, digits"
+    ):
         plan.find("studies/digits.yaml")
 
 

@@ -225,7 +225,7 @@ class _Course:
     ) -> None:
         """Train `model` in place as phase `number`; it ends with the weights of the chosen epoch."""
         before = len(self.history)
-        best = _Best(model, self._path(number, "best"), self._mark)
+        best = Best(model, self._path(number, "best"), self._mark)
 
         def follow(record: Record) -> None:
             if self._select == "validation":
@@ -276,7 +276,7 @@ class _Course:
         return self._folder / f"phase-{number:02d}-{name}.safetensors"
 
 
-class _Best:
+class Best:
     """The weights of the epoch that validation likes best; on disk too, where there is a folder.
 
     Records of epochs before a kill are told again with later weights in the model. None of them is better than what is

@@ -34,8 +34,9 @@ _WIDTH_STEPS = 14
 
 
 class Distilled(NamedTuple):
-    """`student`: trained, under `mask`, built from `architecture`. `history`: of all phases (see `Outcome`).
+    """`student`: trained, under `mask`, built from `architecture`. `teacher`: as pruned.
 
+    `history`: of all phases (see `Outcome`).
     `figures`: `mask/...` of the student, `teacher/...`, the cost of each part (`cost/teacher_image_passes`,
     `cost/rounds_seconds`, ...), and the student's validation figures where an epoch was chosen by them.
     """
@@ -45,6 +46,7 @@ class Distilled(NamedTuple):
     architecture: Choice
     history: list[Record]
     figures: dict[str, float]
+    teacher: nn.Module
 
 
 def distilled(
@@ -64,7 +66,7 @@ def distilled(
     """
     meter, chosen = Meter(), dict(params.architecture)
     if kind == "narrow":
-        _has_width(params)
+        has_width(params)
 
     def student(mask: Mask) -> tuple[nn.Module, Mask]:
         nonlocal chosen
@@ -93,7 +95,8 @@ def distilled(
         meter=meter,
         on_epoch=on_epoch,
     )
-    return Distilled(outcome.student, outcome.student_mask, chosen, outcome.history, figures(outcome, settings))
+    found = figures(outcome, settings)
+    return Distilled(outcome.student, outcome.student_mask, chosen, outcome.history, found, outcome.teacher)
 
 
 def initial(params: Params, data: Prepared) -> nn.Module:
@@ -151,7 +154,7 @@ def parameters(architecture: Choice, data: Prepared) -> int:
 
 def narrowed(params: Params, data: Prepared, wanted: int) -> Choice:
     """The architecture with the `width` at which its number of parameters comes nearest to `wanted`."""
-    _has_width(params)
+    has_width(params)
     full = float(vars(choose(ARCHITECTURES, params.architecture, "architecture"))["width"])
 
     def of(width: float) -> Choice:
@@ -164,7 +167,8 @@ def narrowed(params: Params, data: Prepared, wanted: int) -> Choice:
     return min(of(low), of(high), key=lambda choice: math.fabs(parameters(choice, data) - wanted))
 
 
-def _has_width(params: Params) -> None:
+def has_width(params: Params) -> None:
+    """Raises ParamsError where the architecture cannot be made narrower."""
     name = params.architecture["name"]
     if name in ARCHITECTURES and "width" not in settings_of(ARCHITECTURES[name]):
         able = ", ".join(key for key, entry in ARCHITECTURES.items() if "width" in settings_of(entry))

@@ -1,6 +1,7 @@
 """What came of a study: table, figure and files under artifacts/studies/NAME."""
 
 import csv
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ def conclude(plan: Plan, place: Place) -> list[Path]:
     for name, style in (("table.md", "markdown"), ("table.csv", "csv"), ("table.tex", "latex")):
         _write(folder / name, tables.written(found, style))  # type: ignore[arg-type]
         files.append(folder / name)
-    files += figure(found, folder)
+    files += figure(found, folder) + cost_figure(done, study.metric, folder)
     print(f"study: written to {folder}: {', '.join(path.name for path in files)}")
     return files
 
@@ -79,6 +80,42 @@ def figure(table: Table, folder: Path) -> list[Path]:
     data = points(table)
     path, csv_path = folder / "accuracy_against_sparsity.png", folder / "accuracy_against_sparsity.csv"
     figures.save(figures_study.accuracy_against_sparsity(data, metric=table.metric), path)
+    with replacing(csv_path) as temporary:
+        data.to_csv(temporary, index=False)
+    return [path, csv_path]
+
+
+def costs(done: list[tuple[Cell, Result]], metric: str) -> "pd.DataFrame":
+    """One line per model that has the metric: method (with what varies beside it), seed, accuracy, seconds and image
+    passes of all that was done to get it.
+    """
+    import pandas as pd
+
+    several = [len({name(cell) for cell, _ in done}) > 1 for name in _BESIDE]
+    rows = []
+    for cell, result in done:
+        beside = [name(cell) for name, varies in zip(_BESIDE, several, strict=True) if varies]
+        cost = {name: result.metrics.get(f"cost/{name}", float("nan")) for name in ("seconds", "image_passes")}
+        label = ", ".join([cell.method, *beside])
+        rows.append({"method": label, "seed": cell.params.seed, "accuracy": result.metrics.get(metric), **cost})
+    return pd.DataFrame(rows).dropna()
+
+
+_BESIDE: tuple[Callable[[Cell], str], ...] = (
+    lambda cell: str(cell.params.objective["name"]),
+    lambda cell: f"s{cell.params.prune.sparsity:g}",
+)
+
+
+def cost_figure(done: list[tuple[Cell, Result]], metric: str, folder: Path) -> list[Path]:
+    """The metric against seconds and image passes, and the points it was drawn from; nothing where none has a cost."""
+    from epsd import figures, figures_study
+
+    data = costs(done, metric)
+    if data.empty:
+        return []
+    path, csv_path = folder / "cost_against_accuracy.png", folder / "cost_against_accuracy.csv"
+    figures.save(figures_study.cost_against_accuracy(data, metric=metric), path)
     with replacing(csv_path) as temporary:
         data.to_csv(temporary, index=False)
     return [path, csv_path]

@@ -102,7 +102,9 @@ class Cell(NamedTuple):
 
     def logged(self) -> Values:
         """Every parameter, flat, as MLflow gets it; those of a procedure other than the pipeline included."""
-        other = {} if self.procedure["name"] == "pipeline" else dict(flatten({"procedure": self.procedure}))
+        how = self.how()
+        settings = {"name": self.procedure["name"], **{name: getattr(how, name) for name in settings_of(type(how))}}
+        other = {} if settings["name"] == "pipeline" else dict(flatten({"procedure": settings}))
         return {**dict(flatten(self.params.model_dump())), **other}
 
     def __str__(self) -> str:
@@ -263,7 +265,7 @@ class _Grid:
         try:
             params = parse(tree)
             check(params)
-            choose(PROCEDURES, procedure, "procedure")
+            choose(PROCEDURES, procedure, "procedure").check(params)
         except EpsdError as error:
             objective, sparsity = _at(tree, "objective.name"), _at(tree, "prune.sparsity")
             raise ParamsError(f"cell '{where}, {objective}, sparsity {sparsity}': {error}") from None

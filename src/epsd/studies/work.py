@@ -314,7 +314,7 @@ def opened(plan: Plan, place: Place, cell: Cell, data: Prepared, folder: Path) -
         parent_run_id=place.parent(),
         params=cell.logged(),
         tags={**recorded.tags(params, data, kind="study"), "study": plan.study.name, **method, **procedure},
-        description=f"{recorded.story(params, data)} A cell of the study `{plan.study.name}`.",
+        description=f"{cell.how().story(params, data)} A cell of the study `{plan.study.name}`.",
     )
 
 
@@ -326,7 +326,8 @@ def evaluated(params: Params, data: Prepared, trained: Trained, tracker: Tracker
     result = evaluation.evaluate(trained.model, test, ece_bins=settings.ece_bins)
     found = {f"test/{name}": value for name, value in result.metrics.items()}
     with tempfile.TemporaryDirectory() as folder:
-        about = card(params, data, trained.mask)
+        built = params.model_copy(update={"architecture": trained.architecture or params.architecture})
+        about = card(built, data, trained.mask)
         found |= {f"model/{name}": value for name, value in cost(params, trained.model, about, Path(folder)).items()}
         if keep:
             for name in ("model.sparse.safetensors", "model.json"):

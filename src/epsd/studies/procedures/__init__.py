@@ -7,6 +7,8 @@ as `procedure: {name: NAME, setting: ...}` and logged as `procedure.setting`) th
   kill goes to files under `desk.folder` (`desk.folder / "last.safetensors"` with `mark=desk.mark` as the checkpoint of
   `epsd.training.fit`, other names for further trainings); the same call then goes on from there. Per-epoch figures
   go to `desk.log(record)`. Never read the test split: it is evaluated afterwards, for every procedure alike.
+* `check(params)`: raises for parameters that it cannot work with, before any cell is trained; `story(params, data)`:
+  what the run was, in plain words.
 * `shares(params)`: what several cells may share, as a plain mapping, None for nothing. Cells with equal mappings run
   one after the other in one process, and `desk.shared(make)` calls `make` for the first of them only.
 
@@ -15,8 +17,9 @@ table pick it up. A study names it for all cells (`procedure:`) or for one metho
 """
 
 from epsd.studies.procedures.pipeline import Pipeline
+from epsd.studies.procedures.prune_then_distill import PruneThenDistill
 from epsd.studies.procedures.types import Desk, Procedure, Trained
 
-PROCEDURES: dict[str, type[Procedure]] = {"pipeline": Pipeline}
+PROCEDURES: dict[str, type[Procedure]] = {"pipeline": Pipeline, "prune_then_distill": PruneThenDistill}
 
 __all__ = ["PROCEDURES", "Desk", "Procedure", "Trained"]

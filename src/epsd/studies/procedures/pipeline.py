@@ -8,6 +8,7 @@ from epsd.data import Prepared
 from epsd.masks import Mask
 from epsd.params import Params
 from epsd.passes import Meter
+from epsd.pipeline import recorded
 from epsd.pipeline.pruned import Pruned, network, pruned, scored, scoring_key
 from epsd.pipeline.trained import trained
 from epsd.registry import variant
@@ -32,6 +33,13 @@ class Pipeline:
         history = trained(params, data, model, mask, on_epoch=desk.log, **settings)
         seconds = {"time/prune": middle - begun, "time/train": time.perf_counter() - middle}
         return Trained(model, mask, history, {f"mask/{name}": value for name, value in report.items()} | seconds)
+
+    def check(self, params: Params) -> None:
+        """Every checked parameter file works."""
+
+    def story(self, params: Params, data: Prepared) -> str:
+        """As the stage `train` tells it."""
+        return recorded.story(params, data)
 
     def shares(self, params: Params) -> Mapping[str, Any] | None:
         """One scoring, where there is one and it is the first and last round."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from epsd.data import Prepared
 from epsd.masks import Mask
-from epsd.params import Params
+from epsd.params import Choice, Params
 from epsd.training import Record
 
 T = TypeVar("T")
@@ -18,12 +18,14 @@ T = TypeVar("T")
 class Trained(NamedTuple):
     """`model`: trained, on its device. `mask`: what was removed. `figures`: metrics of the whole cell, under the names
     that the stages log (`mask/sparsity`, `time/train`, `cost/...`), beside those of the last epoch in `history`.
+    `architecture`: what builds the model, where not the cell's own.
     """
 
     model: nn.Module
     mask: Mask
     history: list[Record]
     figures: Mapping[str, Any]
+    architecture: Choice | None = None
 
 
 class Cache:
@@ -60,6 +62,12 @@ class Desk:
 
 class Procedure(Protocol):
     """From parameters and prepared data to a trained model."""
+
+    def check(self, params: Params) -> None:
+        """Raises EpsdError for parameters that cannot work with this procedure. Called before anything is trained."""
+
+    def story(self, params: Params, data: Prepared) -> str:
+        """What the run was, in plain words, for its page."""
 
     def __call__(self, params: Params, data: Prepared, desk: Desk) -> Trained:
         """Train. Called again with the same arguments after a kill, it goes on."""

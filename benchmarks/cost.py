@@ -1,0 +1,272 @@
+"""What pruning methods cost: seconds and image passes, side by side, and what each needs for EPSD's accuracy.
+
+    python benchmarks/cost.py --preset digits --set data.validation=0.25 --seeds 3 --out cost.jsonl --write cost.md
+
+Trains each method at one sparsity (and the dense network) on the same data, batches and recipe. Every method hands on
+the epoch that validation likes best (top-1, then NLL), as "Prune, then distill" does; the test split is read once per
+model. An image pass is one image sent forwards through the network; see `epsd.passes` for what the rest counts. Stops
+and goes on: a finished model is one line of `--out`, and "Prune, then distill" also goes on in the middle. Its three
+students share one teacher, whose whole cost each of them is charged with.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+from ruamel.yaml import YAML
+from torch import nn
+
+from epsd import evaluation
+from epsd.checkpoints import code_files, fingerprint
+from epsd.data import Prepared
+from epsd.datasets import DATASETS
+from epsd.masks import Mask
+from epsd.params import Params, override, parse, read_yaml
+from epsd.passes import Meter
+from epsd.pipeline.distilled import StudentKind, distilled, initial
+from epsd.pipeline.pruned import pruned
+from epsd.pipeline.trained import trained
+from epsd.preparing import prepare
+from epsd.registry import choose
+from epsd.rewinding import Best, Rewinding
+from epsd.runtime import mix, versions
+from epsd.training import Record
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN = {"name": "cross_entropy"}
+METHODS: dict[str, dict[str, Any]] = {
+    "EPSD": {"prune.score": {"name": "epsd"}},
+    "ProsPr (simple combination)": {"prune.score": {"name": "prospr"}},
+    "random, ERK": {"prune.score": {"name": "random", "distribution": "erk"}},
+    "dense, self-distilled": {"prune.sparsity": 0.0, "prune.score": {"name": "random"}},
+    "dense, cross entropy": {"prune.sparsity": 0.0, "prune.score": {"name": "random"}, "objective": PLAIN},
+}
+KINDS: tuple[StudentKind, ...] = get_args(StudentKind)
+STUDENTS: dict[StudentKind, str] = {
+    "narrow": "prune, then distill: narrower dense student",
+    "rewound": "prune, then distill: student under the teacher's mask",
+    "scored": "prune, then distill: student under EPSD's mask",
+}
+ROUNDS = "iterative magnitude pruning (the pruned teacher)"
+REFERENCE = "EPSD"
+Curve = list[dict[str, float]]
+
+
+class Row(NamedTuple):
+    """One trained model. `curve`: per epoch of its last training `epoch`, `val`, `image_passes`, `seconds`, the cost
+    being all that was spent until then.
+    """
+
+    method: str
+    seed: int
+    test: float
+    val: float
+    parameters: int
+    epochs: int
+    curve: Curve
+
+
+def params_of(arguments: argparse.Namespace, seed: int, changes: dict[str, Any]) -> Params:
+    """The preset, changed by the command line and then by the method."""
+    tree = read_yaml(ROOT / "presets" / f"{arguments.preset}.yaml")
+    if arguments.images:
+        tree["dataset"] = {"name": "image_folder", "root": str(arguments.images.resolve()), "size": 32}
+    for change in arguments.set:
+        name, _, value = change.partition("=")
+        override(tree, name, YAML(typ="safe").load(value))
+    for name, value in {"prune.compare": False, "seed": seed, **changes}.items():
+        override(tree, name, value)
+    return parse(tree)
+
+
+def prepared(params: Params, folder: Path) -> Prepared:
+    """The images, split by seed 0 for all models."""
+    settings = params.data.model_dump(include={"validation", "test", "limit"})
+    prepare(choose(DATASETS, params.dataset, "dataset")(), folder, seed=0, **settings)
+    return Prepared.load(folder)
+
+
+def point(record: Record) -> dict[str, float]:
+    """What the curve keeps of an epoch."""
+    names = {"val": "val/top1", "image_passes": "cost/image_passes", "seconds": "cost/seconds"}
+    return {"epoch": record["epoch"], **{name: record[key] for name, key in names.items()}}
+
+
+def row(params: Params, data: Prepared, method: str, model: nn.Module, val: float, curve: Curve) -> Row:
+    """Test the model that was chosen."""
+    test = data.batches("test", batch_size=params.evaluate.batch_size, seed=mix(params.seed, "test"))
+    top1 = evaluation.evaluate(model, test).metrics["top1"]
+    nonzero = sum(int((p != 0).sum()) for p in model.parameters())
+    return Row(method, params.seed, top1, val, nonzero, int(curve[-1]["epoch"]), curve)
+
+
+def one_training(arguments: argparse.Namespace, data: Prepared, method: str, seed: int) -> Row:
+    """A mask at initialisation (or none), one training."""
+    params = params_of(arguments, seed, METHODS[method])
+    if params.prune.sparsity:
+        mask, model, report = pruned(params, data)
+    else:
+        model, report = initial(params, data), {}
+        mask = Mask.dense(model)
+    best = Best(model, None, "")
+    history = trained(params, data, model, mask, on_epoch=best.consider, meter=Meter.of(report))
+    chosen = history[best.restore() - 1]
+    return row(params, data, method, model, chosen["val/top1"], [point(record) for record in history])
+
+
+def with_a_teacher(
+    arguments: argparse.Namespace, data: Prepared, kind: StudentKind, seed: int, folder: Path
+) -> Iterator[Row]:
+    """The student, and of the first one also the pruned teacher by itself."""
+    params = params_of(arguments, seed, {"prune.score": {"name": "epsd"}})
+    mark = fingerprint({**params.model_dump(), "torch": torch.__version__, "data": data.digest}, code_files())
+    place = folder / f"{mark}-{kind}"
+    shared = folder / f"{mark}-{KINDS[0]}" / "course.safetensors"
+    if kind != KINDS[0] and shared.exists() and not place.exists():
+        place.mkdir(parents=True)
+        shutil.copy(shared, place)
+    found = distilled(params, data, Rewinding(), kind, on_epoch=lambda record: None, folder=place, mark=mark)
+    last = max(record["train/phase"] for record in found.history)
+
+    def curve(phase: float) -> Curve:
+        return [point(record) for record in found.history if record["train/phase"] == phase]
+
+    yield row(params, data, STUDENTS[kind], found.student, found.figures["val/top1"], curve(last))
+    if kind == KINDS[0]:
+        yield row(params, data, ROUNDS, found.teacher, found.figures["teacher/pruned_top1"], curve(last - 1))
+
+
+def finished(path: Path) -> list[Row]:
+    """What `--out` holds; a line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(Row(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return rows
+
+
+def train(arguments: argparse.Namespace) -> list[Row]:
+    """Every model that is not there yet, seed by seed."""
+    rows = finished(arguments.out)
+    done = {(r.method, r.seed) for r in rows}
+
+    def keep(new: Row) -> None:
+        rows.append(new)
+        with arguments.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(new._asdict()) + "\n")
+        print(f"{new.method}, seed {new.seed}: {new.test:.4f}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepared(params_of(arguments, 0, {}), Path(folder))
+        state = arguments.out.with_suffix(".state")
+        for seed in range(arguments.seeds):
+            for method in METHODS:
+                if (method, seed) not in done:
+                    keep(one_training(arguments, data, method, seed))
+            for kind in arguments.students:
+                if (STUDENTS[kind], seed) not in done:
+                    for new in with_a_teacher(arguments, data, kind, seed, state):
+                        keep(new)
+    shutil.rmtree(state, ignore_errors=True)
+    return rows
+
+
+# --- the tables -----------------------------------------------------------------------------------------------------
+
+
+def spread(values: list[float], form: str = "{:.2f}") -> str:
+    """Mean ± standard deviation."""
+    more = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+    return form.format(statistics.mean(values)) + more
+
+
+def tables(arguments: argparse.Namespace, rows: list[Row]) -> Iterator[str]:
+    """Markdown: what each method cost and reached; what each needs for the accuracy of EPSD."""
+    params = params_of(arguments, 0, {})
+    info = versions()
+    changes = ", ".join(arguments.set) or "none"
+    yield f"Preset {arguments.preset}, changes: {changes}; sparsity {params.prune.sparsity:g}. "
+    yield (
+        f"{info['cpu']}, {torch.get_num_threads()} threads, {info.get('gpu', 'no GPU')}, torch {info['torch']}, "
+        f"commit {info.get('git.commit', '?')[:10]}."
+    )
+    names = [name for name in [*METHODS, ROUNDS, *STUDENTS.values()] if any(r.method == name for r in rows)]
+    yield from ("", "| method | test top-1, % | validation top-1, % | nonzero parameters | epochs | image passes | "
+                "× EPSD | seconds | × EPSD |", "|---" * 9 + "|")  # fmt: skip
+    base = {r.seed: r.curve[-1] for r in rows if r.method == REFERENCE}
+    for name in names:
+        own = [r for r in rows if r.method == name]
+        cells = [name, spread([100 * r.test for r in own]), spread([100 * r.val for r in own])]
+        cells += [f"{statistics.mean(r.parameters for r in own):,.0f}", str(own[0].epochs)]
+        for unit, form in (("image_passes", "{:,.0f}"), ("seconds", "{:.1f}")):
+            cells.append(spread([r.curve[-1][unit] for r in own], form).split(" ± 0")[0])
+            cells.append(f"{statistics.mean(r.curve[-1][unit] / base[r.seed][unit] for r in own):.2f}")
+        yield "| " + " | ".join(cells) + " |"
+    yield from ("", f"To the validation accuracy that {REFERENCE} ends with (its last epoch, the same seed):", "")
+    yield "| method | seeds that reach it | at epoch | image passes | × EPSD | seconds | × EPSD |"
+    yield "|---" * 7 + "|"
+    goals = {r.seed: r.curve[-1]["val"] for r in rows if r.method == REFERENCE}
+    for name in names:
+        yield "| " + " | ".join(to_equal([r for r in rows if r.method == name], name, goals, rows)) + " |"
+
+
+def reached(row: Row, goal: float) -> dict[str, float] | None:
+    """The first epoch of the curve that is as good as `goal`."""
+    return next((each for each in row.curve if each["val"] >= goal), None)
+
+
+def to_equal(own: list[Row], name: str, goals: dict[int, float], rows: list[Row]) -> list[str]:
+    """One line of the second table: means over the seeds that reach the goal, ratios to EPSD's own first reaching."""
+    came = {r.seed: found for r in own if (found := reached(r, goals[r.seed]))}
+    cells = [name, f"{len(came)} of {len(own)}"]
+    if not came:
+        return [*cells, *[""] * 5]
+    first = {r.seed: reached(r, goals[r.seed]) or {} for r in rows if r.method == REFERENCE}
+    cells.append(f"{statistics.mean(found['epoch'] for found in came.values()):.0f}")
+    for unit, form in (("image_passes", "{:,.0f}"), ("seconds", "{:.1f}")):
+        cells.append(form.format(statistics.mean(found[unit] for found in came.values())))
+        cells.append(f"{statistics.mean(found[unit] / first[seed][unit] for seed, found in came.items()):.2f}")
+    return cells
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Test accuracy over seconds and image passes."""
+    import pandas as pd
+
+    from epsd import figures, figures_study
+
+    frame = pd.DataFrame([{"method": r.method, "seed": r.seed, "accuracy": r.test, **r.curve[-1]} for r in rows])
+    figures.save(figures_study.cost_against_accuracy(frame), path)
+
+
+def main() -> None:
+    """Train what is missing, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="digits")
+    parser.add_argument("--images", type=Path, help="folder or archive of images instead of the preset's data set")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the preset")
+    parser.add_argument("--students", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, one per finished model")
+    parser.add_argument("--write", type=Path, help="file for the tables")
+    parser.add_argument("--figure", type=Path, help="file for the picture of accuracy against cost")
+    arguments = parser.parse_args()
+    rows = train(arguments)
+    lines = list(tables(arguments, rows))
+    print("\n".join(lines))
+    if arguments.write:
+        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if arguments.figure:
+        picture(rows, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()
