@@ -184,7 +184,7 @@ def train(arguments: argparse.Namespace) -> list[Row]:
 
 def spread(values: list[float], form: str = "{:.2f}") -> str:
     """Mean ± standard deviation."""
-    more = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+    more = f" ± {form.format(statistics.stdev(values))}" if len(set(values)) > 1 else ""
     return form.format(statistics.mean(values)) + more
 
 
@@ -193,7 +193,7 @@ def tables(arguments: argparse.Namespace, rows: list[Row]) -> Iterator[str]:
     params = params_of(arguments, 0, {})
     info = versions()
     changes = ", ".join(arguments.set) or "none"
-    yield f"Preset {arguments.preset}, changes: {changes}; sparsity {params.prune.sparsity:g}. "
+    yield f"Preset {arguments.preset}, changes: {changes}; sparsity {params.prune.sparsity:g}, {arguments.seeds} seeds."
     yield (
         f"{info['cpu']}, {torch.get_num_threads()} threads, {info.get('gpu', 'no GPU')}, torch {info['torch']}, "
         f"commit {info.get('git.commit', '?')[:10]}."
@@ -207,7 +207,7 @@ def tables(arguments: argparse.Namespace, rows: list[Row]) -> Iterator[str]:
         cells = [name, spread([100 * r.test for r in own]), spread([100 * r.val for r in own])]
         cells += [f"{statistics.mean(r.parameters for r in own):,.0f}", str(own[0].epochs)]
         for unit, form in (("image_passes", "{:,.0f}"), ("seconds", "{:.1f}")):
-            cells.append(spread([r.curve[-1][unit] for r in own], form).split(" ± 0")[0])
+            cells.append(spread([r.curve[-1][unit] for r in own], form))
             cells.append(f"{statistics.mean(r.curve[-1][unit] / base[r.seed][unit] for r in own):.2f}")
         yield "| " + " | ".join(cells) + " |"
     yield from ("", f"To the validation accuracy that {REFERENCE} ends with (its last epoch, the same seed):", "")

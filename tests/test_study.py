@@ -205,7 +205,9 @@ def test_mistakes_are_one_line_before_any_work(
 
 
 def test_an_unknown_study_lists_the_shipped_ones(project: Path) -> None:
-    with pytest.raises(ParamsError, match=r"Did you mean 'digits'. Valid: cifar10-quick, cost-cifar10-quick, cost-digits, digits"):
+    with pytest.raises(
+        ParamsError, match=r"Did you mean 'digits'. Valid: cifar10-quick, cost-cifar10-quick, cost-digits, digits"
+    ):
         plan.find("digit")
     with pytest.raises(
         ParamsError, match=r"no such file. Shipped studies: cifar10-quick, cost-cifar10-quick, cost-digits, digits"
@@ -433,6 +435,12 @@ class Lazy:
         history = trained(params, data, network_, mask, on_epoch=desk.log)
         return Trained(network_, mask, history, {"cost/patience": self.patience})
 
+    def check(self, params: Params) -> None:
+        assert params.prune.sparsity > 0
+
+    def story(self, params: Params, data: Prepared) -> str:
+        return "Nothing much."
+
     def shares(self, params: Params) -> dict[str, Any] | None:
         return {"seed": params.seed}
 
@@ -447,6 +455,7 @@ def test_a_procedure_is_one_entry_of_the_registry(project: Path, monkeypatch: py
     frame = read_runs(["epsd"], ["procedure.name=lazy"])
     assert set(frame["params.procedure.patience"]) == {"3"} and set(frame["metrics.cost/patience"]) == {3.0}
     assert "digits-do_little-cskd-s0.5-seed0" in set(frame["name"])
+    assert all(text.startswith("Nothing much.") for text in frame["tags.mlflow.note.content"])
     made = compare.compared(compare.Request(("epsd",)))
     assert [(row.label, sorted(row.cells)) for row in made.rows] == [("random", [0.5, 0.8]), ("do little", [0.5, 0.8])]
     write(project / "bad.yaml", procedure={"name": "lazy", "patients": 3})
