@@ -6,7 +6,9 @@ Trains each method at one sparsity (and the dense network) on the same data, bat
 the epoch that validation likes best (top-1, then NLL), as "Prune, then distill" does; the test split is read once per
 model. An image pass is one image sent forwards through the network; see `epsd.passes` for what the rest counts. Stops
 and goes on: a finished model is one line of `--out`, and "Prune, then distill" also goes on in the middle. Its three
-students share one teacher, whose whole cost each of them is charged with.
+students share one teacher, whose whole cost each of them is charged with: "narrow" (dense, with as many parameters),
+"rewound" (under the teacher's mask) and "scored" (under EPSD's mask), both from the initial weights. The pruned teacher
+by itself is the row "iterative magnitude pruning".
 """
 
 import argparse
@@ -42,18 +44,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PLAIN = {"name": "cross_entropy"}
 METHODS: dict[str, dict[str, Any]] = {
     "EPSD": {"prune.score": {"name": "epsd"}},
-    "ProsPr (simple combination)": {"prune.score": {"name": "prospr"}},
+    "ProsPr": {"prune.score": {"name": "prospr"}},
     "random, ERK": {"prune.score": {"name": "random", "distribution": "erk"}},
     "dense, self-distilled": {"prune.sparsity": 0.0, "prune.score": {"name": "random"}},
     "dense, cross entropy": {"prune.sparsity": 0.0, "prune.score": {"name": "random"}, "objective": PLAIN},
 }
 KINDS: tuple[StudentKind, ...] = get_args(StudentKind)
 STUDENTS: dict[StudentKind, str] = {
-    "narrow": "prune, then distill: narrower dense student",
-    "rewound": "prune, then distill: student under the teacher's mask",
-    "scored": "prune, then distill: student under EPSD's mask",
+    "narrow": "prune, then distill: narrow",
+    "rewound": "prune, then distill: rewound",
+    "scored": "prune, then distill: scored",
 }
-ROUNDS = "iterative magnitude pruning (the pruned teacher)"
+ROUNDS = "iterative magnitude pruning"
 REFERENCE = "EPSD"
 Curve = list[dict[str, float]]
 

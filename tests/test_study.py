@@ -276,7 +276,7 @@ def test_files_are_table_points_and_figure(finished: Path) -> None:
     folder = finished / "artifacts" / "studies" / "grid"
     assert {path.name for path in folder.iterdir()} == {
         "cells.csv", "table.md", "table.csv", "table.tex", "accuracy_against_sparsity.png",
-        "accuracy_against_sparsity.csv",
+        "accuracy_against_sparsity.csv", "cost_against_accuracy.png", "cost_against_accuracy.csv",
     }  # fmt: skip
     by_cell = pd.read_csv(folder / "cells.csv")
     assert len(by_cell) == 10

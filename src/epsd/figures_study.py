@@ -182,10 +182,15 @@ def cost_against_accuracy(rows: "pd.DataFrame", *, metric: str = "test/top1") ->
     order = [str(method) for method in rows["method"].unique()]
     names = sorted(legend, key=lambda name: order.index(name.rpartition(" (")[0]))
     figure.legend(
-        [legend[name] for name in names], names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8
+        [legend[name] for name in names], names, loc="outside lower center", ncols=_columns(names), fontsize=8
     )
     figure.suptitle(f"{label_of(metric).partition(' (')[0].capitalize()} against its cost")
     return figure
+
+
+def _columns(names: list[str]) -> int:
+    """Of a legend as wide as the figure, at 8 points."""
+    return max(1, min(4, len(names), 140 // (8 + max(map(len, names), default=1))))
 
 
 def _cloud(axes: "Axes", rows: "pd.DataFrame", column: str, method: str, look: Style) -> None:
