@@ -250,7 +250,7 @@ def test_a_trial_given_up_waits_again_with_its_values_and_counts_once(made: Spac
     assert states(ledger) == ["FAIL", "WAITING"]
     again = take(ledger, made, seed=9)
     assert again.params == values
-    assert again.user_attrs["retry_of"] == 0
+    assert again.user_attrs["retry_of"] == 0 and again.user_attrs["origin"] == "params.yaml"
     ledger.study.tell(again.number, 0.5)
     assert ledger.open_slots(ledger.trials()) == set()
     assert search.tally(ledger.trials()) == {"complete": 1, "pruned": 0, "failed": 0, "retried": 1, "running": 0}
