@@ -170,7 +170,7 @@ class Race(optuna.pruners.BasePruner):  # type: ignore[misc]
     1994, and successive halving). The first trials, and params.yaml, run to the end: the others need a measure.
     """
 
-    START = 3
+    START = 2
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Whether to stop `trial`, which has just reported."""
