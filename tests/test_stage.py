@@ -306,7 +306,7 @@ def test_nobody_trains_on_when_dvc_is_gone(folder, shell, number):
     orphan = started(folder)
     parent.send_signal(number)
     parent.wait()
-    wait_for(lambda: gone(orphan), 3)
+    wait_for(lambda: gone(orphan), 20)
     assert (folder / "tidied").exists()
 
 
