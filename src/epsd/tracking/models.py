@@ -289,13 +289,29 @@ def _version(client: Any, run: Any, model_id: str) -> str:
     figures = {
         key: f"{run.data.metrics[key]:.4f}" for key in ("test/top1", "model/sparsity") if key in run.data.metrics
     }
-    made = client.create_model_version(
-        NAME,
-        source,
-        run.info.run_id,
-        tags=figures,
-        description=run.data.tags.get("mlflow.note.content", ""),
-        await_creation_for=0,
-        model_id=model_id,
-    )
+    with _global_store(client.tracking_uri):
+        made = client.create_model_version(
+            NAME,
+            source,
+            run.info.run_id,
+            tags=figures,
+            description=run.data.tags.get("mlflow.note.content", ""),
+            await_creation_for=0,
+            model_id=model_id,
+        )
     return str(made.version)
+
+
+@contextlib.contextmanager
+def _global_store(uri: str) -> Iterator[None]:
+    """MLflow's registry looks a model up in the process's store, not in its client's: in the copy of a queued
+    experiment that would be another one.
+    """
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
