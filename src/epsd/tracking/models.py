@@ -307,11 +307,11 @@ def _global_store(uri: str) -> Iterator[None]:
     """MLflow's registry looks a model up in the process's store, not in its client's: in the copy of a queued
     experiment that would be another one.
     """
-    import mlflow
-
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(before)
+        del os.environ["MLFLOW_TRACKING_URI"]
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
