@@ -1,4 +1,6 @@
+import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -180,3 +182,51 @@ def test_an_error_in_one_line_keeps_no_password() -> None:
     text = runtime.brief(RuntimeError("no answer from\n http://me:secret@host:1/x " + "and so on " * 30))
     assert text.startswith("no answer from http://host:1/x and so on") and len(text) == 160
     assert runtime.brief(KeyError()) == "KeyError"
+
+
+class Asked(BaseException):
+    """What the handler of these tests raises."""
+
+
+@pytest.fixture
+def raising():
+    def handle(number, frame):
+        raise Asked(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield handle
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_waits_for_the_end_of_the_block(raising, number):
+    done = []
+    with pytest.raises(Asked), runtime.signals_wait(), runtime.signals_wait():
+        os.kill(os.getpid(), number)
+        done.append("all of it")
+    assert done == ["all of it"]
+    assert signal.getsignal(number) is raising
+
+
+def test_a_second_signal_does_not_wait(raising):
+    done = []
+    with pytest.raises(Asked), runtime.signals_wait():
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append(2)
+    assert done == [1]
+    assert signal.getsignal(signal.SIGTERM) is raising
+
+
+def test_what_a_signal_does_by_default_is_left_as_it_is():
+    before = signal.getsignal(signal.SIGHUP)
+    assert before is signal.SIG_DFL or callable(before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runtime.signals_wait():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

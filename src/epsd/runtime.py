@@ -7,11 +7,15 @@ import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -57,6 +61,37 @@ def state_folder(*parts: str) -> Path:
 def quiet() -> bool:
     """True where `EPSD_QUIET` asks for no progress bars and no progress lines."""
     return os.environ.get("EPSD_QUIET", "") not in ("", "0")
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Hold back SIGINT, SIGTERM and SIGHUP until the block is done; a second one gets through at once.
+
+    For what must not be left half-way, such as a database's transaction: an exception that a signal's handler raises
+    inside it would leave its lock with a connection that nobody has any more. Outside the main thread, where no
+    handler runs, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        came.append((number, frame))
+        if len(came) > 1:
+            before[signal.Signals(number)](number, frame)
+
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: handler for number in asked if callable(handler := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if len(came) == 1:
+            before[signal.Signals(came[0][0])](*came[0])
 
 
 def no_telemetry() -> None:

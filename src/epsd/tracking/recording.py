@@ -21,7 +21,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
-from epsd.runtime import brief, no_telemetry, note, project_root, state_folder, versions
+from epsd.runtime import brief, no_telemetry, note, project_root, signals_wait, state_folder, versions
 from epsd.spool import Event, Spool, waiting
 from epsd.tracking import models
 
@@ -638,7 +638,8 @@ class Tracker:
 
     def _safely(self, action: Callable[[], None]) -> None:
         try:
-            action()
+            with signals_wait():
+                action()
         except Exception as error:
             say_once(f"tracking: not recorded ({type(error).__name__}: {brief(error)}).")
 
