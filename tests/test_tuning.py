@@ -547,7 +547,7 @@ class TestTrial:
                 1: 0.1
             }  # of the first repeat: the curves of all trials are of one seed
 
-    def test_a_race_runs_the_better_half_on_further_seeds(self, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_race_runs_the_best_third_on_further_seeds(self, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # trial 0 is params.yaml: poor, but the measure; 1 and 2 come before there is one; 5 begins with a lucky seed
         levels = {
             0: [0.1, 0.1, 0.1],
