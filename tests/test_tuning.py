@@ -17,6 +17,7 @@ import psutil
 import pytest
 from optuna.trial import TrialState, create_trial
 
+import mysql
 import postgres
 from conftest import ROOT
 from epsd import artifacts
@@ -311,7 +312,7 @@ def test_a_half_written_line_does_not_spoil_the_journal(folder: Path) -> None:
     [
         ("postgresql://me:secret@127.0.0.1:1/none", r"postgresql://127\.0\.0\.1:1/none cannot be used \(.*refused"),
         ("nosuch://x/y", r"nosuch://x/y cannot be used"),
-        ("mysql+pymysql://me@127.0.0.1/x", r"needs the Python package 'pymysql'"),
+        ("mysql+mysqldb://me@127.0.0.1/x", r"needs the Python package 'MySQLdb'"),
         ("/proc/nowhere/optuna.journal", r"/proc/nowhere/optuna\.journal cannot be used"),
     ],
 )
@@ -873,12 +874,12 @@ def test_search_apply_and_the_pipeline_gives_the_same_accuracy(project: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["journal", "postgresql"])
+@pytest.mark.parametrize("kind", ["journal", "postgresql", "mysql"])
 def test_a_killed_worker_loses_and_doubles_no_trial(kind: str, project: Path, request: pytest.FixtureRequest) -> None:
     """Exactly as many trials as asked end well, though a worker is killed with SIGKILL in mid-trial."""
     url = None
-    if kind == "postgresql":
-        context = postgres.server()
+    if server := {"postgresql": postgres.server, "mysql": mysql.server}.get(kind):
+        context = server()
         url = context.__enter__()
         request.addfinalizer(lambda: context.__exit__(None, None, None))
     write(project, **{"tune.storage": url, "tune.pruner": "median", "train.epochs": 25, "tune.heartbeat": 5})

@@ -100,7 +100,7 @@ def open_storage(tune: TuneParams) -> BaseStorage:
             missing = error.name or getattr(error.__cause__ or error.__context__, "name", None)
             raise TuningError(
                 f"tune.storage: {shown(tune.storage)} needs the Python package '{missing}' "
-                "(PostgreSQL: pip install 'epsd[postgres]')."
+                "(PostgreSQL: pip install 'epsd[postgres]'; MySQL: pip install 'epsd[mysql]')."
             ) from None
         except Exception as error:  # also the race of several processes that make the tables of a fresh database
             if _hopeless(error) or time.monotonic() > deadline:
