@@ -151,3 +151,38 @@ def test_freed_memory_is_kept_and_used_again() -> None:
     done = subprocess.run([sys.executable, "-c", TAKE_AND_FREE], capture_output=True, text=True, check=True)
     before, after = (int(line.split()[-1]) for line in done.stdout.splitlines())
     assert 4 * after < before
+
+
+def test_training_a_step_does_not_import_the_compiler():
+    """It takes a second of every stage's start, and nothing there is compiled."""
+    code = """
+import sys, torch
+from epsd.acceleration import sgd
+from epsd.runtime import determinism
+determinism()
+model = torch.nn.Linear(3, 2)
+optimiser = sgd(model, "fused", lr=0.1, momentum=0.9)
+optimiser.load_state_dict(optimiser.state_dict())
+optimiser.zero_grad()
+model(torch.ones(1, 3)).sum().backward()
+optimiser.step()
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("update", ["fused", "foreach", "loop"])
+def test_the_update_is_that_of_torch(update):
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+    models = [torch.nn.Linear(5, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    theirs = torch.optim.SGD(models[1].parameters(), fused=update == "fused", foreach=update == "foreach", **settings)
+    for model, optimiser in zip(models, (sgd(models[0], update, **settings), theirs), strict=True):
+        for _ in range(3):
+            optimiser.zero_grad()
+            model(torch.ones(2, 5)).square().sum().backward()
+            optimiser.step()
+    for mine, their in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(mine, their)
+        assert mine.grad is not None
+        assert mine.grad.requires_grad is False

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib.util
+import inspect
 from typing import Literal
 
 import torch
@@ -37,11 +38,23 @@ def pick_update(name: Update, device: torch.device) -> Update:
     return name
 
 
+class _Sgd(torch.optim.SGD):
+    """SGD without torch's wrappers for compiled optimisers: the first call of any of them imports the compiler, which
+    takes a second and is used by nothing here (`train.compile` compiles the network, never the optimiser).
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.SGD.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.SGD.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.SGD.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
 def sgd(model: nn.Module, update: Update, **settings: float | bool) -> torch.optim.SGD:
     """SGD over the trainable parameters. `update` : "fused", "foreach" or "loop"; `settings` : lr, momentum, ..."""
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = update == "fused"
-    return torch.optim.SGD(trained, **settings, fused=fused, foreach=None if fused else update == "foreach")  # type: ignore[arg-type]
+    return _Sgd(trained, **settings, fused=fused, foreach=None if fused else update == "foreach")  # type: ignore[arg-type]
 
 
 def align_(optimiser: torch.optim.Optimizer) -> None:

@@ -122,7 +122,8 @@ def determinism(enabled: bool = True) -> None:
     """Ask torch for the same bits each time where an operator can (the others run, without a warning each)."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
-    torch.use_deterministic_algorithms(enabled, warn_only=True)
+    # not `use_deterministic_algorithms`: that one also imports the compiler, a second of start-up for nothing here
+    torch.set_deterministic_debug_mode("warn" if enabled else "default")
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (costs time, changes nothing)
     torch.backends.cudnn.benchmark = not enabled
 
