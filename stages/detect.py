@@ -53,6 +53,7 @@ def main(params: Params) -> str:
         report = judged(task, trained) | beside(task)
         artifacts.write_json(artifacts.DETECT_METRICS, report)
         log(tracker, report)
+        tracker.describe("Detection", told(task, report))
     twin = f", {params.detect.beside} twin {report['beside_map50']:.4f}" if "beside_map50" in report else ""
     return f"test mAP@0.5 {report['map50']:.4f}{twin}, COCO mAP {report['map']:.4f}"
 
@@ -171,6 +172,17 @@ def log(tracker: Tracker, report: dict[str, float]) -> None:
         tracker.artifact(artifacts.DETECT_GALLERY)
     for table in (artifacts.DETECT_METRICS, artifacts.DETECT_PER_CLASS, artifacts.DETECT_HISTORY):
         tracker.artifact(table, folder="detect")
+
+
+def told(task: Task, report: dict[str, float]) -> str:
+    """What came out, in plain words, for the run's page."""
+    params = task.params
+    twin = f" (its {params.detect.beside} twin: {report['beside_map50']:.4f})" if "beside_map50" in report else ""
+    return (
+        f"As backbone of `{params.detect.detector['name']}`, trained for {params.detect.epochs} epochs on "
+        f"`{params.voc['name']}`: mAP@0.5 {report['map50']:.4f}{twin}, COCO mAP {report['map']:.4f} on "
+        f"{len(task.voc.scenes['test'])} test scenes."
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The `epsd` command: what it prints, its exit status, and one line for a mistake."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,19 @@ def test_unknown_arguments_show_the_usage(arguments: list[str], capsys: pytest.C
         main(arguments)
     assert stop.value.code == 2
     assert "usage: epsd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["preset", "tune", "compare", "study", "analyse", "predict", "promote"])
+def test_every_command_can_be_quiet(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "--quiet" in capsys.readouterr().out
+
+
+def test_quiet_is_told_to_all_that_follows(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPSD_QUIET", "")
+    assert main(["preset", "--list", "--quiet"]) == 0
+    assert os.environ["EPSD_QUIET"] == "1"
 
 
 def test_starts_without_the_heavy_libraries() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from epsd import stage
+from epsd import runtime, stage
 from epsd.params import parse, read_yaml
 from epsd.registry import ParamsError
 from epsd.runtime import determinism
@@ -79,10 +79,12 @@ def gone(process: psutil.Process) -> bool:
 
 
 @pytest.fixture
-def run_here(folder, capsys):
+def run_here(folder, capsys, monkeypatch):
     """Runs a body as a stage in this process (a fresh one costs seconds): (status, stdout, stderr)."""
+    monkeypatch.setenv("EPSD_QUIET", "")
 
-    def call(main) -> tuple[int, str, str]:
+    def call(main, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["stages/train.py", *arguments])
         status = 0
         try:
             stage.run_stage("train", main)
@@ -105,8 +107,32 @@ def test_a_stage_says_what_it_does_and_what_came_of_it(run_here):
     status, out, errors = run_here(lambda params: "top-1 0.98")
     assert (status, errors) == (0, "")
     first, last = out.splitlines()
-    assert first.startswith("train: digits, resnet, cskd, epsd at sparsity 0.95, seed 0, on ")
-    assert last.startswith("train: top-1 0.98 (")
+    assert first.startswith("train: resnet at sparsity 0.95 on digits by cskd, 60 epochs, seed 0, on ")
+    assert last.startswith("train: top-1 0.98 (") and last.endswith(" s, in artifacts/train)")
+
+
+def test_quiet_leaves_the_line_with_the_result(run_here):
+    status, out, errors = run_here(lambda params: f"bars: {runtime.watched()}", "--quiet")
+    assert (status, errors, out.count("\n")) == (0, "", 1)
+    assert out.startswith("train: bars: False (")
+
+
+def test_unknown_arguments_stop_a_stage_before_work(run_here):
+    status, out, errors = run_here(raising(AssertionError()), "--quite")
+    assert (status, out) == (2, "") and "--quite" in errors
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    {
+        "prepare": "reading digits, and digit_scenes for detection, seed 0",
+        "prune": "resnet on digits to sparsity 0.95 by epsd under cskd, seed 0",
+        "evaluate": "resnet on the test images of digits, seed 0",
+        "detect": "faster_rcnn around resnet on digit_scenes, 8 epochs, seed 0",
+    }.items(),
+)
+def test_every_stage_says_what_it_does_to_what(name, words):
+    assert stage.describe(parse(tree()), name) == words
 
 
 def test_random_state_is_seeded_before_the_stage(run_here):

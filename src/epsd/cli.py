@@ -1,6 +1,7 @@
 """`epsd ...`: what make, dvc and mlflow do not cover. Thin: each command calls one module, imported when it is run."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -124,6 +125,8 @@ def parser() -> argparse.ArgumentParser:
     _comparisons(commands)
     _analysis(commands)
     _models(commands)
+    for one in commands.choices.values():
+        one.add_argument("--quiet", action="store_true", help="results and mistakes only, no progress")
     return top
 
 
@@ -195,6 +198,8 @@ def _models(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. A user's mistake ends with one line on stderr and status 1 (2: unknown arguments)."""
     arguments = parser().parse_args(argv)
+    if arguments.quiet:
+        os.environ["EPSD_QUIET"] = "1"
     from epsd.types import EpsdError  # after the usage has been dealt with: it brings torch
 
     command: Command = arguments.command

@@ -1,10 +1,9 @@
 """What a person sees while a stage works: one progress bar on a terminal, nothing per step elsewhere."""
 
-import sys
 from types import TracebackType
 from typing import Self
 
-from epsd.runtime import quiet
+from epsd.runtime import watched
 
 
 class Progress:
@@ -25,8 +24,7 @@ class Progress:
             *([TimeRemainingColumn()] if time_left else []),
             TextColumn("{task.fields[text]}"),
         )
-        shown = not quiet() and sys.stderr.isatty()
-        self._bar = Bar(*columns, console=Console(stderr=True), disable=not shown, transient=True)
+        self._bar = Bar(*columns, console=Console(stderr=True), disable=not watched(), transient=True)
         self._task = self._bar.add_task(title, total=total, completed=done, text="")
 
     def __enter__(self) -> Self:

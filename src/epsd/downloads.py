@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from epsd.runtime import note, quiet
+from epsd.runtime import note, watched
 from epsd.types import EpsdError
 
 TIMEOUT = 30.0
@@ -164,8 +164,8 @@ def _chunks(answer: IO[bytes]) -> Iterator[bytes]:
 
 
 def _shown(chunks: Iterator[bytes], name: str, start: int, total: int | None) -> Iterator[bytes]:
-    """With a progress bar, unless `EPSD_QUIET` is set."""
-    if quiet():
+    """With a progress bar where somebody looks at it."""
+    if not watched():
         yield from chunks
         return
     from rich.console import Console

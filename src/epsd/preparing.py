@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from epsd.archives import open_tree, unpack
 from epsd.artifacts import ArtifactError, replacing, write_json
 from epsd.images import ImageError, decode, fit, pixels
-from epsd.runtime import mix, quiet
+from epsd.runtime import mix, watched
 from epsd.sources import SPLITS, UNPACKED, Files, Labelled, Reading, Source, SourceError, Split, check_labels
 
 IN_MEMORY_UP_TO = 64
@@ -320,7 +320,7 @@ def written_arrays(
 
 def _shown(reads: Iterable[Read], total: int, split: str) -> Iterable[Read]:
     """With a progress bar where it takes a while and somebody may be looking."""
-    if quiet() or total < _WORTH_A_BAR:
+    if not watched() or total < _WORTH_A_BAR:
         return reads
     from rich.console import Console
     from rich.progress import track

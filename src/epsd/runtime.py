@@ -59,7 +59,7 @@ def state_folder(*parts: str) -> Path:
 
 
 def quiet() -> bool:
-    """True where `EPSD_QUIET` asks for no progress bars and no progress lines."""
+    """True where `EPSD_QUIET` (or `--quiet`, which sets it) asks for results and mistakes only."""
     return os.environ.get("EPSD_QUIET", "") not in ("", "0")
 
 
@@ -92,6 +92,16 @@ def signals_wait() -> Iterator[None]:
             signal.signal(number, handler)
         if len(came) == 1:
             before[signal.Signals(came[0][0])](*came[0])
+
+
+def hush() -> None:
+    """Be quiet from now on, the processes started from here too."""
+    os.environ["EPSD_QUIET"] = "1"
+
+
+def watched() -> bool:
+    """Whether somebody looks at a progress bar: stderr is a terminal, and nobody asked for quiet."""
+    return not quiet() and sys.stderr.isatty()
 
 
 def no_telemetry() -> None:

@@ -1,8 +1,11 @@
 """Runs one stage of dvc.yaml: checks params.yaml, locks the folder, ends cleanly, says what happened in two lines.
 
+`python stages/NAME.py --quiet` (or EPSD_QUIET=1): only the second line, no progress bar.
+
 Also `python -m epsd.stage`: check params.yaml and every name chosen in it, and do nothing else.
 """
 
+import argparse
 import contextlib
 import errno
 import os
@@ -20,7 +23,7 @@ import torch
 from epsd.fitting import is_shortage
 from epsd.params import DEFAULT_PATH, Params, load
 from epsd.registry import ParamsError, choose
-from epsd.runtime import STATE, determinism, no_telemetry, note, pick_device, seed_everything
+from epsd.runtime import STATE, determinism, hush, no_telemetry, note, pick_device, quiet, seed_everything
 from epsd.types import EpsdError
 
 Main = Callable[[Params], str | None]
@@ -32,6 +35,9 @@ LOCK_PATIENCE = 10.0
 WATCH_EVERY = 0.5
 LEAVE_WITHIN = 1.0
 """Seconds between two looks at the ancestors; seconds for a clean end before the hard one."""
+
+_KEPT = {"prepare": "artifacts/data and artifacts/voc"}
+"""Where a stage leaves its results, where that is not artifacts/NAME."""
 
 _AGAIN = "`dvc repro` goes on from here."
 _SHELLS = {"sh", "dash", "bash", "zsh", "fish", "ksh", "tcsh", "csh", "ash", "busybox"}
@@ -54,6 +60,7 @@ def run_stage(name: str, main: Main) -> None:
     """
     _use_this_copy()
     no_telemetry()
+    _arguments(name)
     started = time.monotonic()
     try:
         with _signals(), _orphan_watch(name):
@@ -63,11 +70,13 @@ def run_stage(name: str, main: Main) -> None:
             if params.threads:
                 torch.set_num_threads(params.threads)
             with _folder_lock(name):
-                print(f"{name}: {describe(params)}, on {device.type}", flush=True)
+                if not quiet():
+                    print(f"{name}: {describe(params, name)}, on {device.type}", flush=True)
                 determinism()
                 seed_everything(params.seed)
                 result = main(params)
-        print(f"{name}: {result or 'done'} ({time.monotonic() - started:.1f} s)", flush=True)
+        seconds = time.monotonic() - started
+        print(f"{name}: {result or 'done'} ({seconds:.1f} s, in {_KEPT.get(name, f'artifacts/{name}')})", flush=True)
     except KeyboardInterrupt:
         _leave(name, f"interrupted. {_AGAIN}", 130)
     except Terminated as stop:
@@ -77,6 +86,13 @@ def run_stage(name: str, main: Main) -> None:
         if line is None:
             raise
         _leave(name, line, 1)
+
+
+def _arguments(name: str) -> None:
+    parser = argparse.ArgumentParser(description=f"The stage {name} of dvc.yaml, by the params.yaml of this folder.")
+    parser.add_argument("--quiet", action="store_true", help="only the line with the result, no progress bar")
+    if parser.parse_args().quiet:
+        hush()
 
 
 def _use_this_copy() -> None:
@@ -124,12 +140,18 @@ def _choices(params: Params) -> Iterator[tuple[str, Mapping[str, type[Any]], Map
     yield "detect.detector", DETECTORS, params.detect.detector
 
 
-def describe(params: Params) -> str:
-    """What is being run, in a few words."""
-    return (
-        f"{params.dataset['name']}, {params.architecture['name']}, {params.objective['name']}, "
-        f"{params.prune.score['name']} at sparsity {params.prune.sparsity:g}, seed {params.seed}"
-    )
+def describe(params: Params, name: str) -> str:
+    """What the stage does and on what data, in a few words."""
+    data, scenes, network = params.dataset["name"], params.voc["name"], params.architecture["name"]
+    objective, sparsity = params.objective["name"], f"{params.prune.sparsity:g}"
+    doing = {
+        "prepare": f"reading {data}, and {scenes} for detection",
+        "prune": f"{network} on {data} to sparsity {sparsity} by {params.prune.score['name']} under {objective}",
+        "train": f"{network} at sparsity {sparsity} on {data} by {objective}, {params.train.epochs} epochs",
+        "evaluate": f"{network} on the test images of {data}",
+        "detect": f"{params.detect.detector['name']} around {network} on {scenes}, {params.detect.epochs} epochs",
+    }
+    return f"{doing.get(name, f'{network} on {data}')}, seed {params.seed}"
 
 
 def one_line(error: Exception) -> str | None:
