@@ -141,7 +141,7 @@ Machine: {here["cpu"]}; torch {here["torch"]}, Python {here["python"]}.
 
 Best trial of each search against the shipped parameters at the same sparsity: validation top-1 after the last epoch,
 on seeds (split, initial weights, order of batches) that the search has not used. ± is the standard error of the paired
-difference. A search has its own study seed; all that were run are here. The test split was not read.
+difference. A search has its own study seed. The test split was not read.
 
 | study seed | whole command | trials run to the end | trainings | gain on the {tune.repeats} seeds of the search | \
 gain on {FIRST} unseen seeds | gain on {arguments.fresh} unseen seeds |
@@ -186,7 +186,7 @@ def section(folder: Path, seed: int, fresh: int) -> tuple[str, str]:
             for title, values in top1.items()
         ),
     ]
-    return row, "\n".join([*lines, "", "```", told["printed"].rstrip(), "```", "", ""])
+    return row, "\n".join([*lines, "", "```", told["printed"].rstrip().replace(f"{folder}/", ""), "```", "", ""])
 
 
 def gain(after: list[float], before: list[float]) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import requests
 
+from epsd.tracking import pages, track
 from epsd.tracking import recording as tracking
-from epsd.tracking import track
 
 PARAMS = {
     "train.lr": 0.1,
@@ -348,7 +348,7 @@ def test_ui_address(project):
     with session() as tracker:
         pass
     number = client().get_run(tracker.run_id).info.experiment_id
-    assert tracking.ui_address(7) == f"http://127.0.0.1:7/#/experiments/{number}/runs?compareRunsMode=CHART"
+    assert tracking.ui_address(7) == f"http://127.0.0.1:7/#/experiments/{number}/runs?{pages.QUERY}"
 
 
 # --- outages --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from epsd.runtime import brief, no_telemetry, note, project_root, signals_wait, state_folder, versions
 from epsd.spool import Event, Spool, waiting
-from epsd.tracking import models
+from epsd.tracking import models, pages
 
 LOCAL = "local-"
 """Prefix of the id of a run that began while the store was away."""
@@ -283,13 +283,17 @@ class _Store:
                     return self._new_experiment(name)
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
+        for key, value in pages.tags().items():  # an experiment of an earlier version, or made by hand
+            if found.tags.get(key) != value and (key == pages.TAG or key not in found.tags):
+                self.client.set_experiment_tag(found.experiment_id, key, value)
         return str(found.experiment_id)
 
     def _new_experiment(self, name: str) -> str:
         try:
             if self.remote:
-                return str(self.client.create_experiment(name))
-            place = {"artifact_location": str(self.home / "mlruns"), "tags": {"epsd.root": str(self.home)}}
+                return str(self.client.create_experiment(name, tags=pages.tags()))
+            tags = {"epsd.root": str(self.home), **pages.tags()}
+            place = {"artifact_location": str(self.home / "mlruns"), "tags": tags}
             return str(self.client.create_experiment(name, **place))
         except Exception as error:
             if _code(error) != "RESOURCE_ALREADY_EXISTS":  # another machine was faster
@@ -782,7 +786,7 @@ def track(
 
 
 def ui_address(port: int = 5000) -> str:
-    """The address of the charts of the experiment with the newest run in a `mlflow ui` on this machine."""
+    """The address of the runs of the experiment with the newest run, in a `mlflow ui` on this machine."""
     address = f"http://127.0.0.1:{port}/"
     database = project_root() / "mlflow.db"
     if not database.is_file():
@@ -790,5 +794,5 @@ def ui_address(port: int = 5000) -> str:
     with contextlib.closing(sqlite3.connect(database)) as link, contextlib.suppress(sqlite3.Error):
         newest = link.execute("SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1").fetchone()
         if newest:
-            return f"{address}#/experiments/{newest[0]}/runs?compareRunsMode=CHART"
+            return f"{address}#/experiments/{newest[0]}/runs?{pages.QUERY}"
     return address
