@@ -1,14 +1,14 @@
 """Read the test split, once: accuracy, calibration, and what the network costs. Writes artifacts/evaluate/."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
-from epsd import artifacts, cards, evaluation, figures, metrics, sparse
+from epsd import artifacts, cards, evaluation, figures, metrics
 from epsd.data import Prepared
 from epsd.masks import prunable
-from epsd.params import EvaluateParams, Params, flatten
+from epsd.params import Params, flatten
+from epsd.pipeline.measured import measured
 from epsd.pipeline.recorded import story
 from epsd.pipeline.served import exported, trained_network
 from epsd.runtime import pick_device
@@ -26,7 +26,8 @@ def main(params: Params) -> str:
     settings = params.evaluate
     test = data.batches("test", batch_size=settings.batch_size, device=device, workers=params.data.workers)
     result = evaluation.evaluate(model, test, ece_bins=settings.ece_bins)
-    report = {"test": result.metrics, "model": cost(model, settings, card)}
+    costs = measured(model, card, settings, dense=artifacts.MODEL, compact=artifacts.SPARSE_MODEL)
+    report = {"test": result.metrics, "model": costs}
 
     artifacts.write_json(artifacts.METRICS, report)
     save_tables(result, data.class_names)
@@ -39,21 +40,6 @@ def main(params: Params) -> str:
         f"test top-1 {result.metrics['top1']:.4f}, ECE {result.metrics['ece']:.4f}, "
         f"sparsity {report['model']['sparsity']:.4f}, {report['model']['compression']:.1f} times fewer parameters{kept}"
     )
-
-
-def cost(model: nn.Module, settings: EvaluateParams, card: Mapping[str, Any]) -> dict[str, float]:
-    """Parameters, FLOPs, bytes on disk (the compact file is written here) and milliseconds."""
-    image_shape = tuple(card["image_shape"])
-    weights = prunable(model)
-    compact = sparse.save(model.state_dict(), artifacts.SPARSE_MODEL, card)
-    twins = {"latency_dense_ms": evaluation.filled(model, weights), "latency_pruned_ms": model}
-    timing = {"batch_size": settings.latency_batch_size, "repeats": settings.latency_repeats}
-    return {
-        **evaluation.cost(model, weights, image_shape),
-        "bytes_dense": artifacts.MODEL.stat().st_size,
-        "bytes_sparse": compact.file,
-        **evaluation.latency(twins, image_shape, **timing),
-    }
 
 
 def save_tables(result: evaluation.Evaluation, names: list[str]) -> None:

@@ -339,10 +339,10 @@ def test_a_cell_depends_on_all_the_code_that_dvc_lists(project: Path) -> None:
 # --- interruptions --------------------------------------------------------------------------------------------------
 
 
-def begin(project: Path, *arguments: str) -> "subprocess.Popen[str]":
+def begin(project: Path, *arguments: str, **more: Any) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "epsd.cli", "study", "grid.yaml", *arguments]
     environment = {**os.environ, "EPSD_QUIET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    return subprocess.Popen(command, cwd=project, env=environment, text=True, start_new_session=True)
+    return subprocess.Popen(command, cwd=project, env=environment, text=True, start_new_session=True, **more)
 
 
 def wait_for(pattern: str, folder: Path, count: int = 1) -> None:
@@ -395,6 +395,28 @@ def test_two_workers_share_the_cells_and_outlive_nobody(project: Path) -> None:
     frame = read_runs(["epsd"], ["kind=study"])
     assert len(frame) == 4
     assert len(list((project / ".epsd/studies/grid/cells").glob("*.json"))) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_ends_in_order(workers: str, project: Path) -> None:
+    """One line, no traceback, nobody left, and the run of the cell under way is marked."""
+    write(project / "grid.yaml", sparsities=[0.5], seeds=2, scores=["epsd"], set={**QUICK, "train.epochs": 400})
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = begin(project, "--workers", workers, **pipe)
+    wait_for("work/*/last.safetensors", project / ".epsd/studies/grid")
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "`epsd study grid.yaml` goes on" in said and "Traceback" not in said
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    assert not client.search_runs(["1"], "attributes.status = 'RUNNING'")
+    assert client.search_runs(["1"], "attributes.status = 'FAILED' and tags.kind = 'study'")
 
 
 def test_no_cell_begins_after_the_minutes(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

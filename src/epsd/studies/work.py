@@ -19,14 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
 
-from epsd import artifacts, checkpoints, evaluation, sparse
+from epsd import artifacts, checkpoints, evaluation
 from epsd.data import Prepared
 from epsd.datasets import DATASETS
-from epsd.masks import prunable
 from epsd.params import Params
 from epsd.pipeline import recorded
+from epsd.pipeline.measured import measured
 from epsd.pipeline.trained import card
 from epsd.preparing import prepare
 from epsd.registry import choose
@@ -328,23 +327,11 @@ def evaluated(params: Params, data: Prepared, trained: Trained, tracker: Tracker
     with tempfile.TemporaryDirectory() as folder:
         built = params.model_copy(update={"architecture": trained.architecture or params.architecture})
         about = card(built, data, trained.mask)
-        found |= {f"model/{name}": value for name, value in cost(params, trained.model, about, Path(folder)).items()}
+        dense, compact = Path(folder) / "model.safetensors", Path(folder) / "model.sparse.safetensors"
+        artifacts.save_model(trained.model, dense, about)
+        costs = measured(trained.model, about, settings, dense=dense, compact=compact)
+        found |= {f"model/{name}": value for name, value in costs.items()}
         if keep:
             for name in ("model.sparse.safetensors", "model.json"):
                 tracker.artifact(Path(folder) / name, folder="model")
     return {**found, "time/evaluate": time.perf_counter() - begun}
-
-
-def cost(params: Params, model: nn.Module, about: Mapping[str, Any], folder: Path) -> dict[str, float]:
-    """As the stage `evaluate` measures it: parameters, FLOPs, bytes on disk (written to `folder`), milliseconds."""
-    shape, weights = tuple(about["image_shape"]), prunable(model)
-    compact = sparse.save(model.state_dict(), folder / "model.sparse.safetensors", about)
-    artifacts.save_model(model, folder / "model.safetensors", about)
-    twins = {"latency_dense_ms": evaluation.filled(model, weights), "latency_pruned_ms": model}
-    timing = {"batch_size": params.evaluate.latency_batch_size, "repeats": params.evaluate.latency_repeats}
-    return {
-        **evaluation.cost(model, weights, shape),
-        "bytes_dense": (folder / "model.safetensors").stat().st_size,
-        "bytes_sparse": compact.file,
-        **evaluation.latency(twins, shape, **timing),
-    }
