@@ -31,7 +31,7 @@ LABELS = {
 }
 SPLITS = {"val": "validation", "test": "test", "train": "training", "detect": "test"}
 SECONDS = "seconds, pruning and training"
-PASSES = "image passes (one image once through the network)"
+PASSES = "passes of one image through the network"
 
 
 class FigureError(EpsdError):
@@ -206,9 +206,17 @@ def _cloud(axes: "Axes", rows: "pd.DataFrame", column: str, method: str, look: S
 
 
 def _cost_axis(axes: "Axes", costs: Sequence[float], label: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     positive = [cost for cost in costs if cost > 0]
     if positive and len(positive) == len(costs) and max(costs) > 5 * min(costs):
         axes.set_xscale("log")
+        # ticks at 1, 2 and 5 times a power of ten, named in full: the default's labels run into one another
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1e5 else f"{value:.0e}")
+        )
+        axes.xaxis.set_minor_formatter(NullFormatter())
         label += ", log scale"
     axes.margins(x=0.15)
     axes.set_xlabel(label)
