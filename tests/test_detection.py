@@ -321,3 +321,35 @@ def test_gallery_is_drawn(scenes: dict[str, list[Scene]], tmp_path: Path, channe
     figures.save(blank, tmp_path / "blank.png")
     drawn = (np.asarray(Image.open(tmp_path / "blank.png").convert("RGB")) == (0, 0x9E, 0x73)).all(2)
     assert drawn.sum() < green.sum() / 4  # the legend's sample only
+
+
+def test_coco_figures_are_those_of_torchmetrics(tmp_path: Path) -> None:
+    from torchmetrics.detection import MeanAveragePrecision
+
+    random = np.random.default_rng(0)
+    scenes, found = [], []
+    metric = MeanAveragePrecision(backend="faster_coco_eval")
+    for number in range(12):
+        corners = random.uniform(0, 60, (4, 2))
+        boxes = np.concatenate([corners, corners + random.uniform(5, 40, (4, 2))], axis=1)
+        labels, difficult = random.integers(0, 3, 4), random.random(4) < 0.3
+        scenes.append(Scene(str(number), tmp_path, 100, 100, boxes, labels, difficult))
+        near = np.concatenate([boxes + random.normal(0, 2, boxes.shape), boxes[:2] + 15])
+        found.append(Detections(near, random.random(6), np.concatenate([labels, random.integers(0, 4, 2)])))
+        metric.update(
+            [_tensors(found[-1].boxes, found[-1].labels) | {"scores": torch.from_numpy(found[-1].scores).float()}],
+            [_tensors(boxes, labels) | {"iscrowd": torch.from_numpy(difficult.astype(np.int64))}],
+        )
+    theirs = metric.compute()
+    ours = detection.coco_map(found, scenes)
+    assert 0.1 < ours["map"] < 0.9
+    assert ours == pytest.approx({"map": float(theirs["map"]), "map75": float(theirs["map_75"])}, abs=1e-6)
+
+
+def _tensors(boxes: np.ndarray, labels: np.ndarray) -> dict[str, Tensor]:
+    return {"boxes": torch.from_numpy(boxes).float(), "labels": torch.from_numpy(labels)}
+
+
+def test_coco_figures_of_no_detection_at_all(scenes: dict[str, list[Scene]]) -> None:
+    nothing = Detections(np.empty((0, 4)), np.empty(0), np.empty(0, dtype=np.int64))
+    assert detection.coco_map([nothing] * len(scenes["test"]), scenes["test"]) == {"map": 0.0, "map75": 0.0}

@@ -337,28 +337,40 @@ def _row(name: str, label: int, one: Curve, scenes: Sequence[Scene]) -> dict[str
 def coco_map(found: Sequence[Detections], scenes: Sequence[Scene]) -> dict[str, float]:
     """`map` and `map75` as COCO counts them, at most 100 detections per picture; difficult objects are its "crowd".
 
-    A detection on a crowd region is neither right nor wrong: what VOC does with difficult objects.
+    A detection on a crowd region is neither right nor wrong: what VOC does with difficult objects. Asked of the
+    evaluator itself: torchmetrics in between would take a second to import.
     """
-    from torchmetrics.detection import MeanAveragePrecision
+    from faster_coco_eval import COCO, COCOeval_faster
 
-    metric = MeanAveragePrecision(backend="faster_coco_eval")
-    metric.warn_on_many_detections = False
-    predictions = [
-        {"boxes": _float(one.boxes), "scores": _float(one.scores), "labels": torch.from_numpy(one.labels)}
-        for one in found
+    shown = [
+        {"image_id": image, "category_id": int(label), "bbox": box, "score": float(score)}
+        for image, one in enumerate(found)
+        for box, label, score in zip(_corner_and_size(one.boxes), one.labels, one.scores, strict=True)
     ]
-    truths = [
+    if not shown:
+        return {"map": 0.0, "map75": 0.0}
+    there = [
+        {"image_id": image, "category_id": int(label), "bbox": box, "area": box[2] * box[3], "iscrowd": int(crowd)}
+        for image, scene in enumerate(scenes)
+        for box, label, crowd in zip(_corner_and_size(scene.boxes), scene.labels, scene.difficult, strict=True)
+    ]
+    classes = sorted({note["category_id"] for note in (*shown, *there)})
+    truth = COCO(
         {
-            "boxes": _float(scene.boxes),
-            "labels": torch.from_numpy(scene.labels),
-            "iscrowd": torch.from_numpy(scene.difficult.astype(np.int64)),
+            "images": [{"id": image} for image in range(len(scenes))],
+            "categories": [{"id": label, "name": str(label)} for label in classes],
+            "annotations": [note | {"id": number} for number, note in enumerate(there, start=1)],
         }
-        for scene in scenes
-    ]
-    metric.update(predictions, truths)
-    result = metric.compute()
-    return {"map": max(0.0, float(result["map"])), "map75": max(0.0, float(result["map_75"]))}
+    )
+    judge = COCOeval_faster(truth, truth.loadRes(shown), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    return {"map": max(0.0, float(judge.stats[0])), "map75": max(0.0, float(judge.stats[2]))}
 
 
-def _float(values: Any) -> Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.float32))
+def _corner_and_size(boxes: Any) -> list[list[float]]:
+    """(n, 4) x0, y0, x1, y1 -> x0, y0, width, height, as COCO keeps them."""
+    corners = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+    pairs: list[list[float]] = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
+    return pairs
