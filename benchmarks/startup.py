@@ -6,7 +6,8 @@ import : a fresh interpreter, less an empty one's time.
 stages : `dvc repro -s STAGE -f` of a copy of the project with next to no work to do (two images of each digit, one
     epoch, two scenes, no look-ahead), so that what is measured is DVC, interpreter, imports, checks and tracking. With
     the heavy packages that the stage's process had imported when it ended.
-no-op : `dvc repro` when everything is up to date, against a pipeline of five stages that do nothing; in turns.
+no-op : `dvc repro` when everything is up to date, against a pipeline of five stages that do nothing, with the same
+    settings of DVC; in turns.
 """
 
 import argparse
@@ -91,15 +92,21 @@ def project(folder: Path) -> Path:
         override(tree, name, value)
     with (folder / "params.yaml").open("w", encoding="utf-8") as file:
         YAML(typ="safe").dump(tree, file)
-    seconds(dvc("init", "--no-scm", "-q"), folder)
-    return folder
+    return initialised(folder)
 
 
 def empty(folder: Path) -> Path:
     """Five stages that do nothing."""
     (folder / "dvc.yaml").write_text(EMPTY, encoding="utf-8")
     (folder / "start").touch()
+    return initialised(folder)
+
+
+def initialised(folder: Path) -> Path:
+    """With the settings that this project gives DVC: no statistics sent home, no look for updates."""
     seconds(dvc("init", "--no-scm", "-q"), folder)
+    settings = (ROOT / ".dvc" / "config").read_text(encoding="utf-8")  # its one section is [core]
+    (folder / ".dvc" / "config").write_text(settings + "    no_scm = true\n", encoding="utf-8")
     return folder
 
 
