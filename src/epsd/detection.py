@@ -354,7 +354,7 @@ def coco_map(found: Sequence[Detections], scenes: Sequence[Scene]) -> dict[str, 
         for image, scene in enumerate(scenes)
         for box, label, crowd in zip(_corner_and_size(scene.boxes), scene.labels, scene.difficult, strict=True)
     ]
-    classes = sorted({note["category_id"] for note in (*shown, *there)})
+    classes = np.unique([*(one["category_id"] for one in shown), *(one["category_id"] for one in there)]).tolist()
     truth = COCO(
         {
             "images": [{"id": image} for image in range(len(scenes))],
