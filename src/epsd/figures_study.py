@@ -31,7 +31,7 @@ LABELS = {
 }
 SPLITS = {"val": "validation", "test": "test", "train": "training", "detect": "test"}
 SECONDS = "seconds, pruning and training"
-PASSES = "passes of one image through the network"
+PASSES = "image passes (one image, once forwards)"
 
 
 class FigureError(EpsdError):
