@@ -6,6 +6,7 @@ stream from their files (`epsd.streaming`). Either way the batches of epoch n de
 the global random state, the device, or the number of workers.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from epsd.archives import open_tree
 from epsd.artifacts import ArtifactError, read_json
 from epsd.loaders import as_batches
-from epsd.sampling import SameClass, Sampler, generator, partner_positions
+from epsd.sampling import SameClass, Sampler, Share, generator, partner_positions
 from epsd.sources import UNPACKED, Files, Reading, Split
 from epsd.streaming import Augmentation, Normalise, Pictures, StreamedBatches
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError
@@ -95,11 +96,20 @@ class MemoryBatches:
         second = partner_positions(needs, order, number, self._same_class)
         second_draws = self._draws(len(order), number, "partner")
         chosen, partners = order.to(self._device), None if second is None else second.to(self._device)
-        for start in range(0, len(order), self._sampler.batch_size):
-            part = slice(start, start + self._sampler.batch_size)
+        for part in self._sampler.parts(len(order)):
             indices = chosen[part]
             partner = None if partners is None else self._look(partners[part], second_draws, part)
             yield Batch(self._look(indices, draws, part), self._labels[indices], indices, partner)
+
+    def lengths(self) -> set[int]:
+        """How many images its batches hold."""
+        return self._sampler.lengths()
+
+    def shard(self, share: Share) -> "MemoryBatches":
+        """The same batches, of each of which only the positions `share` are made."""
+        twin = copy.copy(self)
+        twin._sampler = self._sampler.shared(share)
+        return twin
 
     def _draws(self, size: int, number: int, purpose: str) -> Draws:
         random = generator(self._sampler.seed, "augment", purpose, number)

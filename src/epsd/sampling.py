@@ -1,12 +1,21 @@
 """Which images make up which batch of which epoch: a pure function of (seed, epoch)."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from epsd.runtime import mix
 from epsd.types import BatchNeeds, EpsdError
+
+Share = Callable[[int], slice]
+"""Length of a global batch -> the positions in it that this process draws (`epsd.parallel.share`)."""
+
+
+def whole(count: int) -> slice:
+    """All of a batch: one process alone."""
+    return slice(0, count)
 
 
 class TooFewImages(EpsdError):
@@ -24,6 +33,8 @@ class Sampler:
 
     Random numbers are drawn on the CPU for a whole epoch at once: the same on every device, and no waiting for it.
 
+    `share`: which part of every batch is drawn here, where several processes share the work.
+
     Raises TooFewImages when `drop_last` would leave no batch, or the split is empty.
     """
 
@@ -32,6 +43,7 @@ class Sampler:
     seed: int
     shuffle: bool
     drop_last: bool
+    share: Share = whole
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -51,6 +63,21 @@ class Sampler:
         if not self.shuffle:
             return torch.arange(self.size)[: len(self) * self.batch_size]
         return torch.randperm(self.size, generator=generator(self.seed, "order", epoch))[: len(self) * self.batch_size]
+
+    def parts(self, drawn: int) -> list[slice]:
+        """Of `drawn` positions in order, those of each batch that are drawn here; no empty ones."""
+        starts = range(0, drawn, self.batch_size)
+        shares = [(start, self.share(min(self.batch_size, drawn - start))) for start in starts]
+        return [slice(start + mine.start, start + mine.stop) for start, mine in shares if mine.stop > mine.start]
+
+    def lengths(self) -> set[int]:
+        """How long its batches are: all of one length, or one of them short."""
+        short = 0 if self.drop_last else self.size % self.batch_size
+        return {min(self.batch_size, self.size), *([short] if short else [])}
+
+    def shared(self, share: Share) -> "Sampler":
+        """The same batches, of which `share` is drawn."""
+        return replace(self, share=share)
 
 
 class SameClass:

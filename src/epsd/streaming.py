@@ -4,6 +4,7 @@ Every sample's random numbers come from (seed, epoch, purpose, position), never 
 draw it.
 """
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from epsd.images import decode, fit, pixels
 from epsd.runtime import mix
-from epsd.sampling import SameClass, Sampler, cut, partner_positions
+from epsd.sampling import SameClass, Sampler, Share, partner_positions
 from epsd.sources import Files, Reading
 from epsd.types import Batch, BatchNeeds, EpsdError
 
@@ -214,15 +215,25 @@ class StreamedBatches:
         """The batches of epoch `number`; `partner` is filled as `needs` asks, `indices` always."""
         order = self._sampler.order(number)
         second = partner_positions(needs, order, number, self._same_class)
-        size = self._sampler.batch_size
-        batches = cut(order, size)
-        asked = as_requests(number, batches, None if second is None else cut(second, size))
+        parts = self._sampler.parts(len(order))
+        batches = [order[part] for part in parts]
+        asked = as_requests(number, batches, None if second is None else [second[part] for part in parts])
         pinned = self._device.type == "cuda"
         answers = draw_batches(self._requests, asked, num_workers=self._workers, pin_memory=pinned)
         for indices, drawn in zip(batches, answers, strict=True):
             partner = None if drawn.partners is None else self._ready(drawn.partners)
             moved = indices.to(self._device)
             yield Batch(self._ready(drawn.samples), self._labels[indices].to(self._device), moved, partner)
+
+    def lengths(self) -> set[int]:
+        """How many images its batches hold."""
+        return self._sampler.lengths()
+
+    def shard(self, share: Share) -> "StreamedBatches":
+        """The same batches, of each of which only the positions `share` are decoded."""
+        twin = copy.copy(self)
+        twin._sampler = self._sampler.shared(share)
+        return twin
 
     def _ready(self, images: Tensor) -> Tensor:
         return self._normalise(images.to(self._device, non_blocking=True))

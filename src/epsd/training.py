@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from epsd import checkpoints, fitting
+from epsd import checkpoints, fitting, parallel
 from epsd.acceleration import Compile, Update, align_, compiled, pick_update, sgd
 from epsd.console import Progress
 from epsd.losses import as_objective, cross_entropy
@@ -100,6 +100,9 @@ def fit(
 ) -> list[Record]:
     """Train `model` in place on its own device; weights that `mask` removed are exactly zero after every step.
 
+    After `parallel.start` in each of several processes, they share every batch of `train` and `validation`: all of
+    them get the same records, and the weights are those that one process would find, to rounding.
+
     Parameters
     ----------
     train : prepared batches, or a `DataLoader` of (image, label) pairs.
@@ -109,8 +112,8 @@ def fit(
     seed : of everything random inside the loop (dropout): epoch n draws from (seed, n) alone, so a resumed run draws
         the same. The global random state is restored afterwards.
     checkpoint : file written after every epoch (model, optimiser, objective, history); training goes on from it
-        where it exists and carries the same `mark` (`checkpoints.fingerprint`). The caller deletes it when the
-        result is safe.
+        where it exists and carries the same `mark` (`checkpoints.fingerprint`), in any number of processes. The
+        caller deletes it when the result is safe.
     meter : counts images and seconds on from where it stands (what pruning spent, say); a resumed training puts it
         where the interrupted one left it. Default: from 0.
     on_epoch : called with each epoch's record; after a resume also with the records of the epochs done before.
@@ -154,9 +157,11 @@ class _Loop:
         self.model, self.objective, self.recipe, self.seed = model, objective, recipe, seed
         self.meter = meter
         self.counted_forward = meter.through(self.forward)
-        self.train = _as_batches(train)
+        self.train = parallel.shard(_as_batches(train), even=True)
         self.device = next(model.parameters()).device
         self.layout = pick_memory_format(recipe.memory_format)
+        if parallel.world() > 1 and recipe.compile not in ("auto", "none"):
+            raise TrainingError("train.compile: several processes run uncompiled; use none, or launch.processes: 1.")
         self.net = compiled(model, recipe.compile, self.device)
         self.mask = mask
         self.holder: MaskHolder | None = None
@@ -184,6 +189,7 @@ class _Loop:
     ) -> list[Record]:
         self.model.to(memory_format=self.layout)
         try:
+            self.net = parallel.wrapped(self.net)
             return self._run(validation, checkpoint, mark, on_epoch)
         except (RuntimeError, MemoryError) as error:
             if not fitting.is_shortage(error):
@@ -205,13 +211,16 @@ class _Loop:
             self.holder = MaskHolder(self.mask, self.model, foreach=self.update != "loop")
         if checkpoint is not None and (state := checkpoints.load(checkpoint, mark)):
             self._restore(state)
+        if not parallel.agree(len(self.history)):
+            raise TrainingError("only some of the processes see the checkpoint: they need one common project folder.")
         for record in self.history:
             on_epoch(record)
-        judged = None if validation is None else _as_batches(validation)
+        judged = None if validation is None else parallel.shard(_as_batches(validation))
         steps, epochs = len(self.train), self.recipe.epochs
         devices = [self.device] if self.device.type == "cuda" else []
         with (
             torch.random.fork_rng(devices=devices),
+            parallel.prepared(self.model),
             Progress("train", steps * epochs, steps * len(self.history)) as bar,
         ):
             for epoch in range(len(self.history), epochs):
@@ -220,7 +229,7 @@ class _Loop:
                     record |= {f"val/{name}": value for name, value in self.judge(judged).items()}
                 self.history.append(record)
                 if checkpoint is not None:
-                    checkpoints.save(checkpoint, self._state(), mark)
+                    self._save(checkpoint, mark)
                 on_epoch(record)
                 bar.say(" ".join(f"{word} {record[key]:.4g}" for word, key in _SHOWN.items() if key in record))
         return self.history
@@ -243,6 +252,7 @@ class _Loop:
             self.holder.weights_()
         if step < 0:
             raise TrainingError("there is no batch to train on: use a smaller train.batch_size.")
+        parallel.settle_buffers(self.model)
         record = {"epoch": epoch + 1.0, **tally.means()}
         record["train/lr"] = self.optimiser.param_groups[0]["lr"]
         record["time/epoch"] = time.perf_counter() - started
@@ -253,11 +263,12 @@ class _Loop:
         """Logits (B, K) in full precision, whatever the network computes in."""
         if images.dim() == 4:
             images = images.contiguous(memory_format=self.layout)
-        if self.autocast is None:
-            logits: Tensor = self.net(images)
-        else:
-            with torch.autocast(self.device.type, self.autocast):
-                logits = self.net(images).float()
+        with parallel.together():
+            if self.autocast is None:
+                logits: Tensor = self.net(images)
+            else:
+                with torch.autocast(self.device.type, self.autocast):
+                    logits = self.net(images).float()
         return logits.clone() if self.recipe.compile == "graphs" else logits  # the next replay writes over them
 
     def _step(self, number: int, batch: Batch, progress: float, tally: "_Tally") -> None:
@@ -309,13 +320,20 @@ class _Loop:
     def judge(self, batches: Batches) -> Record:
         """top1 and nll of the model in eval mode."""
         self.model.eval()
-        right = nll = torch.zeros((), device=self.device)
+        right, nll = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for drawn in batches.epoch(0):
             batch = to_device(drawn, self.device)
             logits = self.forward(batch.images)
             nll = nll + nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
             right = right + (logits.argmax(1) == batch.labels).sum()
+        parallel.sum_([right, nll])
         return {"top1": float(right) / batches.size, "nll": float(nll) / batches.size}
+
+    def _save(self, checkpoint: Path, mark: str) -> None:
+        """All processes put the state together, the main one writes it."""
+        state = self._state()
+        if parallel.is_main():
+            checkpoints.save(checkpoint, state, mark)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -464,6 +482,7 @@ class _Tally:
 
     def _check(self) -> None:
         fresh = torch.stack(self._losses[self._checked :])
+        parallel.mean_([fresh])
         bad = torch.nonzero(~torch.isfinite(fresh)).flatten()
         if len(bad):
             step = self._checked + int(bad[0]) + 1
@@ -477,9 +496,13 @@ class _Tally:
         if self._checked < len(self._losses):
             self._check()
         count = max(1, len(self._losses))
-        record = {"train/loss": float(torch.stack(self._losses).mean()) if self._losses else 0.0}
+        loss = torch.stack(self._losses).mean() if self._losses else torch.zeros(())
+        parallel.mean_([loss, *self._sums.values()])
+        images = torch.tensor(self._images, device=self._device)
+        parallel.sum_([self._right, images])
+        record = {"train/loss": float(loss)}
         record |= {f"train/{name}": float(total) / count for name, total in self._sums.items()}
         norms = torch.stack(self._norms)
         finite = norms[torch.isfinite(norms)]
         record["train/grad_norm"] = float((finite if len(finite) else norms).mean())
-        return record | {"train/top1": float(self._right) / max(1, self._images)}
+        return record | {"train/top1": float(self._right) / max(1, int(images))}

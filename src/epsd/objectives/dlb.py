@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from epsd import losses
+from epsd import losses, parallel
 from epsd.registry import stateful_variant
 from epsd.types import Batch, BatchNeeds, Forward, Loss, Purpose
 
@@ -70,9 +70,9 @@ class Dlb:
         return last
 
     def state_dict(self) -> dict[str, Any]:
-        """The last batch's second view, labels and logits."""
-        return dict(self.last)
+        """The last batch's second view, labels and logits; of several processes, of the whole batch."""
+        return {name: parallel.gather(tensor) for name, tensor in self.last.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batch in `state`."""
-        self.last = dict(state)
+        self.last = {name: tensor[parallel.share(len(tensor))] for name, tensor in state.items()}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from epsd import losses
+from epsd import losses, parallel
 from epsd.registry import stateful_variant
 from epsd.types import Batch, BatchNeeds, Forward, Loss, Purpose
 
@@ -26,7 +26,8 @@ class PsKd:
 
     Training: p_past is the softmax of the previous epoch's training forward pass of that very image, kept in a
     memory of (training images, classes) and written right after each loss. An image never seen before has its
-    one-hot label there, so epoch 0 is plain cross entropy, whatever α.
+    one-hot label there, so epoch 0 is plain cross entropy, whatever α. Of several processes each holds the whole
+    memory and hears what the others' images got, since an image meets another process in another epoch.
 
     Scoring: taken literally that makes PS-KD's loss equal cross entropy for any number of steps (epoch 0 only).
     `score: live`, the default, takes as past prediction what the net said of the same images before the previous
@@ -94,8 +95,9 @@ class PsKd:
     def _remember(self, indices: Tensor, logits: Tensor) -> None:
         if self.past is None or self.seen is None:
             self.past, self.seen = self._allocated(logits)
-        rows = indices.to(self.past.device)
-        self.past[rows] = F.softmax(logits.detach(), dim=1).to(self.past.device, self.past.dtype)
+        rows = parallel.gather(indices).to(self.past.device)
+        said = parallel.gather(F.softmax(logits.detach(), dim=1).to(self.past.dtype))
+        self.past[rows] = said.to(self.past.device)
         self.seen[rows] = True
 
     def _allocated(self, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,357 @@
+"""Several processes that work as one, on one machine or several: torchrun's environment, PyTorch's DDP.
+
+Every process draws the same global batch (its order and augmentation depend on (seed, epoch) alone) and takes its
+slice of it, the r-th of W. DDP averages the gradients; BatchNorm takes its statistics over all slices and dropout
+keeps the same units as on the whole batch (`together`). So W processes give the weights of one, to rounding, with
+any objective whose loss is a mean over the batch. One process alone takes none of these paths.
+
+Noise drawn in other ways than by `F.dropout` (stochastic depth) is drawn alike on every slice.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from epsd.types import Batch, Batches, BatchNeeds, EpsdError
+
+
+class ParallelError(EpsdError):
+    """Processes, devices and batch sizes that do not fit each other; a process that is gone."""
+
+
+class _Group(NamedTuple):
+    """This process among the others. `store`: a small dictionary that all of them see."""
+
+    rank: int
+    world: int
+    sync_batchnorm: bool
+    store: Any
+
+
+_ALONE = _Group(0, 1, False, None)
+_group = _ALONE
+
+RENDEZVOUS = "EPSD_RENDEZVOUS"
+"""Set by `epsd.launch`: the file through which the processes of one machine find each other."""
+
+
+def rank() -> int:
+    """Which of the processes this is, from 0."""
+    return _group.rank
+
+
+def world() -> int:
+    """How many processes work as one."""
+    return _group.world
+
+
+def is_main() -> bool:
+    """True in the one process that writes files, tracks and talks; also where it is the only one."""
+    return _group.rank == 0
+
+
+def told() -> int:
+    """How many processes the environment speaks of, before `start`; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def told_rank() -> int:
+    """Which of them this is to be."""
+    return int(os.environ["RANK"]) if told() > 1 else 0
+
+
+def start(device: str = "auto", sync_batchnorm: bool = True) -> None:
+    """Join the other processes that torchrun (or `epsd.launch`) started; nothing where there is one alone.
+
+    device : as in params.yaml; on a GPU each process of a machine takes its own (nccl), on the CPU they talk by gloo.
+    sync_batchnorm : BatchNorm takes its statistics over the whole batch, as one process does.
+
+    Raises ParallelError: more processes on this machine than GPUs, or a device that they cannot share out.
+    """
+    global _group
+    if told() == 1 or _group is not _ALONE:
+        return
+    gpu = on_gpus(device)
+    check_devices(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    path = os.environ.get(RENDEZVOUS)
+    store: Any = dist.FileStore(path, told()) if path else next(rendezvous("env://"))[0]
+    dist.init_process_group(backend, store=PrefixStore("epsd", store), rank=told_rank(), world_size=told())
+    _group = _Group(dist.get_rank(), dist.get_world_size(), sync_batchnorm, store)
+
+
+def stop() -> None:
+    """Leave the others in peace, after the last common step."""
+    global _group
+    if _group is not _ALONE:
+        torch.distributed.destroy_process_group()
+        _group = _ALONE
+
+
+def first_to_fail() -> bool:
+    """True in the one process that may tell the user why all of them end; also where it is the only one."""
+    if _group is _ALONE:
+        return True
+    with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone: it has told
+        return bool(_group.store.add("failed", 1) == 1)
+    return False
+
+
+def on_gpus(device: str) -> bool:
+    """Whether the processes compute on GPUs, where params.yaml says `device`."""
+    return torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
+
+
+def check_devices(device: str, processes: int) -> None:
+    """ParallelError where `processes` of this machine cannot each have a device."""
+    if processes == 1:
+        return
+    if device not in ("auto", "cpu", "cuda"):
+        raise ParallelError(f"device: '{device}' is one device; with {processes} processes use auto, cuda or cpu.")
+    count = torch.cuda.device_count() if on_gpus(device) else processes
+    if processes > count:
+        raise ParallelError(
+            f"launch.processes: {processes} processes need a GPU each, this machine has {count}. "
+            f"Use at most {count}, or auto."
+        )
+
+
+# --- tensors over processes -------------------------------------------------------------------------------------------
+
+
+def sum_(tensors: Iterable[Tensor]) -> None:
+    """Add up over the processes, in place, all tensors of a type in one message."""
+    if _group.world == 1:
+        return
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in kinds.values():
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
+        torch.distributed.all_reduce(flat)
+        pieces = torch.split(flat, [tensor.numel() for tensor in group])
+        with torch.no_grad():
+            for tensor, piece in zip(group, pieces, strict=True):
+                tensor.copy_(piece.view(tensor.shape))
+
+
+def mean_(tensors: Iterable[Tensor]) -> None:
+    """Average over the processes, in place."""
+    if _group.world == 1:
+        return
+    tensors = list(tensors)
+    sum_(tensors)
+    with torch.no_grad():
+        torch._foreach_div_(tensors, _group.world)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """(b, ...) of every process, equal shapes -> (W · b, ...) in the order of the global batch."""
+    if _group.world == 1:
+        return tensor
+    mine = tensor.detach().contiguous()
+    parts = [torch.empty_like(mine) for _ in range(_group.world)]
+    torch.distributed.all_gather(parts, mine)
+    return torch.cat(parts)
+
+
+def share(count: int) -> slice:
+    """This process's positions in a global batch of `count`."""
+    return slice(count * _group.rank // _group.world, count * (_group.rank + 1) // _group.world)
+
+
+def part(batch: Batch) -> Batch:
+    """This process's slice of a global batch."""
+    mine = share(len(batch.labels))
+    return Batch(*(None if field is None else field[mine] for field in batch))  # type: ignore[arg-type]
+
+
+def same_everywhere(tensors: Iterable[Tensor]) -> None:
+    """Give every process the tensors of the main one, in place."""
+    if _group.world > 1:
+        for tensor in tensors:
+            sent = tensor.detach().contiguous()
+            torch.distributed.broadcast(sent, 0)
+            with torch.no_grad():
+                tensor.copy_(sent)
+
+
+def agree(number: int) -> bool:
+    """Whether all processes came with the same number."""
+    if _group.world == 1:
+        return True
+    numbers = gather(torch.tensor([number], device=_device()))
+    return bool((numbers == number).all())
+
+
+def _device() -> torch.device:
+    gpu = "nccl" in torch.distributed.get_backend()
+    return torch.device("cuda" if gpu else "cpu")
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def check_batch(size: int, key: str, processes: int) -> None:
+    """ParallelError where a batch of `size` (the parameter `key`) cannot be split evenly."""
+    if size % processes:
+        raise ParallelError(
+            f"{key}: {size} cannot be split evenly over {processes} processes. Use a multiple of {processes}."
+        )
+
+
+def shard(batches: Batches, *, even: bool = False) -> Batches:
+    """This process's slice of every batch; `size` and length stay those of the whole.
+
+    `even`: every slice must have the same length, as a mean over slices demands. Raises ParallelError where they have
+    not.
+    """
+    if _group.world == 1:
+        return batches
+    if not hasattr(batches, "shard"):
+        return _Slices(batches, even)
+    for length in batches.lengths() if even else ():  # type: ignore[attr-defined]
+        check_batch(length, "the batch size", _group.world)
+    sharded: Batches = batches.shard(share)
+    return sharded
+
+
+class _Slices:
+    """Slices of batches that are drawn whole."""
+
+    def __init__(self, whole: Batches, even: bool) -> None:
+        self._whole, self._even = whole, even
+        self.size, self.num_classes = whole.size, whole.num_classes
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]:
+        """See `epsd.types.Batches`."""
+        for batch in self._whole.epoch(number, needs):
+            if self._even:
+                check_batch(len(batch.labels), "a batch of the DataLoader", _group.world)
+            mine = part(batch)
+            if len(mine.labels):
+                yield mine
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    """`model` as DDP calls it: gradients are averaged over the processes while the backward pass goes on.
+
+    All processes start from the main one's weights. The model itself alone.
+    """
+    if _group.world == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def settle_buffers(model: nn.Module) -> None:
+    """Average running statistics that each process kept for itself (without sync_batchnorm)."""
+    if _group.world > 1 and not _group.sync_batchnorm:
+        mean_([buffer for buffer in model.buffers() if buffer.is_floating_point()])
+
+
+@contextlib.contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """While training on GPUs, plain BatchNorm layers run as `nn.SyncBatchNorm`, whose kernels are fused.
+
+    Other kinds (with an activation inside), and all of them on a CPU, are caught by `together`.
+    """
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    swapped: list[tuple[nn.Module, type]] = []
+    if _group.world > 1 and _group.sync_batchnorm and next(model.parameters()).is_cuda:
+        swapped = [(module, type(module)) for module in model.modules() if type(module) in plain]
+    for module, _ in swapped:
+        module.__class__ = nn.SyncBatchNorm
+        module.process_group = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, kind in swapped:
+            del module.process_group
+            module.__class__ = kind
+
+
+def together() -> contextlib.AbstractContextManager[Any]:
+    """Around forward passes in train mode: as if this process's slice lay in the whole batch."""
+    return contextlib.nullcontext() if _group.world == 1 else _Together()
+
+
+class _Summed(torch.autograd.Function):
+    """Sum over the processes, as often differentiable as one likes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _Summed.apply(gradients[0])
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm` with the statistics of all slices; they need not be of one length."""
+    if not training or not _group.sync_batchnorm:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    wide = input if input.dtype in (torch.float32, torch.float64) else input.float()
+    dims, shape = [0, *range(2, input.ndim)], [1, -1, *[1] * (input.ndim - 2)]
+    number = wide.new_tensor([input.numel() / input.shape[1]])
+    sums = _Summed.apply(torch.cat([wide.sum(dims), number]))
+    mean, count = sums[:-1] / sums[-1].detach(), sums[-1].detach()
+    centred = wide - mean.view(shape)
+    variance = _Summed.apply(centred.square().sum(dims)) / count
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
+    scale = torch.rsqrt(variance + eps) * (1 if weight is None else weight)
+    result: Tensor = centred * scale.view(shape) + (0 if bias is None else bias.view(shape))
+    return result.to(input.dtype)
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """`F.dropout` with this slice's part of the units that the whole batch would lose."""
+    if not training or not 0 < p < 1:
+        return F.dropout(input, p, training, inplace)
+    whole = input.new_ones(len(input) * _group.world, *input.shape[1:])
+    kept = torch.native_dropout(whole, p, True)[0]
+    result = input * kept[share(len(kept))]
+    return input.copy_(result) if inplace else result
+
+
+class _Together(TorchFunctionMode):
+    """Catches the two functions that look beyond, or are drawn over, the slice."""
+
+    _JOINT: ClassVar[dict[Any, Any]] = {F.batch_norm: _batch_norm, F.dropout: _dropout}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._JOINT.get(func, func)(*args, **(kwargs or {}))
