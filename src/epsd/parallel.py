@@ -9,6 +9,7 @@ Noise drawn in other ways than by `F.dropout` (stochastic depth) is drawn alike 
 """
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -258,7 +259,10 @@ def wrapped(model: nn.Module) -> nn.Module:
     """
     if _group.world == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    kind = nn.parallel.DistributedDataParallel
+    name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in inspect.signature(kind).parameters)
+    wrapper: nn.Module = kind(model, **{name: False})
+    return wrapper
 
 
 def settle_buffers(model: nn.Module) -> None:
@@ -341,6 +345,8 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     if not training or not 0 < p < 1:
         return F.dropout(input, p, training, inplace)
     whole = input.new_ones(len(input) * _group.world, *input.shape[1:])
+    if input.ndim == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
+        whole = whole.contiguous(memory_format=torch.channels_last)  # the units are drawn in the order of memory
     kept = torch.native_dropout(whole, p, True)[0]
     result = input * kept[share(len(kept))]
     return input.copy_(result) if inplace else result
