@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from epsd import artifacts, checkpoints
+from epsd import artifacts, checkpoints, parallel
 from epsd.architectures import ARCHITECTURES
 from epsd.data import Prepared
 from epsd.masks import Mask
@@ -31,18 +31,14 @@ def main(params: Params) -> str:
     model.to(pick_device(params.device))
     mark = fingerprint(params)
     folder = state_folder("checkpoints", mark)
+    settings: dict[str, Any] = {"checkpoint": folder / "last.safetensors", "mark": mark}
+    settings["meter"] = Meter.of(artifacts.read_json(artifacts.PRUNE_REPORT))
+    if not parallel.is_main():
+        trained(params, data, model, mask, on_epoch=lambda record: None, **settings)
+        return ""
     with opened(params, data, folder) as tracker:
         artifacts.write_json(folder / "run.json", {"run_id": tracker.run_id})
-        history = trained(
-            params,
-            data,
-            model,
-            mask,
-            checkpoint=folder / "last.safetensors",
-            mark=mark,
-            meter=Meter.of(artifacts.read_json(artifacts.PRUNE_REPORT)),
-            on_epoch=lambda record: log_epoch(tracker, record),
-        )
+        history = trained(params, data, model, mask, on_epoch=lambda record: log_epoch(tracker, record), **settings)
         save(params, data, model, mask, history, tracker)
     shutil.rmtree(folder, ignore_errors=True)
     last = history[-1]
@@ -54,6 +50,7 @@ def fingerprint(params: Params) -> str:
     """Of everything this training depends on: parameters, data, mask, initial weights, code and torch."""
     sections = params.model_dump(include={"seed", "device", "threads", "data", "architecture", "objective", "train"})
     files = [artifacts.DATA_INDEX, artifacts.MASK, artifacts.INITIAL, *checkpoints.code_files(), Path(__file__)]
+    sections["sync_batchnorm"] = params.launch.sync_batchnorm  # but not the number of processes
     return checkpoints.fingerprint({**sections, "torch": torch.__version__}, files)
 
 

@@ -29,6 +29,7 @@ CHOICES = {package for package, _ in REGISTRIES.values()}
 TOP = {"stage", "cli", "pipeline", "tuning", "presets", "studies", "analysis"}
 GROUND = {"types", "registry", "params", "runtime", "masks", "metagradients", "losses", "metrics", "passes"}
 GROUND |= {"derivatives", "lookahead", "memory"}
+GROUND |= {"parallel"}  # several processes as one
 GROUND |= {"archives", "downloads", "images", "sources"}  # how files are read: data sets and machinery both stand on it
 # Modules that no result depends on (a download is checked against its checksum): an edit of one makes no stage stale.
 PLUMBING = {
@@ -44,6 +45,7 @@ PLUMBING = {
     "console",
     "checkpoints",
     "downloads",
+    "launch",
 }
 
 
@@ -182,7 +184,7 @@ def test_declared_parameters_exist_and_every_parameter_is_declared():
     for key in declared:
         assert any(name == key or name.startswith(f"{key}.") for name in names), f"{key} is not in params.yaml"
     free = {name for name in names if not any(name == key or name.startswith(f"{key}.") for key in declared)}
-    assert free == {"data.workers", "tracking.experiment"}, "parameters that make no stage stale"
+    assert free == {"data.workers", "launch.processes", "tracking.experiment"}, "parameters that make no stage stale"
 
 
 def test_training_parameters_rerun_nothing_before_train():

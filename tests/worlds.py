@@ -66,17 +66,16 @@ def resumed(objective: str, folder: Path) -> Found:
 WORK = {"train": train, "broken": broken, "resumed": resumed}
 
 
-def main(folder: Path) -> None:
-    parallel.start("cpu")
-    for kind, work in WORK.items():
+def main(folder: Path, kinds: list[str]) -> None:
+    for kind in kinds:
         for objective in OBJECTIVES:
-            found = work(objective, folder)
-            path = folder / f"{kind}-{objective}-{parallel.world()}-{parallel.rank()}.pt"
-            torch.save(found, path)
-    parallel.stop()
+            found = WORK[kind](objective, folder)
+            torch.save(found, folder / f"{kind}-{objective}-{parallel.world()}-{parallel.rank()}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parallel.start("cpu")
+    main(Path(sys.argv[1]), sys.argv[2:])
+    parallel.stop()
     sys.stdout.flush()
     os._exit(0)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from epsd.runtime import pick_device
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError
 
 
@@ -37,6 +38,8 @@ class _Group(NamedTuple):
 
 _ALONE = _Group(0, 1, False, None)
 _group = _ALONE
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL error")
 
 RENDEZVOUS = "EPSD_RENDEZVOUS"
 """Set by `epsd.launch`: the file through which the processes of one machine find each other."""
@@ -88,9 +91,13 @@ def start(device: str = "auto", sync_batchnorm: bool = True) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     path = os.environ.get(RENDEZVOUS)
-    store: Any = dist.FileStore(path, told()) if path else next(rendezvous("env://"))[0]
+    store: Any = _file_store(path) if path else next(rendezvous("env://"))[0]
     dist.init_process_group(backend, store=PrefixStore("epsd", store), rank=told_rank(), world_size=told())
     _group = _Group(dist.get_rank(), dist.get_world_size(), sync_batchnorm, store)
+
+
+def _file_store(path: str) -> Any:
+    return torch.distributed.FileStore(path, told())  # type: ignore[attr-defined]
 
 
 def stop() -> None:
@@ -102,12 +109,20 @@ def stop() -> None:
 
 
 def first_to_fail() -> bool:
-    """True in the one process that may tell the user why all of them end; also where it is the only one."""
+    """True in the one process that may tell the user why all of them end; also where it is the only one.
+
+    Before `start`, in one process of each machine.
+    """
     if _group is _ALONE:
-        return True
+        return told() == 1 or os.environ.get("LOCAL_RANK") == "0"
     with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone: it has told
         return bool(_group.store.add("failed", 1) == 1)
     return False
+
+
+def lost(error: BaseException) -> bool:
+    """Whether `error` says no more than that another process is gone."""
+    return _group is not _ALONE and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)
 
 
 def on_gpus(device: str) -> bool:
@@ -121,6 +136,8 @@ def check_devices(device: str, processes: int) -> None:
         return
     if device not in ("auto", "cpu", "cuda"):
         raise ParallelError(f"device: '{device}' is one device; with {processes} processes use auto, cuda or cpu.")
+    if device == "auto" and pick_device().type == "mps":
+        raise ParallelError(f"device: {processes} processes cannot share the GPU of a Mac; set device: cpu.")
     count = torch.cuda.device_count() if on_gpus(device) else processes
     if processes > count:
         raise ParallelError(
@@ -259,7 +276,7 @@ def wrapped(model: nn.Module) -> nn.Module:
     """
     if _group.world == 1:
         return model
-    kind = nn.parallel.DistributedDataParallel
+    kind: Any = nn.parallel.DistributedDataParallel
     name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in inspect.signature(kind).parameters)
     wrapper: nn.Module = kind(model, **{name: False})
     return wrapper

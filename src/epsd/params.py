@@ -37,6 +37,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class LaunchParams(Section):
+    """How many processes share prune, train and detect."""
+
+    processes: Count | Literal["auto"] = 1
+    sync_batchnorm: bool = True
+
+
 class DataParams(Section):
     """How images reach the network. Used by prepare (shares, limit), prune and train (augmentation)."""
 
@@ -218,6 +225,7 @@ class Params(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     device: str
     threads: Count | None = None
+    launch: LaunchParams = Field(default_factory=LaunchParams)
     dataset: Choice
     data: DataParams
     architecture: Choice

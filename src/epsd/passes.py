@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from epsd import parallel
 from epsd.types import Forward
 
 FORWARD, BACKWARD, SECOND_ORDER = 1, 2, 6
@@ -22,7 +23,7 @@ FORWARD, BACKWARD, SECOND_ORDER = 1, 2, 6
 
 @dataclass
 class Meter:
-    """Counts what is really executed, in this process.
+    """Counts what is really executed, here and in the processes that do equal shares of the work.
 
     images_forward : images sent forwards, with or without a graph.
     images_backward : images for which a gradient went back through the network once.
@@ -92,6 +93,7 @@ class Meter:
             handle.remove()
 
     def _count(self, images: int, logits: Tensor) -> None:
+        images *= parallel.world()
         self.images_forward += images
         if logits.requires_grad:
             logits.register_hook(self._arriving(images))  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from epsd import launch, parallel
 from epsd.fitting import is_shortage
 from epsd.params import DEFAULT_PATH, Params, load
 from epsd.registry import ParamsError, choose
@@ -38,6 +40,9 @@ LEAVE_WITHIN = 1.0
 
 _KEPT = {"prepare": "artifacts/data and artifacts/voc"}
 """Where a stage leaves its results, where that is not artifacts/NAME."""
+
+SHARED = ("train",)
+"""The stages that several processes can share; each has a `batch_size` in its section."""
 
 _AGAIN = "`dvc repro` goes on from here."
 _SHELLS = {"sh", "dash", "bash", "zsh", "fish", "ksh", "tcsh", "csh", "ash", "busybox"}
@@ -60,32 +65,69 @@ def run_stage(name: str, main: Main) -> None:
     """
     _use_this_copy()
     no_telemetry()
+    if name not in SHARED and parallel.told_rank():
+        return  # torchrun started several, this stage needs one
     _arguments(name)
     started = time.monotonic()
     try:
         with _signals(), _orphan_watch(name):
             params = load(DEFAULT_PATH)
             check(params)
-            device = pick_device(params.device)
+            processes = _processes(name, params)
+            if processes > 1 and parallel.told() == 1:
+                sys.exit(launch.run([sys.executable, *sys.orig_argv[1:]], processes))
+            device = _joined(params, processes)
             if params.threads:
                 torch.set_num_threads(params.threads)
-            with _folder_lock(name):
+            with _folder_lock(name) if parallel.is_main() else contextlib.nullcontext():
                 if not quiet():
-                    print(f"{name}: {describe(params, name)}, on {device.type}", flush=True)
+                    _say(f"{name}: {describe(params, name)}, on {device.type}{_times(processes)}")
                 determinism()
                 seed_everything(params.seed)
                 result = main(params)
         seconds = time.monotonic() - started
-        print(f"{name}: {result or 'done'} ({seconds:.1f} s, in {_KEPT.get(name, f'artifacts/{name}')})", flush=True)
+        _say(f"{name}: {result or 'done'} ({seconds:.1f} s, in {_KEPT.get(name, f'artifacts/{name}')})")
+        parallel.stop()
     except KeyboardInterrupt:
         _leave(name, f"interrupted. {_AGAIN}", 130)
     except Terminated as stop:
         _leave(name, f"stopped by {signal.Signals(stop.signum).name}. {_AGAIN}", 128 + stop.signum)
     except Exception as error:
         line = one_line(error)
-        if line is None:
+        if line is None and parallel.first_to_fail():
             raise
-        _leave(name, line, 1)
+        _leave(name, line or "", launch.LOST if parallel.lost(error) else 1)
+
+
+def _processes(name: str, params: Params) -> int:
+    """How many processes share this stage. ParallelError where they cannot."""
+    told = parallel.told()
+    processes = told if told > 1 else launch.wanted(params.launch.processes, params.device)
+    if name not in SHARED or processes == 1:
+        return 1
+    parallel.check_batch(getattr(params, name).batch_size, f"{name}.batch_size", processes)
+    if told == 1:
+        parallel.check_devices(params.device, processes)
+    return processes
+
+
+def _joined(params: Params, processes: int) -> torch.device:
+    """The device of this process, which from here on works with the others."""
+    if processes > 1:
+        parallel.start(params.device, params.launch.sync_batchnorm)
+    if not parallel.is_main():
+        hush()
+        warnings.simplefilter("ignore")
+    return pick_device(params.device)
+
+
+def _times(processes: int) -> str:
+    return f" in {processes} processes" if processes > 1 else ""
+
+
+def _say(line: str) -> None:
+    if parallel.is_main():
+        print(line, flush=True)
 
 
 def _arguments(name: str) -> None:
@@ -160,6 +202,8 @@ def one_line(error: Exception) -> str | None:
         return str(error)
     if is_shortage(error):
         return f"out of memory on the device: lower the batch size. ({str(error).split('. ')[0]})"
+    if parallel.lost(error):
+        return "another process is gone, or the connection to it."
     if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
         return f"{error.filename or 'file'}: {error.strerror}."
     if os.strerror(errno.ENOSPC) in str(error):  # libraries wrap the system's error in their own
@@ -168,7 +212,13 @@ def one_line(error: Exception) -> str | None:
 
 
 def _leave(name: str, line: str, status: int) -> None:
-    note(f"{name}: {line}")
+    """End with one line, which of several processes only one tells: the first, or the one that started them."""
+    told_elsewhere = launch.launched() and (status >= 128 or status == launch.LOST)
+    if line and not told_elsewhere and parallel.first_to_fail():
+        note(f"{name}: {line}")
+    if parallel.world() > 1:  # others may wait for this process, and its exit for them
+        sys.stdout.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -225,10 +275,12 @@ def _signals() -> Iterator[None]:
 def _orphan_watch(name: str) -> Iterator[None]:
     """Under DVC, end this process soon after dvc or the shell between is gone: nobody may train on unseen.
 
+    One of several processes watches the one that started it in the same way.
+
     Two nets: the kernel's signal on the death of the direct parent (Linux), and a thread that looks at every
     ancestor up to dvc, because a shell between them outlives a killed dvc.
     """
-    if "DVC_STAGE" not in os.environ:
+    if "DVC_STAGE" not in os.environ and not launch.launched():
         yield
         return
     ancestors = _ancestors()
@@ -277,7 +329,8 @@ def _watch(name: str, ancestors: list[Any], done: threading.Event) -> None:
         if os.getppid() == parent and all(_alive(process) for process in ancestors):
             continue
         with contextlib.suppress(OSError):  # the terminal may be gone as well
-            note(f"{name}: dvc is gone, stopping.")
+            if not parallel.told_rank():
+                note(f"{name}: dvc is gone, stopping.")
         os.kill(os.getpid(), signal.SIGTERM)
         if not done.wait(LEAVE_WITHIN):
             os._exit(128 + signal.SIGTERM)
