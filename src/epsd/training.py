@@ -162,6 +162,8 @@ class _Loop:
         self.layout = pick_memory_format(recipe.memory_format)
         if parallel.world() > 1 and recipe.compile not in ("auto", "none"):
             raise TrainingError("train.compile: several processes run uncompiled; use none, or launch.processes: 1.")
+        if parallel.world() > 1 and recipe.accumulate == "auto":  # one that runs out would leave the others waiting
+            raise TrainingError("train.accumulate: several processes cannot try out 'auto'; give the number of parts.")
         self.net = compiled(model, recipe.compile, self.device)
         self.mask = mask
         self.holder: MaskHolder | None = None
