@@ -1,6 +1,6 @@
 """Early pruning: find the mask that keeps the weights worth self-distilling. Writes artifacts/prune/."""
 
-from epsd import artifacts
+from epsd import artifacts, parallel
 from epsd.data import Prepared
 from epsd.params import Params
 from epsd.pipeline.pruned import pruned
@@ -11,6 +11,8 @@ def main(params: Params) -> str:
     """Build and score the network on augmented training images; save mask, initial weights and report."""
     data = Prepared.load(artifacts.DATA)
     mask, model, report = pruned(params, data)
+    if not parallel.is_main():
+        return ""
     artifacts.save_pruned(mask, model, report)
     dead = f", no weight left in {', '.join(mask.dead_layers())}" if mask.dead_layers() else ""
     return f"kept {mask.kept:,} of {mask.total:,} weights, sparsity {mask.sparsity:.4f}{dead}"

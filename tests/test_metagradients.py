@@ -339,20 +339,3 @@ def test_gradient_norms_are_those_of_the_summands() -> None:
         expected = torch.cat([g.flatten() for g in gradient]).norm()
         assert norms[0][name] == pytest.approx(float(expected))
     assert len(norms) == 3
-
-
-def test_several_processes_average_gradients_and_products() -> None:
-    """The hook for many processes is called on every gradient and product, and what it returns is used."""
-    model, batches = mlp(), draw(3)
-    calls: list[int] = []
-
-    def halve_and_double(tensors: list[Tensor]) -> None:
-        calls.append(len(tensors))
-        for tensor in tensors:
-            tensor.mul_(2).div_(2)
-
-    with scoring(model):
-        plain = mask_gradient(model, supervised, batches, ["1.weight"])
-        hooked = mask_gradient(model, supervised, batches, ["1.weight"], all_reduce=halve_and_double)
-    assert_same(hooked.gradient, plain.gradient)
-    assert len(calls) == 3 + 2, "three gradients, two Hessian-vector products"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import worlds
 from conftest import ROOT
-from epsd import launch, parallel
+from epsd import jointly, launch, parallel
+from epsd.derivatives import joint_batch_norm
 from epsd.objectives import OBJECTIVES
 from epsd.parallel import ParallelError
 from epsd.sampling import Sampler
@@ -27,11 +28,20 @@ NAMES = sorted(OBJECTIVES)
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything of `worlds` in this process and in two others; each number goes on from the other's checkpoints."""
     folder = tmp_path_factory.mktemp("worlds")
-    worlds.main(folder, ["train", "broken"])
+    worlds.main(folder, ["train", "broken", "scores", "masks"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]))
         patch.setenv("OMP_NUM_THREADS", "1")
-        command = [sys.executable, str(ROOT / "tests/worlds.py"), str(folder), "train", "broken", "resumed"]
+        command = [
+            sys.executable,
+            str(ROOT / "tests/worlds.py"),
+            str(folder),
+            "train",
+            "broken",
+            "scores",
+            "masks",
+            "resumed",
+        ]
         assert launch.run(command, 2) == 0
     worlds.main(folder, ["resumed"])
     return folder
@@ -68,6 +78,24 @@ def test_a_training_goes_on_in_another_number_of_processes(results: Path, object
     assert difference(found(results, "train", objective, 1), found(results, "resumed", objective, world)) < 1e-9
 
 
+@pytest.mark.parametrize("objective", NAMES)
+def test_two_processes_find_the_scores_of_one(results: Path, objective: str) -> None:
+    """Every score that looks at images, with momentum, micro-batches, kept graphs, BatchNorm, dropout."""
+    one, two = found(results, "scores", objective, 1), found(results, "scores", objective, 2)
+    assert len(one) > (30 if objective == "cross_entropy" else 12)
+    for name, tensor in one.items():
+        assert "/" not in name or float(tensor.abs().max()) > 0
+        torch.testing.assert_close(two[name], tensor, rtol=1e-8, atol=1e-12, msg=name)
+    assert difference(two, found(results, "scores", objective, 2, 1)) == 0
+
+
+@pytest.mark.parametrize("objective", NAMES)
+def test_two_processes_find_the_mask_of_one(results: Path, objective: str) -> None:
+    one = found(results, "masks", objective, 1)
+    assert difference(one, found(results, "masks", objective, 2, 0)) == 0
+    assert difference(one, found(results, "masks", objective, 2, 1)) == 0
+
+
 def test_one_checkpoint_was_written_by_each_group(results: Path) -> None:
     for objective in NAMES:
         assert (results / f"{objective}-1").stat().st_size > 0
@@ -86,7 +114,7 @@ def test_alone_nothing_is_changed() -> None:
     parallel.mean_([tensor])
     assert parallel.gather(tensor) is tensor
     assert parallel.first_to_fail()
-    with parallel.together():
+    with jointly.together():
         assert not torch.overrides._get_current_function_mode_stack()
 
 
@@ -148,7 +176,7 @@ def test_the_joint_batch_norm_is_torchs_on_one_slice(
     monkeypatch.setattr(parallel, "_group", parallel._Group(0, 1, True, None))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     outcomes = []
-    for function in (F.batch_norm, parallel._batch_norm):
+    for function in (F.batch_norm, joint_batch_norm):
         torch.manual_seed(0)
         x = (torch.randn(shape, dtype=torch.float64) * 2 + 1).requires_grad_()
         weight, bias = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -166,7 +194,7 @@ def test_half_precision_keeps_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "_group", parallel._Group(0, 1, True, None))
     x = torch.randn(8, 4, 3, 3)
     args = torch.zeros(4), torch.ones(4), torch.ones(4), torch.zeros(4), True
-    joint = parallel._batch_norm(x.bfloat16(), *args)
+    joint = joint_batch_norm(x.bfloat16(), *args)
     assert joint.dtype == torch.bfloat16
     torch.testing.assert_close(joint.float(), F.batch_norm(x, *args), rtol=0.02, atol=0.02)
 
@@ -183,9 +211,9 @@ def test_the_shares_of_dropout_are_those_of_the_whole_batch(
     for rank in range(2):
         as_one_of(monkeypatch, rank, 2)
         torch.manual_seed(1)
-        pieces.append(parallel._dropout(x[parallel.share(6)], 0.4, True))
+        pieces.append(jointly._dropout(x[parallel.share(6)], 0.4, True))
     torch.testing.assert_close(torch.cat(pieces), whole)
-    assert torch.equal(parallel._dropout(x, 0.4, False), x)
+    assert torch.equal(jointly._dropout(x, 0.4, False), x)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ CHOICES = {package for package, _ in REGISTRIES.values()}
 TOP = {"stage", "cli", "pipeline", "tuning", "presets", "studies", "analysis"}
 GROUND = {"types", "registry", "params", "runtime", "masks", "metagradients", "losses", "metrics", "passes"}
 GROUND |= {"derivatives", "lookahead", "memory"}
-GROUND |= {"parallel"}  # several processes as one
+GROUND |= {"parallel", "jointly"}  # several processes as one
 GROUND |= {"archives", "downloads", "images", "sources"}  # how files are read: data sets and machinery both stand on it
 # Modules that no result depends on (a download is checked against its checksum): an edit of one makes no stage stale.
 PLUMBING = {

@@ -1,4 +1,4 @@
-"""stages/train.py by one process and by two: the same network, one run each, one line for a mistake."""
+"""stages/prune.py and stages/train.py by one process and by two: the same result, one line for a mistake."""
 
 import os
 import re
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from epsd import artifacts
+from epsd.masks import Mask
 
 ROOT = Path(__file__).resolve().parent.parent
 CHANGES = {"limit: null": "limit: 20", "epochs: 60": "epochs: 2", "compare: true": "compare: false"}
@@ -68,6 +69,20 @@ def test_two_processes_leave_the_network_of_one(project: Path) -> None:
     runs = MlflowClient(f"sqlite:///{project}/mlflow.db").search_runs(["1"])
     assert [run.info.status for run in runs] == ["FINISHED"] * 2  # one each: only the main process records
     assert runs[0].data.metrics["train/loss"] == pytest.approx(runs[1].data.metrics["train/loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_mask_of_one(project: Path) -> None:
+    masks, counts = [], []
+    for processes in (1, 2):
+        done = run(project, "prune", processes)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("\n") == 1 and not done.stderr, "the main process alone speaks"
+        masks.append(Mask.load(project / artifacts.MASK))
+        report = artifacts.read_json(project / artifacts.PRUNE_REPORT)
+        counts.append({name: report[name] for name in report if name.startswith("image")})
+    assert masks[0].jaccard(masks[1]) > 0.99, "but for weights that rounding ranks otherwise"
+    assert counts[0] == counts[1] and counts[0]["images_forward"] == 8 * 128, "3 steps and the loss, with partners"
 
 
 @pytest.mark.slow

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from epsd import parallel
 from epsd.masks import Mask, prunable
+from epsd.metagradients import Means, within
 from epsd.objectives import OBJECTIVES
+from epsd.pruning import prune, scored, signal
+from epsd.scores import Epsd, Grasp, ProsPr, Random, Snip, SynFlow
 from epsd.training import Recipe, fit
 from toys import ToyBatches, convnet
 
@@ -64,7 +67,39 @@ def resumed(objective: str, folder: Path) -> Found:
     return train(objective, folder, checkpoint=path, mark="m") if path.exists() else {}
 
 
-WORK = {"train": train, "broken": broken, "resumed": resumed}
+def scores(objective: str, folder: Path) -> Found:
+    """Scores of every kind that an objective enters, in every way of evaluating the steps, and how live it is."""
+    model, data, loss = network(), ToyBatches(dtype=torch.float64), OBJECTIVES[objective]()
+    kinds: dict[str, Any] = {
+        "again": Epsd(steps=2, momentum=0.5, graphs_kept=0),
+        "kept": Epsd(steps=2, momentum=0.5, graphs_kept=1),
+        "parts": Epsd(steps=1, micro_batch=6),
+        "local": Epsd(steps=2, reading="local"),
+    }
+    if objective == "cross_entropy":
+        kinds |= {"prospr": ProsPr(steps=1), "snip": Snip(batches=2), "snip-eval": Snip(mode="eval")}
+        kinds |= {"grasp": Grasp(samples_per_class=5), "grasp-tiny": Grasp(samples_per_class=1)}
+        kinds |= {"grasp-batches": Grasp(samples_per_class=None, batches=2), "synflow": SynFlow(), "random": Random()}
+    found = {}
+    for kind, score in kinds.items():
+        torch.manual_seed(3)
+        found |= {f"{kind}/{name}": tensor for name, tensor in scored(model, data, score=score, objective=loss).items()}
+    for name, value in signal(model, data, kinds["again"], loss).items():
+        found[name] = torch.tensor(value)
+    return found
+
+
+def masks(objective: str, folder: Path) -> Found:
+    """Masks in rounds, the graphs kept that a small memory allows; the model is left as it is."""
+    model, data = network(), ToyBatches(dtype=torch.float64)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with within(Means(memory=2.5e6)):
+        mask = prune(model, data, score=Epsd(steps=2), objective=OBJECTIVES[objective](), sparsity=0.8, rounds=3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    return {name: keep.double() for name, keep in mask.keep.items()}
+
+
+WORK = {"train": train, "broken": broken, "resumed": resumed, "scores": scores, "masks": masks}
 
 
 def main(folder: Path, kinds: list[str]) -> None:

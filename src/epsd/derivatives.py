@@ -12,12 +12,14 @@ to rounding. A third derivative is refused where it would be wrong.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from epsd import parallel
 
 _OPS: Any = torch.ops.aten
 Pair = int | tuple[int, ...] | list[int] | str
@@ -95,15 +97,25 @@ class _BatchNorm(torch.autograd.Function):
         running: tuple[Tensor | None, Tensor | None],
         momentum: float,
         eps: float,
+        joint: bool,
     ) -> Any:
-        y, mean, scale = _OPS.native_batch_norm(x, weight, bias, *running, True, momentum, eps)
+        """`joint`: by the statistics of the slices of all processes, which need not be of one length."""
+        if joint:
+            mean, variance, ctx.count = _joint_moments(x)
+            _move(running, (mean, variance * (ctx.count / max(1, ctx.count - 1))), momentum)
+            y = _OPS.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+            scale = torch.rsqrt(variance + eps)
+        else:
+            y, mean, scale = _OPS.native_batch_norm(x, weight, bias, *running, True, momentum, eps)
+            ctx.count = None
         ctx.save_for_backward(x, weight, mean, scale)
         ctx.eps = eps
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return *_BatchNormBack.apply(*gradients, *ctx.saved_tensors, ctx.eps), None, None, None
+        result = _BatchNormBack.apply(*gradients, *ctx.saved_tensors, ctx.eps, ctx.count)
+        return *result, None, None, None, None
 
 
 class _BatchNormBack(torch.autograd.Function):
@@ -112,14 +124,21 @@ class _BatchNormBack(torch.autograd.Function):
     The adjoints (a, b, c) of (gx, gγ, gβ) give, with A = Σ a x̂, P = Σ gy x̂, Q = Σ a·gy − Σa Σgy/n − AP/n:
     of gy: γs(a − mean a − x̂A/n) + b x̂ + c;  of γ: sQ;  of x: s(h − mean h − x̂ mean(h x̂)) − γQs² x̂/n, where
     h = −(γsP/n) a + (b − γsA/n) gy is the adjoint of x̂.
+
+    Where several processes hold slices of the batch (`count`: n of all of them), sums go over all slices, except that
+    gγ, gβ and the adjoint of γ are this slice's part: what belongs to parameters is added up at the end, with the
+    rest of their gradients. It is then assumed that b and c are the same everywhere, as a vector to be multiplied
+    with the Hessian is.
     """
 
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, eps: float) -> Any:
-        gx, for_weight, for_bias = _normalisation_back(gy, x, weight, mean, scale, eps)
-        ctx.save_for_backward(gy, x, weight, mean, scale, for_weight, for_bias)
-        ctx.eps = eps
-        return gx, for_weight, for_bias
+    def forward(
+        ctx: Any, gy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, eps: float, count: int | None
+    ) -> Any:
+        back = _normalisation_back(gy, x, weight, mean, scale, eps, count)
+        ctx.save_for_backward(gy, x, weight, mean, scale, *back.sums)
+        ctx.eps, ctx.count = eps, count
+        return back.gradient, *back.own
 
     @staticmethod
     def backward(ctx: Any, *adjoints: Tensor) -> Any:
@@ -127,9 +146,10 @@ class _BatchNormBack(torch.autograd.Function):
             raise RuntimeError("batch normalisation inside a score is differentiable twice, not three times")
         a, b, c = adjoints
         gy, x, weight, mean, s, P, sum_gy = ctx.saved_tensors
-        n = x.numel() // x.shape[1]
-        for_gy, A, sum_a = _normalisation_back(a, x, weight, mean, s, ctx.eps)
-        Q = _dot(a, gy, weight) - sum_a * sum_gy / n - A * P / n
+        n = ctx.count or x.numel() // x.shape[1]
+        for_gy, own, (A, sum_a) = _normalisation_back(a, x, weight, mean, s, ctx.eps, ctx.count)
+        own_Q = _dot(a, gy, weight) - own[1] * sum_gy / n - own[0] * P / n
+        Q = own_Q if ctx.count is None else _added(own_Q)
         of_a, of_gy = -weight * s * P / n, b - weight * s * A / n
         mean_h, mean_hx = (of_a * sum_a + of_gy * sum_gy) / n, (of_a * A + of_gy * P) / n
         of_x = -(s * mean_hx + weight * Q * s * s / n) * s
@@ -137,15 +157,61 @@ class _BatchNormBack(torch.autograd.Function):
         for_x = a * _per_channel(s * of_a, a)
         _add_scaled(for_x, gy, s * of_gy)
         _add_scaled(for_x, x, of_x, -s * mean_h - of_x * mean)
-        return for_gy, for_x, s * Q, None, None, None
+        return for_gy, for_x, s * own_Q, None, None, None, None
+
+
+class _Back(NamedTuple):
+    """`gradient`: γs(gy − mean gy − x̂ mean(gy x̂)).  `own`: Σ gy x̂ and Σ gy of this slice.  `sums`: of all slices."""
+
+    gradient: Tensor
+    own: tuple[Tensor, Tensor]
+    sums: tuple[Tensor, Tensor]
 
 
 def _normalisation_back(
-    gy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """γs(gy − mean gy − x̂ mean(gy x̂)), Σ gy x̂ and Σ gy in one kernel."""
-    result = _OPS.native_batch_norm_backward(gy, x, weight, None, None, mean, scale, True, eps, [True] * 3)
-    return result[0], result[1], result[2]
+    gy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, eps: float, count: int | None
+) -> _Back:
+    """One kernel where the batch is here as a whole, else one for this slice and one message about the sums."""
+    if count is None:
+        kernel = _OPS.native_batch_norm_backward(gy, x, weight, None, None, mean, scale, True, eps, [True] * 3)
+        return _Back(kernel[0], (kernel[1], kernel[2]), (kernel[1], kernel[2]))
+    variance = scale.square().reciprocal() - eps
+    given = (mean, variance, mean, scale, False, eps, [True] * 3)  # as constants, so that only γs·gy comes back
+    gradient, P, sum_gy = _OPS.native_batch_norm_backward(gy, x, weight, *given)
+    total_P, total_gy = _added(torch.stack([P, sum_gy]))
+    of_x = -weight * scale * scale * total_P / count
+    _add_scaled(gradient, x, of_x, -weight * scale * total_gy / count - of_x * mean)
+    return _Back(gradient, (P, sum_gy), (total_P, total_gy))
+
+
+def _added(tensor: Tensor) -> Tensor:
+    """Sum over the processes."""
+    total = tensor.clone()
+    parallel.sum_([total])
+    return total
+
+
+def _joint_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and (biased) variance (C,) over the slices of all processes, and how many values per channel there are.
+
+    By the moments of each slice about its own mean, so that nothing cancels.
+    """
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    dims = [0, *range(2, x.dim())]
+    variance, mean = torch.var_mean(wide, dims, correction=0)
+    number = mean.new_tensor([x.numel() // x.shape[1]])
+    told = parallel.gather(torch.cat([number, mean, variance])[None])
+    counts, means, variances = torch.split(told, [1, len(mean), len(mean)], dim=1)
+    shares = counts / counts.sum()
+    joint = (shares * means).sum(0)
+    return joint, (shares * (variances + (means - joint).square())).sum(0), round(float(counts.sum()))
+
+
+@torch.no_grad()
+def _move(running: tuple[Tensor | None, Tensor | None], towards: tuple[Tensor, Tensor], momentum: float) -> None:
+    for old, new in zip(running, towards, strict=True):
+        if old is not None:
+            old.lerp_(new.to(old.dtype), momentum)
 
 
 def _dot(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
@@ -213,7 +279,27 @@ def batch_norm(
     """`torch.nn.functional.batch_norm` with a cheap second derivative where it normalises by the batch itself."""
     if not training or weight is None or bias is None or input.numel() == input.shape[1]:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    result: Tensor = _BatchNorm.apply(input, weight, bias, (running_mean, running_var), momentum, eps)
+    result: Tensor = _BatchNorm.apply(input, weight, bias, (running_mean, running_var), momentum, eps, False)
+    return result
+
+
+def joint_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` in train mode, by the statistics of the slices of all processes."""
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    like = input.new_empty(0, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
+    weight = like.new_ones(input.shape[1]) if weight is None else weight
+    bias = like.new_zeros(input.shape[1]) if bias is None else bias
+    result: Tensor = _BatchNorm.apply(input, weight, bias, (running_mean, running_var), momentum, eps, True)
     return result
 
 

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from epsd import parallel
 from epsd.derivatives import laid_out
 from epsd.masks import prunable
 from epsd.memory import GIB, Saved, free_bytes
@@ -42,8 +43,8 @@ class LookAhead:
         its command line uses one batch throughout).
     detach_first_step : with momentum, treat the first buffer as a constant, as the official code does by detaching
         it. Default false: the exact derivative.
-    micro_batch : images evaluated at once, null = the whole batch, or what of it fits where nothing changes by that.
-        See `Unroll` for when that is exact.
+    micro_batch : images evaluated at once (in all processes together), null = the whole batch, or what of it fits where
+        nothing changes by that. See `Unroll` for when that is exact.
     graphs_kept : steps whose graph is kept rather than evaluated again: faster, more memory, the same scores. Default
         "auto": as many as `prune.memory` has room for.
     """
@@ -129,21 +130,31 @@ class Plan(NamedTuple):
 def planned(model: nn.Module, loss: LossFunction, batch: Batch, settings: LookAhead) -> Plan:
     """As many graphs kept as `Means.memory` has room for; fewer images at once only where that is exact.
 
+    Several processes decide alike, by the one that has least.
+
     Raises MetaGradientError where one step's graph does not fit, naming the batch that would.
     """
     if settings.reading != "full" or settings.steps == 0:
         return Plan(0, settings.micro_batch)
     if settings.graphs_kept != "auto":
         return Plan(settings.graphs_kept, settings.micro_batch)
-    device, images = batch.images.device, len(batch.labels)
-    allowed = means().memory
-    budget = 0.9 * free_bytes(device) if allowed is None else allowed
+    device, processes = batch.images.device, parallel.world()
+    images = len(batch.labels) // processes
+    budget = parallel.least(_budget(device))
     need = measured(model, loss, batch, settings.steps)
-    at_once = min(settings.micro_batch or images, images)
+    at_once = min((settings.micro_batch or images * processes) // processes, images)
     if need.bytes(0, images, at_once) > budget:
         at_once = _fewer_at_once(model, need, images, at_once, budget)
     kept = max(k for k in range(settings.steps + 1) if k == 0 or need.bytes(k, images, at_once) <= budget)
-    return Plan(kept, None if at_once == images else at_once)
+    return Plan(kept, None if at_once == images else at_once * processes)
+
+
+def _budget(device: torch.device) -> float:
+    """Bytes that scoring may take in this process; on a CPU all processes of the machine share what is free."""
+    allowed = means().memory
+    if allowed is not None:
+        return allowed
+    return 0.9 * free_bytes(device) / (1 if device.type == "cuda" else parallel.neighbours())
 
 
 def _fewer_at_once(model: nn.Module, need: Need, images: int, at_once: int, budget: float) -> int:
@@ -156,10 +167,12 @@ def _fewer_at_once(model: nn.Module, need: Need, images: int, at_once: int, budg
         least = need.bytes(0, images, 1) / GIB
         raise MetaGradientError(f"{lacking}, and one image needs {least:.2f}. Raise prune.memory, or lower steps.")
     if not _batch_statistics(model):
-        note(f"{lacking}: {fits} are taken at once, with the same scores.")
+        if parallel.is_main():
+            note(f"{lacking}: {fits} are taken at once, with the same scores.")
         return fits
+    together = fits * parallel.world()
     raise MetaGradientError(
-        f"{lacking}. Set prune.batch_size: {fits}; or prune.score.micro_batch: {fits}, with which BatchNorm "
+        f"{lacking}. Set prune.batch_size: {together}; or prune.score.micro_batch: {together}, with which BatchNorm "
         "normalises each part by itself; or raise prune.memory."
     )
 

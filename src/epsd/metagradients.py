@@ -9,6 +9,8 @@ The gradient of L_i(θ_i) with respect to m at m = 1 follows by going back throu
 
     λ ← ∇L_i(θ_i), ν ← 0;     for k = i−1 … 0:   ν ← ν − η λ;   λ ← λ + H_k(θ_k) ν;   ν ← μ ν;     ∂L_i/∂m = λ ⊙ θ_init.
 
+Several processes (`epsd.parallel`) take a slice of every batch each and average their gradients and products.
+
 H_k ν is a Hessian-vector product, for which step k is evaluated again, with the same batch, objective state and
 random numbers. So only one step's graph is alive at a time, and memory grows with i by one copy of the parameters a
 step, where unrolled automatic differentiation (the official ProsPr code) keeps every graph. `graphs_kept` trades the
@@ -28,7 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from epsd import parallel
 from epsd.derivatives import TwiceDifferentiable, laid_out
+from epsd.jointly import together
 from epsd.runtime import to_device
 from epsd.types import Batch, EpsdError, Forward, Loss, Objective, Scores
 
@@ -124,7 +128,7 @@ def calling(model: nn.Module, weights: Vector) -> Forward:
 
     def forward(images: Tensor) -> Tensor:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with torch.autocast(images.device.type, dtype=lower, enabled=lower is not None):
+        with together(), torch.autocast(images.device.type, dtype=lower, enabled=lower is not None):
             logits: Tensor = functional_call(model, {**buffers, **weights}, (images,))
         return logits.to(images.dtype)
 
@@ -194,10 +198,9 @@ class Unroll:
     model : its trainable parameters are the start; nothing of it is changed.
     loss : evaluated once per step; state follows from step to step.
     lr, momentum : η > 0 and μ in [0, 1) of the steps.
-    micro_batch : images evaluated at once. Exact where the loss is a batch mean and the net has no batch statistics;
-        with BatchNorm in train mode each micro-batch is normalised by its own statistics.
+    micro_batch : images evaluated at once (in all processes together). Exact where the loss is a batch mean and the
+        net has no batch statistics; with BatchNorm in train mode each micro-batch is normalised by its own statistics.
     graphs_kept : the last so many steps keep their graph instead of being evaluated again: faster, more memory.
-    all_reduce : averages tensors over processes in place; called on every gradient and Hessian-vector product.
     """
 
     def __init__(
@@ -209,11 +212,10 @@ class Unroll:
         momentum: float = 0.0,
         micro_batch: int | None = None,
         graphs_kept: int = 0,
-        all_reduce: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
         self._model = model
         self._lr, self._momentum = lr, momentum
-        self._micro_batch, self._graphs_kept, self._all_reduce = micro_batch, graphs_kept, all_reduce
+        self._micro_batch, self._graphs_kept = micro_batch, graphs_kept
         self._loss = loss
         self._streams: list[LossFunction] = []
         self._velocity: list[Tensor] | None = None
@@ -231,38 +233,40 @@ class Unroll:
         set_random_state(self._device, part.random_state)
         return loss(calling(self._model, weights), part.batch), loss
 
-    def _reduced(self, tensors: list[Tensor]) -> list[Tensor]:
-        if self._all_reduce is not None:
-            self._all_reduce(tensors)
-        return tensors
-
     def gradient(self, batch: Batch, keep_graph: bool = False) -> Vector:
-        """∇L_k(θ_k) on `batch`, which becomes step k's. Advances the loss's state."""
+        """∇L_k(θ_k) on `batch`, which becomes step k's. Advances the loss's state.
+
+        Each of several processes evaluates its slice of every micro-batch. Raises ParallelError where a micro-batch
+        cannot be split evenly.
+        """
         step = len(self._parts)
         leaves = {name: w.detach().requires_grad_() for name, w in self.weights[-1].items()}
         chunks = _chunks(batch_laid_out(batch), self._micro_batch)
         self._streams += [copy.copy(self._loss) for _ in chunks[len(self._streams) :]]
-        parts, graphs = [], []
+        parts, graphs, shares = [], [], [len(chunk.labels) / len(batch.labels) for chunk in chunks]
         total = [torch.zeros_like(w) for w in leaves.values()]
-        value, terms = 0.0, dict[str, float]()
+        sums: dict[str, float] = {}
         for position, chunk in enumerate(chunks):
-            share = len(chunk.labels) / len(batch.labels)
-            part = _Part(self._streams[position], chunk, share, random_state(self._device))
+            parallel.check_batch(len(chunk.labels), "images scored at once", parallel.world())
+            share, mine = shares[position], parallel.part(chunk)
+            part = _Part(self._streams[position], mine, share, random_state(self._device))
             loss, self._streams[position] = self._evaluate(part, leaves)
             gradient = gradient_of(loss.total, leaves, keep_graph)
             torch._foreach_add_(total, [g.detach() for g in gradient], alpha=share)
             parts.append(part)
             if keep_graph:
                 graphs.append(gradient)
-            value += share * float(loss.total.detach())
-            for name, term in loss.terms.items():
-                terms[name] = terms.get(name, 0.0) + share * float(term)
+            for name, value in {"": loss.total.detach(), **loss.terms}.items():
+                sums[name] = sums.get(name, 0.0) + share * float(value)
         self._parts.append(parts)
         if keep_graph:
             self._graphs[step], self._leaves[step] = graphs, leaves
-        self.losses.append(value)
+        told = torch.tensor(list(sums.values()), dtype=torch.float64)
+        parallel.mean_([*total, told])
+        terms = dict(zip(sums, told.tolist(), strict=True))
+        self.losses.append(terms.pop(""))
         self.terms.append(terms)
-        return dict(zip(leaves, self._reduced(total), strict=True))
+        return dict(zip(leaves, total, strict=True))
 
     def advance(self, batches: Sequence[Batch]) -> None:
         """Take one SGD step per batch."""
@@ -291,7 +295,8 @@ class Unroll:
             product = contract(gradient, vector, leaves)
             del gradient
             torch._foreach_add_(total, product, alpha=part.weight)
-        return self._reduced(total)
+        parallel.mean_(total)
+        return total
 
     def back(self, outer: Vector, *, detach_first_step: bool = False) -> Vector:
         """∂L_i/∂θ₀ from `outer` = ∂L_i/∂θ_i, by the recursion of the module's docstring."""
@@ -346,7 +351,6 @@ def mask_gradient(
     detach_first_step: bool = False,
     micro_batch: int | None = None,
     graphs_kept: int = 0,
-    all_reduce: Callable[[list[Tensor]], None] | None = None,
 ) -> MetaGradient:
     """∂L(θ_i)/∂m of the weights `names`, after i = len(batches) − 1 SGD steps; the last batch is the outer loss's.
 
@@ -367,7 +371,6 @@ def mask_gradient(
         momentum=momentum,
         micro_batch=micro_batch,
         graphs_kept=graphs_kept if full else 0,
-        all_reduce=all_reduce,
     )
     start = unroll.weights[0]
     unroll.advance(batches[:-1])
@@ -410,7 +413,7 @@ def gradient_norms(
     for step, batch in enumerate(batches):
         leaves = {name: w.detach().requires_grad_() for name, w in unroll.weights[-1].items()}
         state = unroll._streams[0] if unroll._streams else unroll._loss
-        part = _Part(state, batch, 1.0, random_state(unroll._device))
+        part = _Part(state, parallel.part(batch), 1.0, random_state(unroll._device))
         parts = unroll._evaluate(part, leaves)[0].parts
         norms.append({name: _norm(term, leaves) for name, term in parts.items()})
         if step + 1 < len(batches):
@@ -422,4 +425,5 @@ def _norm(term: Tensor, leaves: Vector) -> float:
     if not term.requires_grad:
         return 0.0
     gradient = torch.autograd.grad(term, list(leaves.values()), retain_graph=True, materialize_grads=True)
+    parallel.mean_(gradient)
     return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.double()) for g in gradient])))

@@ -2,7 +2,7 @@
 
 Every process draws the same global batch (its order and augmentation depend on (seed, epoch) alone) and takes its
 slice of it, the r-th of W. DDP averages the gradients; BatchNorm takes its statistics over all slices and dropout
-keeps the same units as on the whole batch (`together`). So W processes give the weights of one, to rounding, with
+keeps the same units as on the whole batch (`epsd.jointly`). So W processes give the weights of one, to rounding, with
 any objective whose loss is a mean over the batch. One process alone takes none of these paths.
 
 Noise drawn in other ways than by `F.dropout` (stochastic depth) is drawn alike on every slice.
@@ -12,12 +12,10 @@ import contextlib
 import inspect
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from epsd.runtime import pick_device
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError
@@ -65,6 +63,11 @@ def told() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def neighbours() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _group.world > 1 else 1
+
+
 def told_rank() -> int:
     """Which of them this is to be."""
     return int(os.environ["RANK"]) if told() > 1 else 0
@@ -108,6 +111,17 @@ def stop() -> None:
         _group = _ALONE
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """In this block every process works as if it were the only one."""
+    global _group
+    before, _group = _group, _ALONE
+    try:
+        yield
+    finally:
+        _group = before
+
+
 def first_to_fail() -> bool:
     """True in the one process that may tell the user why all of them end; also where it is the only one.
 
@@ -123,6 +137,11 @@ def first_to_fail() -> bool:
 def lost(error: BaseException) -> bool:
     """Whether `error` says no more than that another process is gone."""
     return _group is not _ALONE and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)
+
+
+def joint_statistics() -> bool:
+    """Whether BatchNorm in train mode looks at the slices of all processes."""
+    return _group.world > 1 and _group.sync_batchnorm
 
 
 def on_gpus(device: str) -> bool:
@@ -183,6 +202,15 @@ def gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(mine) for _ in range(_group.world)]
     torch.distributed.all_gather(parts, mine)
     return torch.cat(parts)
+
+
+def least(number: float) -> float:
+    """The smallest of the processes' numbers, in all of them."""
+    return (
+        number
+        if _group.world == 1
+        else float(gather(torch.tensor([number], dtype=torch.float64, device=_device())).min())
+    )
 
 
 def share(count: int) -> slice:
@@ -292,7 +320,7 @@ def settle_buffers(model: nn.Module) -> None:
 def prepared(model: nn.Module) -> Iterator[None]:
     """While training on GPUs, plain BatchNorm layers run as `nn.SyncBatchNorm`, whose kernels are fused.
 
-    Other kinds (with an activation inside), and all of them on a CPU, are caught by `together`.
+    Other kinds (with an activation inside), and all of them on a CPU, are caught by `epsd.jointly`.
     """
     plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     swapped: list[tuple[nn.Module, type]] = []
@@ -307,74 +335,3 @@ def prepared(model: nn.Module) -> Iterator[None]:
         for module, kind in swapped:
             del module.process_group
             module.__class__ = kind
-
-
-def together() -> contextlib.AbstractContextManager[Any]:
-    """Around forward passes in train mode: as if this process's slice lay in the whole batch."""
-    return contextlib.nullcontext() if _group.world == 1 else _Together()
-
-
-class _Summed(torch.autograd.Function):
-    """Sum over the processes, as often differentiable as one likes."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        total = tensor.detach().clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _Summed.apply(gradients[0])
-
-
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """`F.batch_norm` with the statistics of all slices; they need not be of one length."""
-    if not training or not _group.sync_batchnorm:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    wide = input if input.dtype in (torch.float32, torch.float64) else input.float()
-    dims, shape = [0, *range(2, input.ndim)], [1, -1, *[1] * (input.ndim - 2)]
-    number = wide.new_tensor([input.numel() / input.shape[1]])
-    sums = _Summed.apply(torch.cat([wide.sum(dims), number]))
-    mean, count = sums[:-1] / sums[-1].detach(), sums[-1].detach()
-    centred = wide - mean.view(shape)
-    variance = _Summed.apply(centred.square().sum(dims)) / count
-    if running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
-    scale = torch.rsqrt(variance + eps) * (1 if weight is None else weight)
-    result: Tensor = centred * scale.view(shape) + (0 if bias is None else bias.view(shape))
-    return result.to(input.dtype)
-
-
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """`F.dropout` with this slice's part of the units that the whole batch would lose."""
-    if not training or not 0 < p < 1:
-        return F.dropout(input, p, training, inplace)
-    whole = input.new_ones(len(input) * _group.world, *input.shape[1:])
-    if input.ndim == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
-        whole = whole.contiguous(memory_format=torch.channels_last)  # the units are drawn in the order of memory
-    kept = torch.native_dropout(whole, p, True)[0]
-    result = input * kept[share(len(kept))]
-    return input.copy_(result) if inplace else result
-
-
-class _Together(TorchFunctionMode):
-    """Catches the two functions that look beyond, or are drawn over, the slice."""
-
-    _JOINT: ClassVar[dict[Any, Any]] = {F.batch_norm: _batch_norm, F.dropout: _dropout}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return self._JOINT.get(func, func)(*args, **(kwargs or {}))

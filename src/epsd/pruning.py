@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from epsd import parallel
 from epsd.lookahead import LookAhead
 from epsd.losses import PlainLoss, as_objective, cross_entropy
 from epsd.masks import Mask, Scope, prunable
@@ -58,6 +59,9 @@ def prune(
 ) -> Mask:
     """The mask that keeps the highest-scoring weights of `model`, which is left as it is in every respect.
 
+    After `parallel.start` in each of several processes they share every scoring batch, and all of them get the mask
+    that one process would find (its weights may differ in rank where rounding does).
+
     Parameters
     ----------
     model : its weights are the ones that will be trained; on any device.
@@ -76,9 +80,10 @@ def prune(
     MaskError : nothing to prune, scores that are not finite or all zero, fewer weights left than layers.
     MetaGradientError : too few batches (without `restart`), or a loss that is not differentiable as often as the
         score needs.
+    ParallelError : a batch that several processes cannot split evenly.
     """
     objective = copy.deepcopy(as_objective(objective))
-    work = copy.deepcopy(model)
+    work = _copied(model)
     Mask.from_scores({name: torch.arange(p.numel()) for name, p in prunable(work).items()}, sparsity, scope)
     drawn = stream(batches, objective.needs, restart)
     mask: Mask | None = None
@@ -87,6 +92,7 @@ def prune(
         density = (1 - sparsity) ** (done / rounds)
         target = sparsity if done == rounds else 1 - density
         scores = score(work, drawn, objective)
+        parallel.same_everywhere(scores.values())
         mask = Mask.from_scores(scores, target, scope, keep_at_least_one=keep_at_least_one, within=mask)
         mask.apply_(work)
     assert mask is not None
@@ -101,7 +107,16 @@ def scored(model: nn.Module, batches: Source, *, score: Score, objective: LossLi
     """
     objective = copy.deepcopy(as_objective(objective))
     objective.begin("score", *_sizes(batches))
-    return score(copy.deepcopy(model), stream(batches, objective.needs), objective)
+    scores = score(_copied(model), stream(batches, objective.needs), objective)
+    parallel.same_everywhere(scores.values())
+    return scores
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy to work on, the main process's weights in all of them."""
+    work = copy.deepcopy(model)
+    parallel.same_everywhere(work.state_dict().values())
+    return work
 
 
 def selected(scores: Scores, *, sparsity: float, scope: Scope = "global", keep_at_least_one: bool = False) -> Mask:

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from epsd import checkpoints, fitting, parallel
+from epsd import checkpoints, fitting, jointly, parallel
 from epsd.acceleration import Compile, Update, align_, compiled, pick_update, sgd
 from epsd.console import Progress
 from epsd.losses import as_objective, cross_entropy
@@ -265,7 +265,7 @@ class _Loop:
         """Logits (B, K) in full precision, whatever the network computes in."""
         if images.dim() == 4:
             images = images.contiguous(memory_format=self.layout)
-        with parallel.together():
+        with jointly.together():
             if self.autocast is None:
                 logits: Tensor = self.net(images)
             else:

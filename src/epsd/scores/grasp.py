@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from epsd import parallel
 from epsd.derivatives import laid_out
 from epsd.losses import cross_entropy
 from epsd.masks import prunable
@@ -68,25 +69,34 @@ class Grasp:
         saliency = {name: weights[name].detach() * curvature[name] for name in names}
         return _normalised(saliency)
 
-    def _loss(self, model: nn.Module, weights: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, model: nn.Module, weights: dict[str, Tensor], group: tuple[Tensor, Tensor]) -> Tensor:
+        if len(group[1]) % parallel.world():  # cannot be sliced evenly: all of it in each process, to the same end
+            with parallel.alone():
+                return self._loss(model, weights, group)
+        images, labels = (part[parallel.share(len(part))] for part in group)
         return cross_entropy(calling(model, weights)(laid_out(images)) / self.temperature, labels)
 
     def _curvature(
         self, model: nn.Module, weights: dict[str, Tensor], groups: list[tuple[Tensor, Tensor]], names: list[str]
     ) -> dict[str, Tensor]:
-        """H g over the prunable weights, one group's graph at a time: first all of g, then each H_b g."""
+        """H g over the prunable weights, one group's graph at a time: first all of g, then each H_b g.
+
+        Each of several processes takes its slice of every group.
+        """
         chosen = {name: weights[name] for name in names}
         device = next(iter(chosen.values())).device
         states = []
         g = [torch.zeros_like(w) for w in chosen.values()]
-        for images, labels in groups:
+        for group in groups:
             states.append(random_state(device))
-            torch._foreach_add_(g, gradient_of(self._loss(model, weights, images, labels), chosen, create_graph=False))
+            torch._foreach_add_(g, gradient_of(self._loss(model, weights, group), chosen, create_graph=False))
+        parallel.mean_(g)
         product = [torch.zeros_like(w) for w in g]
-        for (images, labels), state in zip(groups, states, strict=True):
+        for group, state in zip(groups, states, strict=True):
             set_random_state(device, state)
-            part = gradient_of(self._loss(model, weights, images, labels), chosen, create_graph=True)
+            part = gradient_of(self._loss(model, weights, group), chosen, create_graph=True)
             torch._foreach_add_(product, contract(part, g, chosen))
+        parallel.mean_(product)
         return dict(zip(names, product, strict=True))
 
     def _groups(self, source: Iterator[Batch], model: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:
