@@ -2,11 +2,13 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from epsd import artifacts, detection, figures, pictures
+from epsd import artifacts, checkpoints, detection, figures, parallel, pictures
 from epsd.architectures import ARCHITECTURES
 from epsd.data import Prepared
 from epsd.detectors import DETECTORS, Picture
@@ -14,18 +16,26 @@ from epsd.masks import Mask
 from epsd.params import Params, flatten
 from epsd.pipeline.trained import trained as train_classifier
 from epsd.registry import choose
-from epsd.runtime import mix, pick_device, pick_precision, seed_everything
+from epsd.runtime import mix, pick_device, pick_precision, seed_everything, state_folder
 from epsd.stage import run_stage
 from epsd.tracking import Tracker, track
 from epsd.voc import Detections, VocIndex
 
 
 class Task(NamedTuple):
-    """What the detector and its twin share: parameters, scenes, and the card of the trained classifier."""
+    """What the detector and its twin share: parameters, scenes, the card of the trained classifier, and where an
+    interrupted training left off.
+    """
 
     params: Params
     voc: VocIndex
     card: dict[str, Any]
+    folder: Path
+    mark: str
+
+    def saved(self, name: str) -> dict[str, Any]:
+        """Settings of a training that goes on from the checkpoint `name`."""
+        return {"checkpoint": self.folder / f"{name}.safetensors", "mark": self.mark}
 
 
 class Trained(NamedTuple):
@@ -38,7 +48,12 @@ class Trained(NamedTuple):
 
 def main(params: Params) -> str:
     """Train and score the detector on the pruned backbone, and its twin where one is asked for; save, log."""
-    task = Task(params, VocIndex.load(artifacts.VOC_INDEX), artifacts.read_json(artifacts.MODEL_CARD))
+    mark = fingerprint(params)
+    folder = state_folder("checkpoints", mark)
+    task = Task(params, VocIndex.load(artifacts.VOC_INDEX), artifacts.read_json(artifacts.MODEL_CARD), folder, mark)
+    if not parallel.is_main():
+        followed(task)
+        return ""
     run = artifacts.read_json(artifacts.RUN)
     with track(
         "detect",
@@ -48,14 +63,40 @@ def main(params: Params) -> str:
         params=dict(flatten(params.model_dump())),
         tags={"voc.digest": task.voc.digest},
     ) as tracker:
-        model = artifacts.load_into(network(task), artifacts.MODEL)
-        trained = fitted(task, model, Mask.load(artifacts.MASK), lambda row: log_epoch(tracker, row))
+        trained = fitted(
+            task, classifier(task), Mask.load(artifacts.MASK), on_epoch=lambda row: log_epoch(tracker, row)
+        )
         report = judged(task, trained) | beside(task)
         artifacts.write_json(artifacts.DETECT_METRICS, report)
         log(tracker, report)
         tracker.describe("Detection", told(task, report))
+    shutil.rmtree(folder, ignore_errors=True)
     twin = f", {params.detect.beside} twin {report['beside_map50']:.4f}" if "beside_map50" in report else ""
     return f"test mAP@0.5 {report['map50']:.4f}{twin}, COCO mAP {report['map']:.4f}"
+
+
+def fingerprint(params: Params) -> str:
+    """Of everything the trainings of this stage depend on, in however many processes."""
+    sections = params.model_dump(include={"seed", "device", "threads", "data", "architecture", "objective", "train"})
+    sections |= {"detect": params.detect.model_dump(), "sync_batchnorm": params.launch.sync_batchnorm}
+    read = [artifacts.VOC_INDEX, artifacts.MODEL, artifacts.MODEL_CARD, artifacts.MASK]
+    read += [artifacts.INITIAL, artifacts.DATA_INDEX] if params.detect.beside == "dense" else []
+    files = [*read, *checkpoints.code_files(), Path(__file__)]
+    return checkpoints.fingerprint({**sections, "torch": torch.__version__}, files)
+
+
+def followed(task: Task) -> None:
+    """Take part in all that the main process does with the others."""
+    trained = fitted(task, classifier(task), Mask.load(artifacts.MASK))
+    found(task, trained.detector, "test")
+    if task.voc.scenes["validation"]:
+        found(task, trained.detector, "validation")
+    beside(task)
+
+
+def classifier(task: Task) -> nn.Module:
+    """The pruned, trained network."""
+    return artifacts.load_into(network(task), artifacts.MODEL)
 
 
 def network(task: Task) -> nn.Module:
@@ -65,7 +106,11 @@ def network(task: Task) -> nn.Module:
 
 
 def fitted(
-    task: Task, model: nn.Module, mask: Mask | None, on_epoch: Callable[[dict[str, float]], None] | None = None
+    task: Task,
+    model: nn.Module,
+    mask: Mask | None,
+    name: str = "detector",
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> Trained:
     """A detector around `model`, trained on the training scenes; the mask of `model` moves along and holds."""
     settings, device = task.params.detect, pick_device(task.params.device)
@@ -86,6 +131,7 @@ def fitted(
         precision=pick_precision(settings.precision, device),
         workers=task.params.data.workers,
         on_epoch=on_epoch,
+        **task.saved(name),
     )
     return Trained(detector, moved, history)
 
@@ -149,15 +195,18 @@ def beside(task: Task) -> dict[str, float]:
     model = network(task)
     if params.detect.beside == "dense":
         artifacts.load_into(model, artifacts.INITIAL).to(pick_device(params.device))
-        train_dense(params, model)
-    twin = fitted(task, model, None)
-    summary = scored(task, found(task, twin.detector, "test"), "test").summary
-    return {f"beside_{name}": value for name, value in summary.items()}
+        train_dense(task, model)
+    twin = fitted(task, model, None, "twin")
+    detections = found(task, twin.detector, "test")
+    if not parallel.is_main():
+        return {}
+    return {f"beside_{name}": value for name, value in scored(task, detections, "test").summary.items()}
 
 
-def train_dense(params: Params, model: nn.Module) -> None:
+def train_dense(task: Task, model: nn.Module) -> None:
     """Train the whole network as `train` trains the pruned one: same recipe, objective, batches and seed; in place."""
-    train_classifier(params, Prepared.load(artifacts.DATA), model, Mask.dense(model), on_epoch=lambda record: None)
+    data, mask = Prepared.load(artifacts.DATA), Mask.dense(model)
+    train_classifier(task.params, data, model, mask, on_epoch=lambda record: None, **task.saved("dense"))
 
 
 def log_epoch(tracker: Tracker, row: dict[str, float]) -> None:

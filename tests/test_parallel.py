@@ -15,6 +15,8 @@ import worlds
 from conftest import ROOT
 from epsd import jointly, launch, parallel
 from epsd.derivatives import joint_batch_norm
+from epsd.detection_slices import Whole
+from epsd.detectors import DETECTORS
 from epsd.objectives import OBJECTIVES
 from epsd.parallel import ParallelError
 from epsd.sampling import Sampler
@@ -28,22 +30,15 @@ NAMES = sorted(OBJECTIVES)
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything of `worlds` in this process and in two others; each number goes on from the other's checkpoints."""
     folder = tmp_path_factory.mktemp("worlds")
-    worlds.main(folder, ["train", "broken", "scores", "masks"])
+    both = ["train", "broken", "scores", "masks", "detect", "detect_broken", "parts", "parts_that_never_fit"]
+    after = ["resumed", "detect_resumed"]
+    worlds.main(folder, both)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]))
         patch.setenv("OMP_NUM_THREADS", "1")
-        command = [
-            sys.executable,
-            str(ROOT / "tests/worlds.py"),
-            str(folder),
-            "train",
-            "broken",
-            "scores",
-            "masks",
-            "resumed",
-        ]
+        command = [sys.executable, str(ROOT / "tests/worlds.py"), str(folder), *both, *after]
         assert launch.run(command, 2) == 0
-    worlds.main(folder, ["resumed"])
+    worlds.main(folder, after)
     return folder
 
 
@@ -55,7 +50,7 @@ def found(folder: Path, kind: str, objective: str, world: int, rank: int = 0) ->
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
-    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one if one[name].numel())
 
 
 @pytest.mark.parametrize("objective", NAMES)
@@ -96,10 +91,52 @@ def test_two_processes_find_the_mask_of_one(results: Path, objective: str) -> No
     assert difference(one, found(results, "masks", objective, 2, 1)) == 0
 
 
+@pytest.mark.parametrize("objective", NAMES)
+def test_two_processes_compute_a_batch_in_as_many_parts(results: Path, objective: str) -> None:
+    """By `accumulate: auto`, where the memory of one of them has room for half of its slice."""
+    one, two = found(results, "parts", objective, 1), found(results, "parts", objective, 2)
+    assert one["parts"].tolist() == [2]
+    assert difference(one, two) < 1e-9
+
+
 def test_one_checkpoint_was_written_by_each_group(results: Path) -> None:
     for objective in NAMES:
         assert (results / f"{objective}-1").stat().st_size > 0
         assert (results / f"{objective}-2").stat().st_size > 0
+
+
+@pytest.mark.parametrize("detector", sorted(DETECTORS))
+def test_two_processes_find_the_detector_of_one(results: Path, detector: str) -> None:
+    """Padding, samples, divisors, BatchNorm and the last batch, which cannot be split; in single precision."""
+    one, two = found(results, "detect", detector, 1), found(results, "detect", detector, 2)
+    assert {"loss", "gradient_norm", "boxes6"} <= one.keys()
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=2e-4, atol=2e-6, check_dtype=False, msg=name)
+    assert difference(two, found(results, "detect", detector, 2, 1)) == 0
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("detector", sorted(DETECTORS))
+def test_a_detector_goes_on_in_another_number_of_processes(results: Path, detector: str, world: int) -> None:
+    whole, resumed = found(results, "detect", detector, 1), found(results, "detect_resumed", detector, world)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=2e-4, atol=2e-6, check_dtype=False, msg=name)
+
+
+def test_pictures_are_padded_to_the_size_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if another slice held one of 60 x 70."""
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+    as_one_of(monkeypatch, 0, 2)
+    largest = iter([-1.0, -60.0, -70.0])
+    monkeypatch.setattr(parallel, "least", lambda number: min(number, next(largest)))
+    detector = nn.Module()
+    detector.transform = GeneralizedRCNNTransform(40, 99, [0.0], [1.0])
+    shapes = [[1, 40, 44], [1, 80, 20]]
+    with Whole(detector):
+        assert detector.transform.max_by_axis(shapes) == [1, 80, 70]
+    assert detector.transform.max_by_axis(shapes) == [1, 80, 44]
 
 
 # --- pieces, in this process ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,14 @@ def project(folder: Path, scenes: dict[str, Any], shape: tuple[int, int, int] = 
     return folder
 
 
+def environment(folder: Path) -> dict[str, str]:
+    changed = {"EPSD_QUIET": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    return {name: value for name, value in {**os.environ, **changed}.items() if name != "DVC_ROOT"}
+
+
 def run(folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "EPSD_QUIET": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
-    environment.pop("DVC_ROOT", None)
     command = [sys.executable, str(STAGE)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -144,6 +148,47 @@ def test_again_gives_the_same_weights(done: Path) -> None:
     before = (done / artifacts.DETECTOR).read_bytes()
     assert run(done).returncode == 0
     assert (done / artifacts.DETECTOR).read_bytes() == before
+
+
+def test_two_processes_leave_the_detector_of_one(done: Path) -> None:
+    """The twin's classifier and detector too. One run, the main process alone speaks."""
+    report, before = (
+        artifacts.read_json(done / artifacts.DETECT_METRICS),
+        artifacts.load_state(done / artifacts.DETECTOR),
+    )
+    path = done / "params.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("processes: 1", "processes: 2"))
+    try:
+        result = run(done)
+    finally:
+        path.write_text(text)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    assert result.stderr.count("\n") == 1, "that the run this test made up is not there"
+    for name, tensor in artifacts.load_state(done / artifacts.DETECTOR).items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-3, atol=1e-4, msg=name)
+    again = artifacts.read_json(done / artifacts.DETECT_METRICS)
+    assert again.keys() == report.keys()
+    assert all(again[name] == pytest.approx(report[name], abs=0.02) for name in report if name != "seconds")
+
+
+def test_a_killed_stage_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    folder = project(tmp_path, SCENES | {"validation": 0}, epochs=15, pictures=0)
+    stage = subprocess.Popen([sys.executable, str(STAGE)], cwd=folder, env=environment(folder))
+    saved, deadline = [], time.monotonic() + 120
+    while not saved and time.monotonic() < deadline:
+        saved = list((folder / ".epsd" / "checkpoints").glob("*/detector.safetensors"))
+        time.sleep(0.01)
+    stage.kill()
+    stage.wait()
+    assert saved and not (folder / artifacts.DETECTOR).exists()
+    assert run(folder).returncode == 0
+    resumed = (folder / artifacts.DETECTOR).read_bytes()
+    assert [int(row["epoch"]) for row in read(folder / artifacts.DETECT_HISTORY)] == list(range(1, 16))
+    assert not saved[0].exists()
+    assert run(folder).returncode == 0
+    assert (folder / artifacts.DETECTOR).read_bytes() == resumed
 
 
 @pytest.mark.parametrize(

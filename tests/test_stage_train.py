@@ -91,7 +91,6 @@ def test_two_processes_leave_the_mask_of_one(project: Path) -> None:
     [
         ({"batch_size": 63}, "train.batch_size: 63 cannot be split evenly over 2 processes. Use a multiple of 2."),
         ({"compile": "kernels"}, "train.compile: several processes run uncompiled"),
-        ({"accumulate": "auto"}, "train.accumulate: several processes cannot try out 'auto'"),
     ],
 )
 def test_what_several_processes_cannot_do_is_one_line(project: Path, train: dict[str, object], message: str) -> None:

@@ -1,21 +1,28 @@
 """What `test_parallel` runs in one process and in two: `python worlds.py FOLDER` leaves its results in FOLDER."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from epsd import parallel
+from epsd import detection, fitting, parallel, voc
+from epsd.architectures.resnet import ResNet
+from epsd.datasets.digit_scenes import DigitScenes
+from epsd.detectors import DETECTORS, Picture
 from epsd.masks import Mask, prunable
 from epsd.metagradients import Means, within
 from epsd.objectives import OBJECTIVES
 from epsd.pruning import prune, scored, signal
 from epsd.scores import Epsd, Grasp, ProsPr, Random, Snip, SynFlow
 from epsd.training import Recipe, fit
-from toys import ToyBatches, convnet
+from epsd.types import Batch
+from toys import ToyBatches, convnet, mlp
 
 EPOCHS = 3
 Found = dict[str, Tensor]
@@ -45,6 +52,34 @@ def train(objective: str, folder: Path, **changed: Any) -> Found:
     timed = ("time/epoch", "cost/seconds")
     figures = {key: torch.tensor(value) for key, value in history[-1].items() if key not in timed}
     return {**model.state_dict(), **figures}
+
+
+def parts(objective: str, folder: Path) -> Found:
+    """A batch in parts, whose number the process with least memory decides. No BatchNorm, which would see the parts."""
+    model, data, each = mlp(inputs=16), ToyBatches(dtype=torch.float64), 100
+    counts, split = set[int](), fitting.parts
+
+    def counted(batch: Batch, count: int) -> list[Batch]:
+        counts.add(count)
+        return split(batch, count)
+
+    free = [1400, 700][parallel.rank()] if parallel.world() > 1 else 700
+    recipe = Recipe(epochs=2, lr=0.1, precision="fp32", accumulate="auto")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "need", lambda *anything: fitting.Need(0, each))
+        patch.setattr(fitting, "free", lambda device: free)
+        patch.setattr(fitting, "parts", counted)
+        history = fit(model, data, objective=OBJECTIVES[objective](), mask=half(model), recipe=recipe)
+    return {**model.state_dict(), "loss": torch.tensor(history[-1]["train/loss"]), "parts": torch.tensor(list(counts))}
+
+
+def parts_that_never_fit(objective: str, folder: Path) -> Found:
+    """Two images are too many: the same line in every process, with a batch of all of them."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(fitting.OutOfMemory, match="out of memory") as caught:
+        patch.setattr(fitting, "free", lambda device: 0)
+        fit(mlp(inputs=16), ToyBatches(dtype=torch.float64), objective=OBJECTIVES[objective]())
+    assert "Not even a batch of" in str(caught.value)
+    return {}
 
 
 def stop(record: dict[str, float]) -> None:
@@ -99,14 +134,77 @@ def masks(objective: str, folder: Path) -> Found:
     return {name: keep.double() for name, keep in mask.keep.items()}
 
 
-WORK = {"train": train, "broken": broken, "resumed": resumed, "scores": scores, "masks": masks}
+DETECTOR_SETTINGS: dict[str, dict[str, Any]] = {
+    "faster_rcnn": {"channels": 8, "head_width": 8, "proposals": 12, "roi_samples": 16, "anchor_samples": 16},
+    "retinanet": {"channels": 32, "finest_stride": 4, "extra_levels": 0},
+    "ssd": {"channels": 8, "extra_levels": 1},
+}
+
+
+def scenes(folder: Path) -> list[voc.Scene]:
+    """Seven pictures of two sizes."""
+    found = []
+    for canvas, count in ((48, 4), (80, 3)):
+        kit = DigitScenes(train=count, validation=0, test=1, canvas=canvas, objects=3, smallest=20, largest=28)
+        place = folder / f"voc-{canvas}-{parallel.world()}-{parallel.rank()}"
+        found += voc.read_index(kit(place, seed=0), **kit.reading).scenes["train"]
+    return found
+
+
+def detect(name: str, folder: Path, **changed: Any) -> Found:
+    """A detector's weights and figures after two epochs of two steps, of which one cannot be split; what it finds."""
+    torch.manual_seed(0)
+    model = ResNet(depth=20, width=0.25)(10, (1, 8, 8))
+    nodes = ["layer1", "layer2", "layer3"]
+    detector = DETECTORS[name](**DETECTOR_SETTINGS[name])(model, nodes, Picture(48, 48, [0.2], [0.3]), 10)
+    mask = detection.follow(half(model), model, detector)
+    recipe = detection.Recipe(epochs=2, batch_size=4, lr=0.01, clip_norm=10.0, warmup_steps=1, flip=True)
+    pictures = scenes(folder)
+    options: dict[str, Any] = {"channels": 1, "mask": mask, "seed": 2, **changed}
+    history = detection.fit_detector(detector, pictures, recipe, **options)
+    figures = {key: torch.tensor(value) for key, value in history[-1].items() if key != "seconds"}
+    seen = detection.detect(detector, pictures, channels=1, batch_size=2)
+    assert len(seen) == len(pictures)
+    boxes = {f"boxes{number}": torch.from_numpy(one.boxes[:3]) for number, one in enumerate(seen)}
+    return {**detector.state_dict(), **figures, **boxes}
+
+
+def detect_broken(name: str, folder: Path) -> Found:
+    """One of two epochs."""
+
+    def stop_at_once(row: dict[str, float]) -> None:
+        raise Stopped
+
+    with contextlib.suppress(Stopped):
+        detect(name, folder, checkpoint=folder / f"{name}-{parallel.world()}", mark="m", on_epoch=stop_at_once)
+    return {}
+
+
+def detect_resumed(name: str, folder: Path) -> Found:
+    """From the checkpoint that the other number of processes left, where there is one."""
+    path = folder / f"{name}-{3 - parallel.world()}"
+    return detect(name, folder, checkpoint=path, mark="m") if path.exists() else {}
+
+
+WORK: dict[str, Callable[[str, Path], Found]] = {
+    "train": train,
+    "parts": parts,
+    "parts_that_never_fit": parts_that_never_fit,
+    "broken": broken,
+    "resumed": resumed,
+    "scores": scores,
+    "masks": masks,
+    "detect": detect,
+    "detect_broken": detect_broken,
+    "detect_resumed": detect_resumed,
+}
 
 
 def main(folder: Path, kinds: list[str]) -> None:
     for kind in kinds:
-        for objective in OBJECTIVES:
-            found = WORK[kind](objective, folder)
-            torch.save(found, folder / f"{kind}-{objective}-{parallel.world()}-{parallel.rank()}.pt")
+        for name in DETECTORS if kind.startswith("detect") else OBJECTIVES:
+            found = WORK[kind](name, folder)
+            torch.save(found, folder / f"{kind}-{name}-{parallel.world()}-{parallel.rank()}.pt")
 
 
 if __name__ == "__main__":

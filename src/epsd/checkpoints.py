@@ -30,6 +30,8 @@ def fingerprint(values: Mapping[str, Any], files: Iterable[Path] = ()) -> str:
     for path in files:
         try:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except FileNotFoundError:
+            raise EpsdError(f"{path}: missing. `dvc repro` runs the stage that writes it.") from None
         except OSError as error:
             raise EpsdError(f"{path}: cannot be read ({error.strerror}).") from None
     return digest.hexdigest()[:32]

@@ -1,9 +1,11 @@
 """A detector around a classifier backbone: the training loop, detections, and their scores. The mask follows along."""
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from epsd import checkpoints, jointly, parallel
+from epsd.acceleration import align_
 from epsd.console import Progress
+from epsd.detection_slices import Whole
 from epsd.masks import Mask, MaskHolder
 from epsd.runtime import mix
 from epsd.types import EpsdError
@@ -73,8 +78,11 @@ def typical_size(scenes: Sequence[Scene]) -> tuple[int, int]:
     return int(np.median([s.height for s in scenes])), int(np.median([s.width for s in scenes]))
 
 
-def _loaded(pictures: Pictures, order: Sequence[int], batch_size: int, workers: int) -> Iterator[list[Sample]]:
-    batches = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+def _batches(order: Sequence[int], batch_size: int) -> list[list[int]]:
+    return [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+
+
+def _loaded(pictures: Pictures, batches: list[list[int]], workers: int) -> Iterator[list[Sample]]:
     workers = 0 if pictures.kept is not None else workers
     return iter(DataLoader(pictures, batch_sampler=batches, num_workers=workers, collate_fn=list))
 
@@ -134,9 +142,10 @@ class Recipe:
 
 
 class _Run(NamedTuple):
-    """What stays the same through a training."""
+    """What stays the same through a training. `net`: the detector as it is called, in several processes by DDP."""
 
     detector: nn.Module
+    net: nn.Module
     optimiser: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler
@@ -157,9 +166,14 @@ def fit_detector(
     device: torch.device | str = "cpu",
     precision: torch.dtype | None = None,
     workers: int = 0,
+    checkpoint: Path | None = None,
+    mark: str = "",
     on_epoch: OnEpoch | None = None,
 ) -> list[dict[str, float]]:
     """Train a detector of torchvision's interface in place. Deterministic in `seed` on the CPU.
+
+    After `parallel.start` in each of several processes they share every batch, and find the weights of one to
+    rounding; a batch that cannot be split evenly (the last one of an epoch) is computed by all of them alike.
 
     Parameters
     ----------
@@ -167,7 +181,8 @@ def fit_detector(
     scenes : the training split. channels : 1 grey, 3 RGB: what the detector's backbone takes.
     mask : under the detector's parameter names (`follow`); removed weights are exactly 0 after every step.
     precision : autocast type, None: fp32. workers : processes that decode pictures, where they are not kept in memory.
-    on_epoch : called after each epoch with its row of the history.
+    checkpoint, mark : as `epsd.training.fit` has them: written after every epoch, gone on from where there is one.
+    on_epoch : called after each epoch with its row of the history, after a resume with the rows of those before too.
 
     Returns
     -------
@@ -175,24 +190,67 @@ def fit_detector(
 
     Raises
     ------
-    DetectionError : no scene to train on; a loss that is NaN or infinite (says where).
+    DetectionError : no scene to train on; a loss that is NaN or infinite (says where); processes that do not see the
+        same checkpoint.  CheckpointError : a checkpoint of something else.
     """
     if not scenes:
         raise DetectionError("detect: there is no training picture.")
     device = torch.device(device)
     run = _start(detector, recipe, mask, device, precision, steps=recipe.epochs * -(-len(scenes) // recipe.batch_size))
-    pictures, history = Pictures(scenes, channels), []
+    pictures, history = Pictures(scenes, channels), list[dict[str, float]]()
+    if checkpoint is not None and (state := checkpoints.load(checkpoint, mark)):
+        history = _restored(run, state)
+    if not parallel.agree(len(history)):
+        raise DetectionError("only some of the processes see the checkpoint: they need one common project folder.")
+    tell = on_epoch or (lambda row: None)
+    for row in history:
+        tell(row)
     gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), Progress("detect", recipe.epochs * len(scenes)) as progress:
-        for epoch in range(recipe.epochs):
+    bar = Progress("detect", recipe.epochs * len(scenes), len(history) * len(scenes))
+    with torch.random.fork_rng(gpus), parallel.prepared(detector), Whole(detector) as whole, bar as progress:
+        for epoch in range(len(history), recipe.epochs):
             torch.manual_seed(mix(seed, "detect", epoch))
-            order = torch.randperm(len(scenes)).tolist()
+            batches = _batches(torch.randperm(len(scenes)).tolist(), recipe.batch_size)
             pictures.flip = torch.rand(len(scenes)) < 0.5 if recipe.flip else None
-            row = _epoch(run, epoch + 1, _loaded(pictures, order, recipe.batch_size, workers), progress)
-            history.append(row)
-            if on_epoch is not None:
-                on_epoch(row)
+            drawn = _loaded(pictures, [batch[_share(batch)] for batch in batches], workers)
+            step = _Steps(run, whole, mix(seed, "detect", epoch), epoch + 1)
+            history.append(_epoch(step, zip(batches, drawn, strict=True), progress))
+            parallel.settle_buffers(detector)
+            if checkpoint is not None and parallel.is_main():
+                checkpoints.save(checkpoint, _state(run, history), mark)
+            tell(history[-1])
     return history
+
+
+def _alike(batch: Sequence[int]) -> bool:
+    """Whether a batch cannot be split evenly, so that every process computes all of it."""
+    return len(batch) % parallel.world() > 0
+
+
+def _share(batch: Sequence[int]) -> slice:
+    """Which pictures of a batch this process takes."""
+    return slice(0, len(batch)) if _alike(batch) else parallel.share(len(batch))
+
+
+def _state(run: _Run, history: list[dict[str, float]]) -> dict[str, Any]:
+    parts: dict[str, Any] = {
+        "detector": run.detector,
+        "optimiser": run.optimiser,
+        "schedule": run.schedule,
+        "scaler": run.scaler,
+    }
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state["schedule"].pop("lr_lambdas")  # the function itself, which is not restored
+    return {**state, "history": history}
+
+
+def _restored(run: _Run, state: dict[str, Any]) -> list[dict[str, float]]:
+    run.detector.load_state_dict(state["detector"])
+    run.optimiser.load_state_dict(state["optimiser"])
+    align_(run.optimiser)
+    run.schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None]})
+    run.scaler.load_state_dict(state["scaler"])
+    return list(state["history"])
 
 
 def _start(
@@ -215,32 +273,57 @@ def _start(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: recipe.factor(step, steps))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    return _Run(detector, optimiser, schedule, scaler, holder, device, precision, recipe.clip_norm)
+    return _Run(
+        detector, parallel.wrapped(detector), optimiser, schedule, scaler, holder, device, precision, recipe.clip_norm
+    )
 
 
-def _epoch(run: _Run, epoch: int, batches: Iterator[list[Sample]], progress: Progress) -> dict[str, float]:
+class _Steps(NamedTuple):
+    """The steps of one epoch (counted from 1), whose random numbers follow from `seed`."""
+
+    run: _Run
+    whole: Whole
+    seed: int
+    epoch: int
+
+    def begin(self, number: int, batch: Sequence[int]) -> str:
+        """Step `number` on the pictures `batch`; where that is, in words."""
+        self.whole.begin(mix(self.seed, "step", number), _share(batch).start)
+        return f"epoch {self.epoch}, step {number + 1}"
+
+
+def _epoch(steps: _Steps, batches: Iterable[tuple[list[int], list[Sample]]], progress: Progress) -> dict[str, float]:
+    run = steps.run
     run.detector.train()
     started, sums, count = time.perf_counter(), dict[str, float](), 0
     lr = run.optimiser.param_groups[0]["lr"]
-    for step, samples in enumerate(batches):
+    for number, (batch, samples) in enumerate(batches):
         lr = run.optimiser.param_groups[0]["lr"]
-        terms = _step(run, samples, f"epoch {epoch}, step {step + 1}")
+        where = steps.begin(number, batch)
+        with parallel.alone() if _alike(batch) else contextlib.nullcontext():
+            losses = _losses(run, steps.whole, samples)
+        terms = _step(run, losses, where)
         for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value * len(samples)
-        count += len(samples)
-        progress.step(len(samples))
-        progress.say(f"epoch {epoch} loss {sums['loss'] / count:.3f}")
+            sums[name] = sums.get(name, 0.0) + value * len(batch)
+        count += len(batch)
+        progress.step(len(batch))
+        progress.say(f"epoch {steps.epoch} loss {sums['loss'] / count:.3f}")
     means = {name: total / count for name, total in sums.items()}
-    return {"epoch": epoch, "lr": lr, **means, "seconds": time.perf_counter() - started}
+    return {"epoch": steps.epoch, "lr": lr, **means, "seconds": time.perf_counter() - started}
 
 
-def _step(run: _Run, samples: Sequence[Sample], where: str) -> dict[str, float]:
-    """One update. Returns the loss, its terms and the norm of the gradient before clipping."""
+def _losses(run: _Run, whole: Whole, samples: Sequence[Sample]) -> dict[str, Tensor]:
     images, targets = _to(samples, run.device)
-    with torch.autocast(run.device.type, run.precision, enabled=run.precision is not None):
-        losses: dict[str, Tensor] = run.detector(images, targets)
-        total = torch.stack(list(losses.values())).float().sum()
-    terms = {"loss": float(total.detach()), **{name: float(loss.detach()) for name, loss in losses.items()}}
+    with jointly.together(), torch.autocast(run.device.type, run.precision, enabled=run.precision is not None):
+        return whole.weighed(run.net(images, targets))
+
+
+def _step(run: _Run, losses: dict[str, Tensor], where: str) -> dict[str, float]:
+    """One update. Returns the loss, its terms and the norm of the gradient before clipping."""
+    total = torch.stack(list(losses.values())).float().sum()
+    told = torch.stack([total.detach(), *(loss.detach().float() for loss in losses.values())])
+    parallel.mean_([told])
+    terms = dict(zip(("loss", *losses), told.tolist(), strict=True))
     if not math.isfinite(terms["loss"]):
         bad = ", ".join(f"{name} {value:g}" for name, value in terms.items() if not math.isfinite(value))
         raise DetectionError(
@@ -275,17 +358,22 @@ def detect(
     precision: torch.dtype | None = None,
     workers: int = 0,
 ) -> list[Detections]:
-    """What the detector finds in each scene, best first; boxes in pixels of the original picture, labels from 0."""
+    """What the detector finds in each scene, best first; boxes in pixels of the original picture, labels from 0.
+
+    Several processes share the scenes; all of them get all detections.
+    """
     device = torch.device(device)
     training = detector.training
     detector.to(device).eval()
+    batches = _batches(range(len(scenes)), batch_size)
+    mine = batches[parallel.rank() :: parallel.world()]  # whole ones, as its neighbours may change a picture's padding
     found = []
-    for samples in _loaded(Pictures(scenes, channels), range(len(scenes)), batch_size, workers):
+    for samples in _loaded(Pictures(scenes, channels), mine, workers):
         with torch.autocast(device.type, precision, enabled=precision is not None):
             outputs = detector(_to(samples, device)[0])
-        found += [_detections(output) for output in outputs]
+        found.append([_detections(output) for output in outputs])
     detector.train(training)
-    return found
+    return [one for batch in parallel.interleaved(found) for one in batch]
 
 
 def _detections(output: Target) -> Detections:

@@ -114,18 +114,21 @@ def release(error: BaseException, device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def advice(batch_size: int, parts: int, needed: Need, free: int | None, device: torch.device) -> str:
-    """The one line for a batch that does not fit."""
+def advice(
+    batch_size: int, parts: int, needed: Need, free: int | None, device: torch.device, processes: int = 1
+) -> str:
+    """The one line for a batch that does not fit. `batch_size`, `needed` and `free`: of one of the `processes`."""
     size = -(-batch_size // parts)
     have = "" if free is None else f", {_gigabytes(free)} are free"
     needs = _gigabytes(needed.of(size))
-    say = f"out of memory: training on {size} images at a time needs about {needs} on {device}{have}."
+    where = f"{device} by each process" if processes > 1 else f"{device}"
+    say = f"out of memory: training on {size} images at a time needs about {needs} on {where}{have}."
     fits = min(needed.fitting(free), size - 1) if free is not None else size // 2
     if fits < 2:
-        return f"{say} Not even a batch of 2 fits: take a smaller network, or free memory."
+        return f"{say} Not even a batch of {2 * processes} fits: take a smaller network, or free memory."
     return (
-        f"{say} A batch of {fits} would fit: lower train.batch_size (now {batch_size}), or set train.accumulate: "
-        f"{-(-batch_size // fits)} (or auto) to compute it in parts."
+        f"{say} A batch of {fits * processes} would fit: lower train.batch_size (now {batch_size * processes}), or set "
+        f"train.accumulate: {-(-batch_size // fits)} (or auto) to compute it in parts."
     )
 
 

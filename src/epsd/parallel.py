@@ -213,6 +213,15 @@ def least(number: float) -> float:
     )
 
 
+def interleaved(items: list[Any]) -> list[Any]:
+    """Of lists whose n-th item belongs to place rank + n · W of the whole: the whole, in every process."""
+    if _group.world == 1:
+        return items
+    lists: list[Any] = [None] * _group.world
+    torch.distributed.all_gather_object(lists, items)
+    return [lists[place % _group.world][place // _group.world] for place in range(sum(map(len, lists)))]
+
+
 def share(count: int) -> slice:
     """This process's positions in a global batch of `count`."""
     return slice(count * _group.rank // _group.world, count * (_group.rank + 1) // _group.world)
@@ -308,6 +317,13 @@ def wrapped(model: nn.Module) -> nn.Module:
     name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in inspect.signature(kind).parameters)
     wrapper: nn.Module = kind(model, **{name: False})
     return wrapper
+
+
+def unsynced(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Around a pass through `wrapped` whose gradients wait for the next one's before they are averaged."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def settle_buffers(model: nn.Module) -> None:

@@ -41,7 +41,7 @@ LEAVE_WITHIN = 1.0
 _KEPT = {"prepare": "artifacts/data and artifacts/voc"}
 """Where a stage leaves its results, where that is not artifacts/NAME."""
 
-SHARED = ("prune", "train")
+SHARED = ("prune", "train", "detect")
 """The stages that several processes can share; each has a `batch_size` in its section."""
 
 _AGAIN = "`dvc repro` goes on from here."

@@ -162,8 +162,6 @@ class _Loop:
         self.layout = pick_memory_format(recipe.memory_format)
         if parallel.world() > 1 and recipe.compile not in ("auto", "none"):
             raise TrainingError("train.compile: several processes run uncompiled; use none, or launch.processes: 1.")
-        if parallel.world() > 1 and recipe.accumulate == "auto":  # one that runs out would leave the others waiting
-            raise TrainingError("train.accumulate: several processes cannot try out 'auto'; give the number of parts.")
         self.net = compiled(model, recipe.compile, self.device)
         self.mask = mask
         self.holder: MaskHolder | None = None
@@ -296,7 +294,8 @@ class _Loop:
         losses = []
         for number, part in enumerate(parts):
             self._announce(number)
-            losses.append(self._backward_part(part, progress, len(part.labels) / size))
+            with parallel.unsynced(self.net) if number + 1 < len(parts) else contextlib.nullcontext():
+                losses.append(self._backward_part(part, progress, len(part.labels) / size))
         self._announce(0)
         return added(losses)
 
@@ -362,7 +361,8 @@ class _Loop:
 class _Fitting:
     """In how many parts a batch is computed so that a step fits into memory: found at the first batch, then fixed.
 
-    A resumed training keeps the number it began with: it is a part of the result.
+    A resumed training keeps the number it began with: it is a part of the result. Several processes take the number
+    that the one with least memory needs.
     """
 
     def __init__(self, loop: _Loop, asked: int | Literal["auto"]) -> None:
@@ -372,31 +372,41 @@ class _Fitting:
         self._batch: Batch | None = None
 
     def find(self, batch: Batch) -> None:
-        """Estimate on a CPU, which gives no second chance where memory runs out; with "auto" also try on a GPU."""
+        """Estimate on a CPU, which gives no second chance where memory runs out; with "auto" also try on a GPU.
+
+        Several processes estimate there too: one that ran out while trying would leave the others waiting.
+        """
         self._batch, self.known = batch, True
         size, device = len(batch.labels), self.loop.device
+        tried = device.type != "cpu" and parallel.world() == 1
         with self._untouched():
-            room = fitting.free(device)
-            if device.type == "cpu" and room is not None and size >= fitting.SAMPLE:
+            room = None if tried else _room(device)
+            if room is not None and size >= fitting.SAMPLE:
                 needed = self._need()
                 while needed.of(-(-size // self.parts)) > room:
                     if self.asked != "auto" or self.parts * 4 > size:
                         raise fitting.OutOfMemory(self.advice())
                     self.parts *= 2
-            while self.asked == "auto" and device.type != "cpu" and not self._fits():
+            while self.asked == "auto" and tried and not self._fits():
                 self.parts *= 2
-        if self.asked == "auto" and self.parts > 1:
+        if self.asked == "auto" and self.parts > 1 and parallel.is_main():
             note(f"train: a batch of {size} does not fit into memory: computed in {self.parts} parts.")
 
     def advice(self) -> str:
-        """What to do about a batch that does not fit."""
+        """What to do about a batch that does not fit. Asks no other process, which may be elsewhere."""
+        processes = parallel.world()
+        with parallel.alone():
+            return self._advice(processes)
+
+    def _advice(self, processes: int) -> str:
         device = self.loop.device
         if self._batch is None or len(self._batch.labels) < fitting.SAMPLE:
             return f"out of memory on {device} before the first step. Take a smaller network, or free memory."
         self.loop.optimiser.zero_grad(set_to_none=True)
         with self._untouched():
             needed = self._need()
-        return fitting.advice(len(self._batch.labels), self.parts, needed, fitting.free(device), device)
+        size = len(self._batch.labels)
+        return fitting.advice(size, self.parts, needed, fitting.free(device), device, processes)
 
     def _need(self) -> fitting.Need:
         """From a few images of the batch under the objective itself, with a state of its own."""
@@ -443,6 +453,14 @@ class _Fitting:
             loop.optimiser.zero_grad(set_to_none=True)
             if not state:
                 loop.objective.begin("train", loop.train.size, loop.train.num_classes)
+
+
+def _room(device: torch.device) -> float | None:
+    """Bytes for each process; on a CPU those of a machine share what is free."""
+    free = fitting.free(device)
+    if free is None or parallel.world() == 1:
+        return free
+    return parallel.least(0.9 * free if device.type == "cuda" else free / parallel.neighbours())
 
 
 def added(parts: list[Loss]) -> Loss:
