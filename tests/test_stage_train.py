@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,35 @@ def test_two_processes_leave_the_network_of_one(project: Path) -> None:
     runs = MlflowClient(f"sqlite:///{project}/mlflow.db").search_runs(["1"])
     assert [run.info.status for run in runs] == ["FINISHED"] * 2  # one each: only the main process records
     assert runs[0].data.metrics["train/loss"] == pytest.approx(runs[1].data.metrics["train/loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_machines_leave_the_mask_of_one(project: Path) -> None:
+    """Two torchrun agents, as on two machines that share the project's folder."""
+    assert run(project, "prune").returncode == 0
+    alone = Mask.load(project / artifacts.MASK)
+    (project / artifacts.MASK).unlink()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun += ["--master-addr", "127.0.0.1", "--master-port", port]
+    environment = {**os.environ, "EPSD_QUIET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    nodes = [
+        subprocess.Popen(
+            [*torchrun, "--node-rank", str(node), str(ROOT / "stages/prune.py")],
+            cwd=project,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for node in (0, 1)
+    ]
+    said = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0]
+    assert said[0].count("\n") == 1 and not said[1], "the main process alone speaks"
+    assert alone.jaccard(Mask.load(project / artifacts.MASK)) > 0.99
 
 
 @pytest.mark.slow
