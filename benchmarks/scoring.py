@@ -7,7 +7,9 @@ operation, which needs more than a unit. The unit is a plain training step (forw
 momentum and weight decay) on the same batch, fp32: in PyTorch's default layout, which is what the official code runs
 in, and in channels_last, which scoring runs in here. `unrolled` is plain automatic differentiation through all steps
 in torch's own layers and default layout, as the official code does it: the baseline for `full`. `half` is `full` with
-half the memory that `unrolled` took as its budget. `bf16` rows give the overlap of their mask (95 % sparsity) with that
+half the memory that `unrolled` took as its budget. As the stage `prune` does, rows in which memory is not counted keep
+what they free (`epsd.acceleration.keep_freed_memory`). `official` is the setting of ProsPr's README (momentum 0.9, the
+first buffer detached), graphs kept. `bf16` rows give the overlap of their mask (95 % sparsity) with that
 of fp32. Images are the digits that come with scikit-learn, enlarged to 32 px. Prints a Markdown table; `--write FILE`
 keeps it.
 """
@@ -28,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from epsd.acceleration import keep_freed_memory
 from epsd.architectures import ARCHITECTURES
 from epsd.masks import Mask, prunable
 from epsd.metagradients import Means, within
@@ -66,11 +69,14 @@ def build(name: str) -> nn.Module:
 
 
 def batches(count: int, size: int) -> list[Batch]:
-    """Handwritten digits, the same for every operation."""
+    """Handwritten digits, the same for every operation, all classes in every batch."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(1))
+    known = torch.from_numpy(digits.target)[order]
+    least = int(torch.bincount(known).min())
+    order = torch.stack([order[known == label][:least] for label in range(10)], 1).flatten()  # 0 1 2 ... 9 0 1 ...
     rows = torch.arange(count * size).remainder(len(order))
     images = torch.from_numpy(digits.images).float().div(8).sub(1)[order][rows]
     images = F.interpolate(images[:, None].expand(-1, 3, -1, -1), scale_factor=4).contiguous()
@@ -114,6 +120,9 @@ def choice(name: str, steps: int) -> dict[str, Any]:
         return {"name": name}
     if name == "first_order":
         return {"name": "prospr", "steps": steps, "lr": LR, "reading": name}
+    if name == "official":
+        momentum = {"momentum": 0.9, "detach_first_step": True}
+        return {"name": "prospr", "steps": steps, "lr": LR, "graphs_kept": steps, **momentum}
     kept = {"graphs kept": steps, "made again": 0, "half": "auto"}[name.split(", ")[1]]
     return {"name": "prospr", "steps": steps, "lr": LR, "graphs_kept": kept}
 
@@ -150,6 +159,7 @@ def peak() -> float:
 
 def measure(job: Job) -> dict[str, float]:
     """In a process of its own: units / operation / units, and the peak memory, which is the operation's."""
+    keep_freed_memory(not job.name.endswith(("plain step", "unrolled", "half", "made again")))
     drawn = batches(job.steps + 1, job.size)
     model = build(job.architecture)
     call = operation(job, model, drawn)
@@ -185,7 +195,7 @@ def rows(steps: list[int]) -> Iterator[tuple[str, int]]:
     """(operation, look-ahead steps) of the table."""
     yield "plain step", 0
     for count in steps:
-        for name in ("unrolled", *FULL, "first_order"):
+        for name in ("unrolled", *FULL, "official", "first_order"):
             yield name, count
     for name in ("snip", "grasp", "synflow-100"):
         yield name, 0

@@ -154,7 +154,9 @@ def _budget(device: torch.device) -> float:
     allowed = means().memory
     if allowed is not None:
         return allowed
-    return 0.9 * free_bytes(device) / (1 if device.type == "cuda" else parallel.neighbours())
+    if device.type == "cuda":
+        return 0.9 * free_bytes(device)
+    return 0.8 * free_bytes(device) / parallel.neighbours()  # which must do for freed memory that is kept, too
 
 
 def _fewer_at_once(model: nn.Module, need: Need, images: int, at_once: int, budget: float) -> int:

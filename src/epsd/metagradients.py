@@ -70,7 +70,7 @@ class MetaGradient(NamedTuple):
 
 @dataclass(frozen=True)
 class Means:
-    """What scores may use. memory : bytes, None = nine tenths of what the device has free when a score begins.
+    """What scores may use. memory : bytes, None = most of what the device has free when a score begins.
     precision : the autocast type, None = that of the weights.
     """
 

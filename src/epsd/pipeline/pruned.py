@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from epsd import pruning
+from epsd.acceleration import keep_freed_memory
 from epsd.architectures import ARCHITECTURES
 from epsd.data import Augmentation, Prepared
 from epsd.losses import PlainLoss, cross_entropy
@@ -122,6 +123,7 @@ def _cut(known: Scored, selection: dict[str, Any]) -> tuple[Mask, dict[str, Any]
 
 
 def _begin(params: Params, data: Prepared) -> _Scoring:
+    keep_freed_memory(params.prune.memory == "auto")  # faster, for a higher peak: not where memory is counted
     seed_everything(params.seed)
     model = network(params, data)
     batches = data.batches(
