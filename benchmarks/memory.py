@@ -1,12 +1,15 @@
-"""Peak memory of every preset: one scoring and three training steps on random images of its shape, each in a process.
+"""Peak memory of every preset: one scoring, three training steps and three of its detector, each in a process.
 
     python benchmarks/memory.py [--presets NAME ...] [--device cpu|cuda] [--sizes 8 16] [--whole] [--write FILE]
 
-Both are run at two small batches; what they need grows evenly with the batch, so the figure for the preset's own batch
-is the line through both. `--whole` runs the preset's own batch instead. On a CPU the peak is that of the process (with
-Python and torch, 0.5 GB), on a GPU that of the allocator. `data`: images that are held in memory besides, and PS-KD's
-soft targets; photographs are read from files. `estimated` is what the training step is expected to need beforehand
-(`epsd.fitting`), beside what it took.
+On random images of the preset's shape; the detector (`detect.batch_size` pictures with three objects each) on those
+of its scenes, VOC's being 500x375. Scoring keeps no graphs, the least it takes: `prune.memory: auto` keeps as many as
+there is room for. Scoring and training are run at two small batches; what they need grows evenly with the batch, so
+the figure for the preset's own batch is the line through both. `--whole` runs the preset's own batch instead, where
+half as much again as the line foresees is free; such figures have no `~`. On a CPU the peak is that of the process
+(with Python and torch, 0.5 GB), on a GPU that of the allocator. `data`: images that are held in memory besides, and
+PS-KD's soft targets; photographs are read from files. `estimated` is what the training step is expected to need
+beforehand (`epsd.fitting`), beside what it took.
 """
 
 import argparse
@@ -14,16 +17,20 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 import training
-from epsd import fitting
+from epsd import detection, fitting
 from epsd.architectures import ARCHITECTURES
+from epsd.detectors import DETECTORS, Picture
+from epsd.memory import free_bytes
 from epsd.objectives import OBJECTIVES
 from epsd.params import Params, load
 from epsd.presets import names
@@ -33,6 +40,7 @@ from epsd.runtime import pick_precision, versions
 from epsd.scores import SCORES
 from epsd.training import Recipe, fit
 from epsd.types import Batch
+from epsd.voc import Scene
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
@@ -89,7 +97,8 @@ def drawn(params: Params, size: int, device: str) -> Batch:
 
 def scored(params: Params, size: int, device: str) -> None:
     """One mask, as the stage computes it."""
-    score, objective = choose(SCORES, params.prune.score), choose(OBJECTIVES, params.objective)
+    again = {"graphs_kept": 0} if params.prune.score["name"] in ("epsd", "prospr") else {}
+    score, objective = choose(SCORES, params.prune.score | again), choose(OBJECTIVES, params.objective)
     batches = [drawn(params, size, device) for _ in range(4)]
     prune(network(params, device), batches, score=score, objective=objective, sparsity=params.prune.sparsity)
 
@@ -101,6 +110,38 @@ def trained(params: Params, size: int, device: str) -> None:
     objective = choose(OBJECTIVES, params.objective)
     source = training.Repeated(drawn(params, size, device), 3)
     fit(model, source, objective=objective, mask=training.half(model), recipe=Recipe(**settings))
+
+
+def detected(params: Params, size: int, device: str) -> None:
+    """Three steps of the detector around the preset's network."""
+    width, height = (500, 375) if params.voc["name"] == "devkit" else (params.voc["canvas"],) * 2
+    shape, model = shape_of(params), network(params, device)
+    nodes = choose(ARCHITECTURES, params.architecture).feature_nodes(model)
+    picture = Picture(height, width, [0.5] * shape.image[0], [0.25] * shape.image[0])
+    settings = params.detect
+    detector = choose(DETECTORS, settings.detector)(model, nodes, picture, 20, settings.frozen_stages)
+    recipe = detection.Recipe(**settings.model_dump(include=detection.Recipe.fields()) | {"epochs": 1})
+    with tempfile.TemporaryDirectory() as folder:
+        scenes = [scene(Path(folder), number, width, height) for number in range(3 * size)]
+        detection.fit_detector(
+            detector,
+            scenes,
+            recipe,
+            channels=shape.image[0],
+            device=device,
+            precision=pick_precision(settings.precision, torch.device(device)),
+        )
+
+
+def scene(folder: Path, number: int, width: int, height: int) -> Scene:
+    """A picture of noise with three objects."""
+    from PIL import Image
+
+    path = folder / f"{number}.png"
+    generator = np.random.default_rng(number)
+    Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    boxes = np.array([[1, 1, width / 2, height / 2], [width / 3, 2, width - 1, height - 1], [5, 5, width / 4, height]])
+    return Scene(f"{number}", path, width, height, boxes, np.arange(3), np.zeros(3, bool))
 
 
 def estimated(params: Params, size: int, device: str) -> None:
@@ -119,7 +160,7 @@ def estimated(params: Params, size: int, device: str) -> None:
     print(json.dumps(found.of(size) / MIB))
 
 
-JOBS = {"score": scored, "train": trained, "estimate": estimated}
+JOBS = {"score": scored, "train": trained, "detect": detected, "estimate": estimated}
 
 
 def job(preset: str, kind: str, size: int, device: str) -> None:
@@ -150,33 +191,39 @@ def measured(preset: str, kind: str, size: int, device: str) -> float:
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def at(preset: str, kind: str, size: int, arguments: argparse.Namespace) -> float:
-    """MiB at `size` images: measured, or on the line through two smaller batches."""
+def at(preset: str, kind: str, size: int, arguments: argparse.Namespace) -> str:
+    """MiB at `size` images: measured, or (~) on the line through two smaller batches."""
     few, more = map(int, arguments.sizes)
-    if arguments.whole or size <= more:
-        return measured(preset, kind, size, arguments.device)
+    if size <= more:
+        return f"{measured(preset, kind, size, arguments.device):,.0f}"
     low, high = (measured(preset, kind, count, arguments.device) for count in (few, more))
-    return low + (high - low) / (more - few) * (size - few)
+    foreseen = low + (high - low) / (more - few) * (size - few)
+    if arguments.whole and 1.5 * foreseen * MIB < free_bytes(torch.device(arguments.device)):
+        return f"{measured(preset, kind, size, arguments.device):,.0f}"
+    return f"~{foreseen:,.0f}"
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[str]:
     """The table, one preset a line."""
-    yield "| preset | batch (score, train) | network alone | scoring | training | training, estimated | data |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| preset | batch (score, train, detect) | network alone | scoring | training | estimated | detector | data |"
+    yield "|---|---|---|---|---|---|---|---|"
     for preset in arguments.presets:
         params = load(ROOT / "presets" / f"{preset}.yaml")
-        sizes = params.prune.batch_size, params.train.batch_size
+        sizes = params.prune.batch_size, params.train.batch_size, params.detect.batch_size
         alone = measured(preset, "nothing", 0, arguments.device)
-        found = [at(preset, kind, size, arguments) for kind, size in zip(("score", "train"), sizes, strict=True)]
+        score, train = (
+            at(preset, kind, size, arguments) for kind, size in zip(("score", "train"), sizes, strict=False)
+        )
         guess = alone + measured(preset, "estimate", sizes[1], arguments.device)
-        figures = " | ".join(f"{value:,.0f}" for value in (alone, *found, guess, held(params)))
-        yield f"| {preset} | {sizes[0]}, {sizes[1]} | {figures} |"
+        detector = measured(preset, "detect", sizes[2], arguments.device)
+        figures = f"{alone:,.0f} | {score} | {train} | {guess:,.0f} | {detector:,.0f} | {held(params):,.0f}"
+        yield f"| {preset} | {', '.join(map(str, sizes))} | {figures} |"
 
 
 def report(arguments: argparse.Namespace) -> Iterator[str]:
     """The lines of the report."""
     info = versions()
-    how = "measured" if arguments.whole else f"from batches of {arguments.sizes[0]} and {arguments.sizes[1]}"
+    how = f"measured, or (~) from batches of {arguments.sizes[0]} and {arguments.sizes[1]}"
     yield f"{info.get('gpu') if arguments.device != 'cpu' else info['cpu']}, torch {torch.__version__},"
     yield f"commit {info.get('git.commit', '?')[:10]}; MiB, {how}."
     yield ""
