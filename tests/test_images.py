@@ -82,6 +82,32 @@ def test_exif_rotation_is_applied(orientation: int, corner: tuple[int, int]) -> 
     assert read[::-1, ::-1][corner] == 0
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("share", "expected"), [(1, 1), (3, 2), (4, 4), (9, 8), (50, 8)])
+def test_a_jpeg_is_decoded_at_the_fraction_that_is_enough(orientation: int, share: int, expected: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    asked: list[tuple[int, int]] = []
+
+    def least(width: int, height: int) -> tuple[int, int]:
+        asked.append((width, height))
+        return -(-width // share), -(-height // share)
+
+    content = encoded(Image.new("RGB", (320, 160), (9, 200, 77)), "JPEG", exif=exif)
+    read = decode(content, "a.jpg", least=least)
+    seen = (160, 320) if orientation == 6 else (320, 160)
+    assert asked == [seen]
+    assert read.size == (seen[0] // expected, seen[1] // expected)
+    assert decode(content, "a.jpg").size == seen
+
+
+def test_other_files_are_not_asked_how_much_is_enough() -> None:
+    def least(width: int, height: int) -> tuple[int, int]:
+        raise AssertionError
+
+    assert decode(encoded(Image.new("RGB", (32, 16)), "PNG"), "a.png", least=least).size == (32, 16)
+
+
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP"])
 @pytest.mark.parametrize("keep", [0, 5, 0.6, 0.9])
 def test_truncated_images_are_named(form: str, keep: float) -> None:

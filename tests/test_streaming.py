@@ -1,9 +1,12 @@
+import io
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from epsd.archives import ArchiveError, open_tree
 from epsd.data import Augmentation, Prepared
@@ -109,6 +112,31 @@ def test_streamed_images_are_not_held_as_arrays(data: Prepared) -> None:
     assert written_arrays(data.folder, data.index) is None
     with pytest.raises(EpsdError, match="read from files"):
         data.images("train")
+
+
+def test_large_jpegs_give_the_crops_of_the_whole_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded at a fraction of their size: the same place, nearly the same pixels."""
+    waves = np.sin(np.arange(800) / 37)[:, None, None] + np.cos(np.arange(1000) / 53)[None, :, None] * [1.0, 0.5, -1.0]
+    content = io.BytesIO()
+    Image.fromarray((127 + 60 * waves).astype(np.uint8)).save(content, "JPEG", quality=95)
+    files = {f"{name}/{number}.jpg": content.getvalue() for name in "ab" for number in range(4)}
+    made = write(tmp_path / "photos", files)
+    prepare(folder_source(open_tree(made), Reading(size=72)), tmp_path / "out")
+    batches = Prepared.load(tmp_path / "out").batches("train", batch_size=2, augmentation=Augmentation(0, True))
+    sizes: list[int] = []
+    load = JpegImageFile.load
+
+    def noting(picture: JpegImageFile) -> object:
+        sizes.append(picture.width)
+        return load(picture)
+
+    monkeypatch.setattr(JpegImageFile, "load", noting)
+    reduced = torch.cat([batch.images for epoch in range(4) for batch in batches.epoch(epoch)])
+    monkeypatch.setattr(JpegImageFile, "draft", lambda *arguments: None)
+    whole = torch.cat([batch.images for epoch in range(4) for batch in batches.epoch(epoch)])
+    assert min(sizes[: len(sizes) // 2]) <= 250 and min(sizes[len(sizes) // 2 :]) == 1000
+    spread = float(whole.std())
+    assert 0 < float((reduced - whole).abs().mean()) < 0.03 * spread
 
 
 def test_small_images_are_enlarged_to_the_asked_size(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ draw it.
 """
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from epsd.images import decode, fit, pixels
+from epsd.images import Least, decode, fit, pixels
 from epsd.runtime import mix
 from epsd.sampling import SameClass, Sampler, Share, partner_positions
 from epsd.sources import Files, Reading
@@ -51,6 +52,38 @@ class Normalise:
         return floats.mul_(self.scale).add_(self.shift)
 
 
+class _Crop(NamedTuple):
+    """A part of a picture of `width` x `height` pixels."""
+
+    width: int
+    height: int
+    top: int
+    left: int
+    down: int
+    across: int
+    mirrored: bool
+
+    @classmethod
+    def drawn(cls, width: int, height: int, flip: bool) -> "_Crop":
+        """A random one."""
+        from torchvision.transforms import RandomResizedCrop
+
+        blank = torch.empty((1, height, width), device="meta")
+        top, left, down, across = RandomResizedCrop.get_params(blank, _SCALE, _RATIO)
+        return cls(width, height, top, left, down, across, flip and bool(torch.rand(1) < 0.5))
+
+    def enough(self, shape: tuple[int, int, int]) -> tuple[int, int]:
+        """Width and height of the picture at which the crop has no fewer pixels than an image of `shape`."""
+        return math.ceil(self.width * shape[2] / self.across), math.ceil(self.height * shape[1] / self.down)
+
+    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom in the picture decoded at `width` x `height`."""
+        x, y = width / self.width, height / self.height
+        ends = self.left * x, self.top * y, (self.left + self.across) * x, (self.top + self.down) * y
+        left, top, right, bottom = map(round, ends)
+        return left, top, right, bottom
+
+
 class Pictures:
     """Image files as uint8 tensors (C, H, W). Travels to worker processes; each opens the files for itself."""
 
@@ -68,22 +101,27 @@ class Pictures:
     def augmented(self, position: int, flip: bool) -> Tensor:
         """A random resized crop, perhaps mirrored. Draws from torch's global generator.
 
-        Resized by torch, whose kernel for bytes takes a third of Pillow's time and differs by at most one level.
+        A JPEG with many more pixels than the crop will have is decoded at a fraction of its size. Resized by torch,
+        whose kernel for bytes takes a third of Pillow's time and differs by at most one level.
         """
-        from torchvision.transforms import RandomResizedCrop
+        crop: list[_Crop] = []
 
-        picture = self._decode(position)
-        top, left, height, width = RandomResizedCrop.get_params(picture, _SCALE, _RATIO)
-        mirrored = flip and bool(torch.rand(1) < 0.5)
-        part = torch.from_numpy(np.array(picture.crop((left, top, left + width, top + height)), dtype=np.uint8))
+        def least(width: int, height: int) -> tuple[int, int]:
+            crop.append(_Crop.drawn(width, height, flip))
+            return crop[0].enough(self.image_shape)
+
+        picture = self._decode(position, least)
+        drawn = crop[0] if crop else _Crop.drawn(picture.width, picture.height, flip)
+        part = torch.from_numpy(np.array(picture.crop(drawn.box(*picture.size)), dtype=np.uint8))
         planes = part[None] if part.ndim == 2 else part.permute(2, 0, 1)
         size = self.image_shape[1:]
         resized = F.interpolate(planes[None], size, mode="bilinear", antialias=True)[0].contiguous()
-        return resized.flip(-1) if mirrored else resized
+        return resized.flip(-1) if drawn.mirrored else resized
 
-    def _decode(self, position: int) -> Any:
+    def _decode(self, position: int, least: Least | None = None) -> Any:
         name = self._names[self._ends[position] : self._ends[position + 1]].decode()
-        return decode(self.tree.read(name), f"{self.tree.where}: {name}", grayscale=self.reading.grayscale)
+        told = f"{self.tree.where}: {name}"
+        return decode(self.tree.read(name), told, grayscale=self.reading.grayscale, least=least)
 
 
 @contextmanager
