@@ -4,8 +4,8 @@
 
 Memory: CIFAR-shaped images (50,000 of 3x32x32, uint8), pad-crop 4 and flip, batches of 128, plain, with a second view,
 with a partner of the same class; against the training rate of ResNet-18 with the CIFAR stem on the same cores.
-Files: 256 JPEG photographs of 500x375, random resized crop to 224 px and flip, batches of 32, one process; against
-reading and decoding the same files and nothing else. What is compared takes turns; median (min-max) of the rounds.
+Files: JPEG photographs (256 of 500x375, as ImageNet's; 32 of 4000x3000, as a telephone's), random resized crop to 224
+px and flip, batches of 32, one process; against reading and decoding the same files whole and nothing else. What is compared takes turns; median (min-max) of the rounds.
 """
 
 import argparse
@@ -33,7 +33,8 @@ NEEDS = {
     "and a second view": BatchNeeds(partner="view"),
     "and a partner": BatchNeeds(partner="same_class"),
 }
-CIFAR, PHOTOGRAPHS, SIDE = 50_000, 256, 224
+CIFAR, SIDE = 50_000, 224
+PHOTOGRAPHS = {(500, 375): 256, (4000, 3000): 32}
 
 
 def in_memory() -> MemoryBatches:
@@ -63,13 +64,13 @@ def rate(batches: Batches, needs: BatchNeeds, limit: int) -> float:
     return images / (time.perf_counter() - start)
 
 
-def photographs(folder: Path) -> list[str]:
+def photographs(folder: Path, size: tuple[int, int], count: int) -> list[str]:
     """Smooth random pictures, which compress and decode like photographs."""
     random = np.random.default_rng(0)
     names = []
-    for number in range(PHOTOGRAPHS):
+    for number in range(count):
         coarse = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        picture = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)).astype(np.int16)
+        picture = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)).astype(np.int16)
         noisy = np.clip(picture + random.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
         names.append(f"{number}.jpg")
         Image.fromarray(noisy).save(folder / names[-1], quality=90)
@@ -123,9 +124,17 @@ def memory_table(repeats: int) -> Iterator[str]:
 
 def file_table(repeats: int) -> Iterator[str]:
     """Batches from files against decoding alone."""
+    yield "| from JPEG files | reading and decoding alone, images a second | training batches | % of decoding alone |"
+    yield "|---|---|---|---|"
+    for size, count in PHOTOGRAPHS.items():
+        yield file_row(size, count, repeats)
+
+
+def file_row(size: tuple[int, int], count: int, repeats: int) -> str:
+    """Photographs of one size."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        names = photographs(folder)
+        names = photographs(folder, size, count)
         batches = streamed(folder, names)
         calls: dict[str, Callable[[], float]] = {
             "reading and decoding alone": lambda: decoding(folder, names),
@@ -139,10 +148,8 @@ def file_table(repeats: int) -> Iterator[str]:
                 rates[name].append(call())
     alone, made = rates.values()
     shares = [100 * b / a for a, b in zip(alone, made, strict=True)]
-    yield "| from JPEG files | images a second | % of decoding alone |"
-    yield "|---|---|---|"
-    yield f"| reading and decoding alone | {training.spread(alone, 0)} | 100 |"
-    yield f"| training batches | {training.spread(made, 0)} | {training.spread(shares, 0)} |"
+    figures = " | ".join(training.spread(values, 0) for values in (alone, made, shares))
+    return f"| {size[0]}x{size[1]} | {figures} |"
 
 
 def report(arguments: argparse.Namespace) -> Iterator[str]:
