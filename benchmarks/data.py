@@ -5,7 +5,8 @@
 Memory: CIFAR-shaped images (50,000 of 3x32x32, uint8), pad-crop 4 and flip, batches of 128, plain, with a second view,
 with a partner of the same class; against the training rate of ResNet-18 with the CIFAR stem on the same cores.
 Files: JPEG photographs (256 of 500x375, as ImageNet's; 32 of 4000x3000, as a telephone's), random resized crop to 224
-px and flip, batches of 32, one process; against reading and decoding the same files whole and nothing else. What is compared takes turns; median (min-max) of the rounds.
+px and flip, batches of 32, one process; against reading and decoding the same files whole and nothing else. What is
+compared takes turns; median (min-max) of the rounds.
 """
 
 import argparse

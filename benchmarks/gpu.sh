@@ -13,7 +13,8 @@ part() { echo "== $1"; shift; "$@" || { echo "failed: $*" >&2; failed=1; }; }
 part "steps, objectives, scoring" python benchmarks/gpu.py --parts step objectives scoring --write $out/gpu-steps.md
 part "memory of the presets" python benchmarks/memory.py --device cuda --write $out/gpu-memory.md
 if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -ge 2 ]; then
-  part "two processes over nccl" bash -c "python stages/prepare.py && python stages/prune.py && torchrun --nproc-per-node 2 stages/train.py"
+  part "two processes over nccl" bash -ec "python stages/prepare.py
+    for stage in prune train detect; do torchrun --nproc-per-node 2 stages/\$stage.py; done"
 fi
 if [ -n "$images" ]; then
   part "a whole run" python benchmarks/gpu.py --parts run --images "$images" --write $out/gpu-run.md
