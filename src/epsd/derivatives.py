@@ -102,7 +102,7 @@ class _BatchNorm(torch.autograd.Function):
         """`joint`: by the statistics of the slices of all processes, which need not be of one length."""
         if joint:
             mean, variance, ctx.count = _joint_moments(x)
-            _move(running, (mean, variance * (ctx.count / max(1, ctx.count - 1))), momentum)
+            _move(running, (mean, variance * (ctx.count / (ctx.count - 1).clamp(min=1))), momentum)
             y = _OPS.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
             scale = torch.rsqrt(variance + eps)
         else:
@@ -133,7 +133,7 @@ class _BatchNormBack(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, eps: float, count: int | None
+        ctx: Any, gy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, eps: float, count: Tensor | None
     ) -> Any:
         back = _normalisation_back(gy, x, weight, mean, scale, eps, count)
         ctx.save_for_backward(gy, x, weight, mean, scale, *back.sums)
@@ -146,7 +146,7 @@ class _BatchNormBack(torch.autograd.Function):
             raise RuntimeError("batch normalisation inside a score is differentiable twice, not three times")
         a, b, c = adjoints
         gy, x, weight, mean, s, P, sum_gy = ctx.saved_tensors
-        n = ctx.count or x.numel() // x.shape[1]
+        n = x.numel() // x.shape[1] if ctx.count is None else ctx.count
         for_gy, own, (A, sum_a) = _normalisation_back(a, x, weight, mean, s, ctx.eps, ctx.count)
         own_Q = _dot(a, gy, weight) - own[1] * sum_gy / n - own[0] * P / n
         Q = own_Q if ctx.count is None else _added(own_Q)
@@ -169,7 +169,7 @@ class _Back(NamedTuple):
 
 
 def _normalisation_back(
-    gy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, eps: float, count: int | None
+    gy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, eps: float, count: Tensor | None
 ) -> _Back:
     """One kernel where the batch is here as a whole, else one for this slice and one message about the sums."""
     if count is None:
@@ -191,7 +191,7 @@ def _added(tensor: Tensor) -> Tensor:
     return total
 
 
-def _joint_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
+def _joint_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and (biased) variance (C,) over the slices of all processes, and how many values per channel there are.
 
     By the moments of each slice about its own mean, so that nothing cancels.
@@ -204,7 +204,7 @@ def _joint_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
     counts, means, variances = torch.split(told, [1, len(mean), len(mean)], dim=1)
     shares = counts / counts.sum()
     joint = (shares * means).sum(0)
-    return joint, (shares * (variances + (means - joint).square())).sum(0), round(float(counts.sum()))
+    return joint, (shares * (variances + (means - joint).square())).sum(0), counts.sum()
 
 
 @torch.no_grad()
