@@ -13,8 +13,8 @@ export DO_NOT_TRACK := true
 repro: .venv/complete  ## run what is stale of prepare, prune, train, evaluate, detect
 	$(BIN)/python -m epsd.stage && $(BIN)/dvc repro
 
-test: .venv/complete  ## every test
-	$(BIN)/python -m pytest
+test: .venv/complete  ## every test, two files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 tune: .venv/complete  ## search for better parameters (section tune of params.yaml); TUNE="--trials 40 --workers 2 --resume"
 	$(BIN)/dvc repro prepare && $(BIN)/epsd tune $(TUNE)
