@@ -21,6 +21,15 @@ def shared_file(*parts: str) -> Path:
     return path
 
 
+LONGEST = ("test_pipeline", "test_tuning", "test_study", "test_tracking")
+"""Files of minutes. They go first, so that the two workers of `make test` end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture
 def root() -> Path:
     return ROOT
