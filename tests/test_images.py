@@ -1,10 +1,11 @@
 import io
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from epsd.images import ImageError, decode, fit, is_image, pixels
+from epsd.images import ImageError, decode, decode_planes, fit, is_image, pixels
 from pictures import picture
 
 
@@ -108,13 +109,37 @@ def test_other_files_are_not_asked_how_much_is_enough() -> None:
     assert decode(encoded(Image.new("RGB", (32, 16)), "PNG"), "a.png", least=least).size == (32, 16)
 
 
+@pytest.mark.parametrize("grayscale", [False, True])
+@pytest.mark.parametrize("orientation", [None, 1, 6])
+@pytest.mark.parametrize(
+    ("form", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "L")]
+)
+def test_planes_are_the_pixels_of_the_picture(form: str, mode: str, orientation: int | None, grayscale: bool) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    smooth = Image.fromarray(values).resize((95, 61)).convert(mode)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    content = encoded(smooth, form, exif=exif)
+    whole = decode_planes(content, "a", grayscale=grayscale)
+    assert np.array_equal(whole.numpy(), pixels(decode(content, "a", grayscale=grayscale)))
+
+    def half(width: int, height: int) -> tuple[int, int]:
+        return width // 2, height // 2
+
+    reduced = decode_planes(content, "a", grayscale=grayscale, least=half)
+    assert np.array_equal(reduced.numpy(), pixels(decode(content, "a", grayscale=grayscale, least=half)))
+    assert (reduced.shape == whole.shape) == (form == "PNG")
+
+
+@pytest.mark.parametrize("decoding", [decode, decode_planes])
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP"])
 @pytest.mark.parametrize("keep", [0, 5, 0.6, 0.9])
-def test_truncated_images_are_named(form: str, keep: float) -> None:
+def test_truncated_images_are_named(form: str, keep: float, decoding: Callable[[bytes, str], object]) -> None:
     whole = picture(0, 64, form)
     cut = whole[: int(keep * len(whole)) if keep < 1 else int(keep)]
     with pytest.raises(ImageError, match=r"photos/a.jpg: "):
-        decode(cut, "photos/a.jpg")
+        decoding(cut, "photos/a.jpg")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, b"\xff\xd8" + b"\xff" * 200])

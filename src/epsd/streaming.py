@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from epsd.images import Least, decode, fit, pixels
+from epsd.images import decode, decode_planes, fit, pixels
 from epsd.runtime import mix
 from epsd.sampling import SameClass, Sampler, Share, partner_positions
 from epsd.sources import Files, Reading
@@ -95,8 +95,8 @@ class Pictures:
 
     def __getitem__(self, position: int) -> Tensor:
         """Resized and cut as for evaluation."""
-        picture = fit(self._decode(position), self.reading.size, self.reading.resize)
-        return torch.from_numpy(pixels(picture))
+        picture = decode(*self._content(position), grayscale=self.reading.grayscale)
+        return torch.from_numpy(pixels(fit(picture, self.reading.size, self.reading.resize)))
 
     def augmented(self, position: int, flip: bool) -> Tensor:
         """A random resized crop, perhaps mirrored. Draws from torch's global generator.
@@ -110,18 +110,18 @@ class Pictures:
             crop.append(_Crop.drawn(width, height, flip))
             return crop[0].enough(self.image_shape)
 
-        picture = self._decode(position, least)
-        drawn = crop[0] if crop else _Crop.drawn(picture.width, picture.height, flip)
-        part = torch.from_numpy(np.array(picture.crop(drawn.box(*picture.size)), dtype=np.uint8))
-        planes = part[None] if part.ndim == 2 else part.permute(2, 0, 1)
-        size = self.image_shape[1:]
-        resized = F.interpolate(planes[None], size, mode="bilinear", antialias=True)[0].contiguous()
+        picture = decode_planes(*self._content(position), grayscale=self.reading.grayscale, least=least)
+        _, height, width = picture.shape
+        drawn = crop[0] if crop else _Crop.drawn(width, height, flip)
+        left, top, right, bottom = drawn.box(width, height)
+        part = picture[None, :, top:bottom, left:right]
+        resized = F.interpolate(part, self.image_shape[1:], mode="bilinear", antialias=True)[0].contiguous()
         return resized.flip(-1) if drawn.mirrored else resized
 
-    def _decode(self, position: int, least: Least | None = None) -> Any:
+    def _content(self, position: int) -> tuple[bytes, str]:
+        """The bytes of a file, and what to call it."""
         name = self._names[self._ends[position] : self._ends[position + 1]].decode()
-        told = f"{self.tree.where}: {name}"
-        return decode(self.tree.read(name), told, grayscale=self.reading.grayscale, least=least)
+        return self.tree.read(name), f"{self.tree.where}: {name}"
 
 
 @contextmanager
