@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from epsd import evaluation
 from epsd.types import Batch, BatchNeeds
@@ -54,6 +55,11 @@ def test_figures_of_a_known_network() -> None:
     assert result.per_class.tolist() == [0.5, 1, 1]
     assert net.modes == [False, False]  # each image once, in evaluation mode
     assert net.training
+
+
+def test_a_loader_is_judged_like_prepared_batches() -> None:
+    loader = DataLoader(TensorDataset(LOGITS[:, :, None, None], LABELS), batch_size=3)
+    assert evaluation.evaluate(Echo(), loader).metrics == evaluation.evaluate(Echo(), Fixed(LOGITS, LABELS)).metrics
 
 
 def test_batch_size_changes_nothing() -> None:

@@ -42,6 +42,29 @@ def test_a_batch_in_parts_is_the_batch(name: str, parts: int) -> None:
         assert other == pytest.approx(record, rel=1e-3, abs=1e-5)
 
 
+def test_parts_of_dlb_look_back_at_the_last_batch_alone() -> None:
+    """Also where that one, the short last of an epoch, had fewer parts."""
+    dlb, seen = OBJECTIVES["dlb"](), {}
+    dlb.begin("train", 0, 3)
+    last: list[list[int]] = []
+    for size in (12, 4, 12):
+        batch = Batch(
+            torch.randn(size, 3), torch.arange(size) % 3, torch.arange(size), torch.full((size, 3), 1.0 * size)
+        )
+        pieces = fitting.parts(batch, 4)
+        for number, piece in enumerate(pieces):
+            dlb.part = number, len(pieces)
+            seen[size] = looked = []
+
+            def forward(images: torch.Tensor, looked: list[float] = looked) -> torch.Tensor:
+                looked.append(float(images[0, 0]))
+                return images
+
+            dlb.loss(forward, piece, 1.0)
+            last.append([int(value) for value in looked[1:]])
+    assert last == [[], [], [], [], [12], [12], [4], [4], [], []]
+
+
 def test_parts_cover_the_batch_in_order() -> None:
     batch = next(ToyBatches().epoch(0))
     found = fitting.parts(batch, 5)

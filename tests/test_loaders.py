@@ -15,6 +15,7 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
     default_collate,
@@ -59,7 +60,7 @@ def test_prepared_batches_pass_through() -> None:
 def test_a_plain_loader_gives_its_own_batches() -> None:
     loader = DataLoader(Photos(), batch_size=4)
     batches = as_batches(loader)
-    assert (batches.size, batches.num_classes, len(batches)) == (23, 3, 6)
+    assert (batches.size, batches.num_classes, len(batches)) == (23, 0, 6), "its classes are nowhere written"
     for own, (images, labels) in zip(batches.epoch(0), loader, strict=True):
         assert torch.equal(own.images, images) and torch.equal(own.labels, labels)
         assert own.indices.tolist() == images[:, 0, 0, 0].tolist()
@@ -148,6 +149,38 @@ def test_a_distributed_sampler_is_told_the_epoch() -> None:
     assert len(orders[0]) == 12
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_partners_are_drawn_from_what_the_sampler_gives(own: bool) -> None:
+    """Held out for validation by a sampler: never seen in training, not even as a partner."""
+    sampler = SubsetRandomSampler(range(15), generator=torch.Generator().manual_seed(3) if own else None)
+    partners: set[int] = set()
+    for number in range(8):
+        for batch in epochs(DataLoader(Photos(), batch_size=5, sampler=sampler), CLASS, number):
+            assert batch.partner is not None
+            positions = batch.partner[:, 0, 0, 0].long()
+            assert torch.equal(positions % 3, batch.labels)
+            partners |= set(positions.tolist())
+    assert partners == set(range(15))
+
+
+def test_seed_and_the_loaders_own_generator_decide_the_order() -> None:
+    def order(seed: int, own: int | None, sampled: bool = False) -> list[int]:
+        generator = None if own is None else torch.Generator().manual_seed(own)
+        sampler = SubsetRandomSampler(range(23), generator=generator) if sampled else None
+        loader = DataLoader(
+            Photos(), batch_size=5, shuffle=sampler is None, sampler=sampler, generator=None if sampled else generator
+        )
+        drawn = torch.cat([batch.indices for batch in as_batches(loader, seed=seed).epoch(0)]).tolist()
+        again = torch.cat([batch.indices for batch in as_batches(loader, seed=seed).epoch(0)]).tolist()
+        assert drawn == again, "the generator is left as it was"
+        return list(drawn)
+
+    for sampled in (False, True):
+        found = [order(seed, own, sampled) for seed, own in ((0, None), (1, None), (0, 0), (0, 7), (1, 7))]
+        assert len({tuple(one) for one in found}) == 5
+        assert order(1, 7, sampled) == found[-1]
+
+
 def test_sampling_with_replacement_is_honoured() -> None:
     sampler = RandomSampler(Photos(), replacement=True, num_samples=50)
     order = torch.cat([batch.indices for batch in epochs(DataLoader(Photos(), batch_size=8, sampler=sampler))])
@@ -157,6 +190,23 @@ def test_sampling_with_replacement_is_honoured() -> None:
 def collate_half(samples: list[Any]) -> Any:
     images, labels = default_collate(samples)
     return images / 2, labels
+
+
+def collate_noisy(samples: list[Any]) -> Any:
+    images, labels = default_collate(samples)
+    return images + torch.rand(()) + random.random() + float(np.random.rand()), labels
+
+
+def test_what_a_collate_draws_depends_on_seed_and_epoch_alone() -> None:
+    drawn = []
+    for workers, number in ((0, 1), (2, 1), (1, 1), (0, 2)):
+        torch.manual_seed(workers)
+        loader = DataLoader(Photos(), batch_size=5, collate_fn=collate_noisy, num_workers=workers)
+        drawn.append(epochs(loader, VIEW, number))
+    assert same(drawn[0], drawn[1]) and same(drawn[0], drawn[2])
+    assert not same(drawn[0], drawn[3])
+    noise = [float(image[0, 0, 0, 0]) for batch in drawn[0] for image in (batch.images, batch.partner)]
+    assert len({round(value % 1, 5) for value in noise}) == 10
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -231,8 +281,10 @@ def test_labels_changed_by_a_transform_are_asked_for() -> None:
     dataset = Listed([0, 1] * 6)
     dataset.target_transform = lambda label: 3 - label
     batches = as_batches(DataLoader(dataset, batch_size=4))
-    assert batches.num_classes == 4
-    assert dataset.asked == 12
+    list(batches.epoch(0))
+    assert dataset.asked == 12, "nobody needs labels beforehand"
+    next(iter(batches.epoch(0, CLASS)))
+    assert dataset.asked == 12 + 12 + 8
     for batch in batches.epoch(0, CLASS):
         assert batch.partner is not None
         assert torch.equal(3 - batch.partner[:, 0, 0, 0].long() % 2, batch.labels)
@@ -294,9 +346,13 @@ def test_what_cannot_be_wrapped_is_named() -> None:
         as_batches(DataLoader(Photos(), batch_size=None))
     with pytest.raises(LoaderError, match="needs a __len__"):
         as_batches(DataLoader(Stream(), batch_size=4), num_classes=2)
-    with pytest.raises(LoaderError, match="num_classes"):
-        as_batches(DataLoader(Counted(), batch_size=4))
-    with pytest.raises(LoaderError, match="integer label"):
-        as_batches(DataLoader([(torch.zeros(1), "cat")] * 4, batch_size=2))  # type: ignore[arg-type]
+    assert as_batches(DataLoader(Counted(), batch_size=4)).num_classes == 0
+    for label, message in (("cat", "integer label"), (torch.tensor([0, 1]), "integer label"), (-1, "label -1")):
+        with pytest.raises(LoaderError, match=message):
+            epochs(DataLoader([(torch.zeros(3, 4, 4), label)] * 4, batch_size=2), CLASS)  # type: ignore[arg-type]
+    with pytest.raises(LoaderError, match="label -1"):
+        epochs(DataLoader(Listed([0, -1, 1, 1]), batch_size=2))
+    with pytest.raises(LoaderError, match=r"labels must be 2 integers"):
+        epochs(DataLoader(TensorDataset(torch.rand(4, 3, 4, 4), torch.tensor([[0], [1], [0], [1]])), batch_size=2))
     with pytest.raises(TooFewImages, match="the split has 3, the batch size is 4"):
         as_batches(DataLoader(Photos(3), batch_size=4, drop_last=True))

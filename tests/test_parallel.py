@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import worlds
 from conftest import ROOT
@@ -17,6 +18,7 @@ from epsd import jointly, launch, parallel
 from epsd.derivatives import joint_batch_norm
 from epsd.detection_slices import Whole
 from epsd.detectors import DETECTORS
+from epsd.loaders import as_batches
 from epsd.objectives import OBJECTIVES
 from epsd.parallel import ParallelError
 from epsd.sampling import Sampler
@@ -189,9 +191,38 @@ def test_a_sampler_draws_its_share_of_every_batch_and_no_empty_one(
 
 def test_batches_that_cannot_be_split_evenly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     as_one_of(monkeypatch, 0, 5)
+    monkeypatch.setattr(parallel, "agree", lambda number: True)
     with pytest.raises(ParallelError, match="12 cannot be split evenly over 5 processes"):
         next(iter(parallel.shard(ToyBatches(), even=True).epoch(0)))
     assert len(next(iter(parallel.shard(ToyBatches()).epoch(0))).labels) == 2
+
+
+def test_a_loader_whose_last_batch_cannot_be_split_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_one_of(monkeypatch, 0, 2)
+    dataset = TensorDataset(torch.randn(15, 1, 4, 4), torch.arange(15) % 3)
+    for shuffle in (False, True):
+        with pytest.raises(ParallelError, match="7 cannot be split evenly over 2 processes"):
+            parallel.shard(as_batches(DataLoader(dataset, batch_size=8, shuffle=shuffle)), even=True)
+        parallel.shard(as_batches(DataLoader(dataset, batch_size=8, shuffle=shuffle, drop_last=True)), even=True)
+
+
+def test_batches_that_differ_between_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a loader with a DistributedSampler, which would be shared out twice."""
+    as_one_of(monkeypatch, 0, 2)
+    monkeypatch.setattr(parallel, "agree", lambda number: False)
+    with pytest.raises(ParallelError, match="without a DistributedSampler"):
+        next(iter(parallel.shard(ToyBatches()).epoch(0)))
+
+
+def test_a_weight_that_takes_no_part_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+    model["used"](torch.ones(1, 2)).sum().backward()
+    parallel.check_used(model)
+    as_one_of(monkeypatch, 0, 2)
+    with pytest.raises(ParallelError, match=r"unused.weight takes no part in the loss, nor do 1 others"):
+        parallel.check_used(model)
+    model["unused"].requires_grad_(False)
+    parallel.check_used(model)
 
 
 def test_a_slice_of_a_batch_keeps_what_belongs_together(monkeypatch: pytest.MonkeyPatch) -> None:

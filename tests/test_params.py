@@ -38,6 +38,7 @@ def test_the_shipped_file_is_valid_and_says_range_and_unit_beside_each_number(ro
         ("train.nesterov", "yes", r"train\.nesterov"),
         ("train.lr", float("inf"), r"train\.lr"),
         ("train.milestones", [0.5, 1.5], r"train\.milestones\.1"),
+        ("train.warmup_epochs", 61, r"train: .*warmup_epochs: 61 is more than epochs \(60\)"),
         ("dataset", {"root": "x"}, r"dataset: .*needs a 'name'"),
         ("prune.score", "epsd", r"prune\.score"),
         ("seed", -1, "seed"),

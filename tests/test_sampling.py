@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from epsd.sampling import SameClass, Sampler, TooFewImages, cut, partner_positions
+from epsd.sampling import SameClass, Sampler, TooFewImages, cut, naming, partner_positions
 from epsd.types import BatchNeeds
 
 
@@ -33,6 +33,8 @@ def test_too_few_images_for_a_batch_is_said() -> None:
         Sampler(5, 8, 0, True, True)
     with pytest.raises(TooFewImages, match="the split has 0"):
         Sampler(0, 8, 0, True, False)
+    with pytest.raises(TooFewImages, match=r"^train\.batch_size: too few images"), naming("train.batch_size"):
+        Sampler(5, 8, 0, True, True)
     with pytest.raises(TooFewImages, match="at least 1"):
         Sampler(5, 0, 0, True, False)
 

@@ -3,15 +3,19 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from epsd.checkpoints import CheckpointError
+from epsd.loaders import as_batches
 from epsd.masks import Mask, MaskError, prunable
 from epsd.objectives import OBJECTIVES
+from epsd.runtime import mix
 from epsd.training import Recipe, Record, TrainingError, fit
 from toys import ToyBatches, convnet
 
@@ -144,6 +148,70 @@ def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
     fit(convnet(), ToyBatches(), recipe=Recipe(epochs=1), checkpoint=path, mark="one")
     with pytest.raises(CheckpointError, match="belongs to other parameters"):
         fit(convnet(), ToyBatches(), recipe=Recipe(epochs=1), checkpoint=path, mark="two")
+
+
+def test_a_checkpoint_knows_what_it_belongs_to_by_itself(tmp_path: Path) -> None:
+    start, path, recipe = convnet(), tmp_path / "last.safetensors", Recipe(**QUICK)
+    settings: dict[str, Any] = {"mask": half(start), "recipe": recipe, "objective": OBJECTIVES["cskd"](), "seed": 1}
+    first = fit(copy.deepcopy(start), ToyBatches(), checkpoint=path, **settings)
+    assert timeless(fit(copy.deepcopy(start), ToyBatches(), checkpoint=path, **settings)) == timeless(first)
+    others: list[dict[str, Any]] = [
+        {"mask": half(start, 0.9)}, {"mask": None}, {"recipe": Recipe(**QUICK | {"epochs": 1})}, {"seed": 2},
+        {"objective": OBJECTIVES["cskd"](weight=2.0)}, {"objective": OBJECTIVES["dlb"]()},
+    ]  # fmt: skip
+    for other in others:
+        with pytest.raises(CheckpointError, match="belongs to other parameters"):
+            fit(copy.deepcopy(start), ToyBatches(), checkpoint=path, **settings | other)
+    with pytest.raises(CheckpointError, match="belongs to other parameters"):
+        fit(convnet(classes=4), ToyBatches(), checkpoint=path, **settings | {"mask": None})
+
+
+def test_the_mask_holds_whatever_the_checkpoint_brings(tmp_path: Path) -> None:
+    """Under a mark of the caller's own, which may leave the mask out."""
+    path, start = tmp_path / "last.safetensors", convnet()
+    fit(copy.deepcopy(start), ToyBatches(), mask=half(start, 0.5), recipe=Recipe(epochs=1), checkpoint=path, mark="m")
+    mask = half(start, 0.9)
+    fit(start, ToyBatches(), mask=mask, recipe=Recipe(epochs=2), checkpoint=path, mark="m")
+    assert not any(p[~mask.keep[name]].any() for name, p in prunable(start).items())
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_validation_is_of_the_images_that_were_judged(drop_last: bool) -> None:
+    """Whatever the length of the dataset says: a sampler gives a part of it, short batches are dropped."""
+    data, model = ToyBatches(size=90), convnet()
+    dataset, held = TensorDataset(data.images, data.labels), range(60, 85)
+    validation = DataLoader(dataset, batch_size=8, sampler=SubsetRandomSampler(held), drop_last=drop_last)
+    (record,) = fit(model, ToyBatches(), recipe=Recipe(epochs=1, precision="fp32"), validation=validation)
+    judged = list(as_batches(validation, seed=mix(0, "train")).epoch(0))
+    labels = torch.cat([batch.labels for batch in judged])
+    assert len(labels) == (24 if drop_last else 25)
+    with torch.no_grad():
+        logits = model.eval()(torch.cat([batch.images for batch in judged]))
+    assert record["val/top1"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    assert record["val/nll"] == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    empty = DataLoader(dataset, batch_size=8, sampler=SubsetRandomSampler(range(0)))
+    with pytest.raises(TrainingError, match="validation: there is no batch"):
+        fit(convnet(), ToyBatches(), recipe=Recipe(epochs=1), validation=empty)
+
+
+def test_the_seed_decides_the_order_of_a_loader() -> None:
+    data = ToyBatches()
+    loader = DataLoader(TensorDataset(data.images, data.labels), batch_size=12, shuffle=True)
+
+    def loss(seed: int) -> float:
+        return fit(convnet(), loader, recipe=Recipe(epochs=1), seed=seed)[0]["train/loss"]
+
+    assert loss(0) == loss(0) != loss(1)
+
+
+def test_a_label_without_an_output_is_named() -> None:
+    with pytest.raises(TrainingError, match="a label is 2, for which the network has no output"):
+        fit(convnet(classes=2), ToyBatches(), recipe=Recipe(epochs=1))
+
+
+def test_milestones_are_shares_of_the_epochs() -> None:
+    with pytest.raises(ValidationError, match="less than 1"):
+        Recipe(milestones=[100, 150])
 
 
 def test_a_nan_loss_says_where_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from epsd import metrics
+from epsd.loaders import as_batches
 from epsd.types import Batches, EpsdError
 
 LATENCY_NOTE = (
@@ -36,8 +38,12 @@ class Evaluation(NamedTuple):
     reliability: metrics.ReliabilityTable
 
 
-def predict(model: nn.Module, batches: Batches, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+def predict(
+    model: nn.Module, batches: Batches | DataLoader[Any], device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
     """Logits (N, K) float32 and labels (N,), both on the CPU, of one pass in evaluation mode.
+
+    `batches`: prepared ones, or a `DataLoader` of (image, label) pairs.
 
     The network is moved to `device` (None: stays where it is); its mode is what it was, afterwards.
     """
@@ -46,7 +52,7 @@ def predict(model: nn.Module, batches: Batches, device: torch.device | str | Non
     place = next(model.parameters()).device
     logits, labels = [], []
     with metrics.evaluating(model), torch.no_grad():
-        for batch in batches.epoch(0):
+        for batch in as_batches(batches).epoch(0):
             logits.append(model(batch.images.to(place)).float().cpu())
             labels.append(batch.labels.cpu())
     if not sum(map(len, labels)):
@@ -73,7 +79,11 @@ def measure(logits: Tensor, labels: Tensor, ece_bins: int = 15) -> Evaluation:
 
 
 def evaluate(
-    model: nn.Module, batches: Batches, *, ece_bins: int = 15, device: torch.device | str | None = None
+    model: nn.Module,
+    batches: Batches | DataLoader[Any],
+    *,
+    ece_bins: int = 15,
+    device: torch.device | str | None = None,
 ) -> Evaluation:
     """Accuracy and calibration of `model` over `batches` (epoch 0), in evaluation mode and full precision.
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, cast
 
@@ -33,12 +34,13 @@ def as_batches(source: Batches | DataLoader[Any], *, num_classes: int | None = N
 
     The dataset must give (image, label): a float tensor (C, H, W), ready for the network, and an integer. Batch size,
     order (shuffled or not, or a sampler of yours), `drop_last`, workers and `collate_fn` are taken over. Second views
-    are drawn by asking the dataset again, partners by asking it for another image of the class. Random numbers that
-    the dataset takes from torch, numpy or random come from (seed, epoch, position).
+    are drawn by asking the dataset again, partners by asking it for another image of the class among those that the
+    loader gives. Random numbers that dataset and `collate_fn` take from torch, numpy or random come from (seed, epoch,
+    position), the order from (seed, epoch); the seed of the loader's own generator, where it has one, is mixed in.
 
     Parameters
     ----------
-    num_classes : None asks the dataset (`classes`), else its largest label.
+    num_classes : None takes what the dataset says openly (`classes`, `targets`); 0 where it says nothing.
 
     Raises
     ------
@@ -60,13 +62,15 @@ class LoaderBatches:
     """Batches of a DataLoader over a dataset that can be asked for any sample."""
 
     def __init__(self, loader: DataLoader[Any], num_classes: int | None, seed: int) -> None:
-        self._loader, self._seed = loader, seed
+        own = loader.generator or getattr(loader.sampler, "generator", None)
+        self._loader, self._seed = loader, seed if own is None else mix(seed, own.initial_seed())
         self._dataset = loader.dataset
         self.size = len(cast(Sized, loader.dataset))
-        self._requests = Requests(self._dataset.__getitem__, loader.collate_fn, seed)
-        self._plan = _plan(loader, self.size, seed)
-        classes = num_classes or len(getattr(loader.dataset, "classes", ()))
-        self.num_classes = classes or int(self._labels.max()) + 1
+        self._requests = Requests(self._dataset.__getitem__, loader.collate_fn, self._seed)
+        self._plan = _plan(loader, self.size, self._seed)
+        self._known = _known_labels(self._dataset)
+        largest = -1 if self._known is None else int(self._known.max())
+        self.num_classes = num_classes or len(getattr(self._dataset, "classes", ())) or largest + 1
 
     def __len__(self) -> int:
         return len(self._loader) if self._plan is None else len(self._plan)
@@ -76,8 +80,10 @@ class LoaderBatches:
         batches = self._batches(number)
         sizes = [len(batch) for batch in batches]
         order = torch.cat(list(batches)) if batches else torch.empty(0, dtype=torch.int64)
-        same_class = self._same_class if needs.partner == "same_class" else _NOBODY
-        second = partner_positions(needs, order, number, same_class)
+        if needs.partner == "same_class":
+            second: Tensor | None = self._partners(order, number)
+        else:
+            second = partner_positions(needs, order, number, _NOBODY)
         asked = as_requests(number, batches, None if second is None else cut(second, sizes))
         for indices, drawn in zip(batches, draw_batches(self._requests, asked, **self._workers()), strict=True):
             images, labels = _pair(drawn.samples)
@@ -93,12 +99,20 @@ class LoaderBatches:
         if self._plan is not None:
             return cut(self._plan.order(epoch), self._plan.batch_size)
         sampler: Any = getattr(self._loader.batch_sampler, "sampler", self._loader.batch_sampler)
-        if isinstance(own := getattr(sampler, "generator", None), torch.Generator):
-            own.manual_seed(mix(self._seed, "order", epoch))
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
-        with drawing_from(self._seed, "order", epoch):
+        with drawing_from(self._seed, "order", epoch), _seeded(getattr(sampler, "generator", None), self._seed, epoch):
             return [torch.tensor(batch, dtype=torch.int64) for batch in self._loader.batch_sampler or ()]
+
+    def _partners(self, order: Tensor, epoch: int) -> Tensor:
+        """(M,) another image of the class for each of `order`, among those that the loader gives: what a sampler
+        holds back (for validation, say) is never drawn.
+        """
+        if self._plan is not None:
+            return self._same_class.partners(order, epoch)
+        given, places = torch.unique(order, return_inverse=True)
+        chosen: Tensor = given[SameClass(self._labels[given], self._seed).partners(places, epoch)]
+        return chosen
 
     def _workers(self) -> dict[str, Any]:
         loader = self._loader
@@ -110,10 +124,13 @@ class LoaderBatches:
         shared |= {"worker_init_fn": loader.worker_init_fn, "prefetch_factor": loader.prefetch_factor}
         return shared | {"multiprocessing_context": loader.multiprocessing_context}
 
+    def lengths(self) -> set[int]:
+        """How many images its batches hold, as far as that is known before they are drawn."""
+        return set() if self._plan is None else self._plan.lengths()
+
     @cached_property
     def _labels(self) -> Tensor:
-        known = _known_labels(self._dataset)
-        return self._scanned() if known is None else known
+        return self._scanned() if self._known is None else self._known
 
     @cached_property
     def _same_class(self) -> SameClass:
@@ -124,6 +141,20 @@ class LoaderBatches:
         requests = Requests(self._dataset.__getitem__, _labels_of, self._seed)
         asked = as_requests(0, cut(torch.arange(self.size), 256), None)
         return torch.cat([drawn.samples for drawn in draw_batches(requests, asked, **self._workers())])
+
+
+@contextmanager
+def _seeded(generator: Any, seed: int, epoch: int) -> Iterator[None]:
+    """A sampler's own generator starts from (seed, epoch) in the block, and is as it was afterwards."""
+    if not isinstance(generator, torch.Generator):
+        yield
+        return
+    before = generator.get_state()
+    generator.manual_seed(mix(seed, "order", epoch))
+    try:
+        yield
+    finally:
+        generator.set_state(before)
 
 
 _NOBODY = SameClass(torch.empty(0, dtype=torch.int64), 0)
@@ -150,23 +181,27 @@ def _known_labels(dataset: Any) -> Tensor | None:
         parts = [_known_labels(part) for part in dataset.datasets]
         return None if any(part is None for part in parts) else torch.cat(cast("list[Tensor]", parts))
     if isinstance(dataset, TensorDataset):
-        return dataset.tensors[-1].long() if len(dataset.tensors) == 2 else None
-    targets = getattr(dataset, "targets", None)
+        targets = dataset.tensors[-1] if len(dataset.tensors) == 2 else None
+    else:
+        targets = getattr(dataset, "targets", None)
     if targets is None or getattr(dataset, "target_transform", None) is not None:
         return None
     try:
         labels = torch.as_tensor(targets)
     except (TypeError, ValueError, RuntimeError):
         return None
-    whole = labels.ndim == 1 and not labels.is_floating_point() and len(labels) == len(dataset)
-    return labels.long() if whole else None
+    whole = labels.ndim == 1 and not labels.is_floating_point() and len(labels) == len(dataset) > 0
+    return labels.long() if whole and labels.min() >= 0 else None
 
 
 def _labels_of(samples: list[Any]) -> Tensor:
     try:
-        return torch.tensor([int(label) for _, label in samples], dtype=torch.int64)
-    except (TypeError, ValueError):
+        labels = torch.tensor([int(label) for _, label in samples], dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError):  # the last of tensors with several numbers
         raise LoaderError("the dataset must give (image, label) with an integer label.") from None
+    if labels.min() < 0:
+        raise LoaderError(f"the dataset gives the label {int(labels.min())}: labels count from 0.")
+    return labels
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
@@ -178,6 +213,8 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
         raise LoaderError(f"images must be float (B, C, H, W), ready for the network; got {_shape_of(images)}.")
     if labels.shape != images.shape[:1] or labels.is_floating_point():
         raise LoaderError(f"labels must be {len(images)} integers, one per image; got {_shape_of(labels)}.")
+    if len(labels) and labels.min() < 0:
+        raise LoaderError(f"a batch has the label {int(labels.min())}: labels count from 0.")
     return images, labels.long()
 
 
@@ -199,8 +236,6 @@ class StreamBatches:
         except TypeError:
             raise LoaderError("an IterableDataset needs a __len__: the schedule counts the batches.") from None
         self.num_classes = num_classes or len(getattr(loader.dataset, "classes", ()))
-        if not self.num_classes:
-            raise LoaderError("an IterableDataset needs as_batches(loader, num_classes=...), or `classes`.")
 
     def __len__(self) -> int:
         return self._count

@@ -1,6 +1,7 @@
 """Masks over prunable weights: the mask is a value, checked on creation, that knows its sparsity and saves itself."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -172,6 +173,13 @@ class Mask:
     def per_layer(self) -> dict[str, tuple[int, int]]:
         """Parameter name -> (kept, total)."""
         return {name: (int(keep.sum()), keep.numel()) for name, keep in self.keep.items()}
+
+    def digest(self) -> str:
+        """64 hexadecimal digits over names, shapes and what survives."""
+        found = hashlib.sha256()
+        for name, keep in self.keep.items():
+            found.update(f"{name} {tuple(keep.shape)}".encode() + keep.cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def dead_layers(self) -> list[str]:
         """Layers that lost every weight: nothing flows through them."""

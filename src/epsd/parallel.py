@@ -275,10 +275,10 @@ def shard(batches: Batches, *, even: bool = False) -> Batches:
     """
     if _group.world == 1:
         return batches
+    for length in batches.lengths() if even and hasattr(batches, "lengths") else ():
+        check_batch(length, "the batch size", _group.world)
     if not hasattr(batches, "shard"):
         return _Slices(batches, even)
-    for length in batches.lengths() if even else ():  # type: ignore[attr-defined]
-        check_batch(length, "the batch size", _group.world)
     sharded: Batches = batches.shard(share)
     return sharded
 
@@ -295,7 +295,12 @@ class _Slices:
 
     def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]:
         """See `epsd.types.Batches`."""
-        for batch in self._whole.epoch(number, needs):
+        for count, batch in enumerate(self._whole.epoch(number, needs)):
+            if not count and not agree(int(batch.indices.sum())):
+                raise ParallelError(
+                    "the processes drew different batches. Each needs the same DataLoader, without a "
+                    "DistributedSampler: it takes its share of every batch by itself."
+                )
             if self._even:
                 check_batch(len(batch.labels), "a batch of the DataLoader", _group.world)
             mine = part(batch)
@@ -317,6 +322,20 @@ def wrapped(model: nn.Module) -> nn.Module:
     name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in inspect.signature(kind).parameters)
     wrapper: nn.Module = kind(model, **{name: False})
     return wrapper
+
+
+def check_used(model: nn.Module) -> None:
+    """After a backward pass: ParallelError where a weight took no part in the loss, which DDP would wait for."""
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if _group.world > 1 and unused:
+        raise ParallelError(
+            f"launch.processes: {unused[0]} takes no part in the loss{_others(unused)}. Several processes need every "
+            "trainable weight in it: freeze such weights (requires_grad_(False)), or use one process."
+        )
+
+
+def _others(names: list[str]) -> str:
+    return f", nor do {len(names) - 1} others" if len(names) > 1 else ""
 
 
 def unsynced(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

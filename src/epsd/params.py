@@ -90,6 +90,14 @@ class TrainParams(Section):
     compile: Literal["auto", "none", "kernels", "graphs"]
     accumulate: Literal["auto"] | Count
 
+    @model_validator(mode="after")
+    def _warm_in_time(self) -> Self:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs: {self.warmup_epochs} is more than epochs ({self.epochs}): lr never gets there"
+            )
+        return self
+
 
 class EvaluateParams(Section):
     """The one reading of the test split."""

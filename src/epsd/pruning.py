@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from epsd import parallel
+from epsd.loaders import as_batches
 from epsd.lookahead import LookAhead
 from epsd.losses import PlainLoss, as_objective, cross_entropy
 from epsd.masks import Mask, Scope, prunable
@@ -32,8 +33,6 @@ def _endless(batches: Batches, needs: BatchNeeds) -> Iterator[Batch]:
 def stream(source: Source, needs: BatchNeeds = BatchNeeds(), restart: bool = True) -> Iterator[Batch]:
     """Batches of `source` for scoring, one after the other; with `restart`, from the beginning again when used up."""
     if isinstance(source, DataLoader):
-        from epsd.loaders import as_batches
-
         source = as_batches(source)
     if isinstance(source, Batches):
         return _endless(source, needs) if restart else source.epoch(0, needs)

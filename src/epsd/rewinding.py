@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from epsd import checkpoints
 from epsd.distillation import Distillation
+from epsd.loaders import as_batches
 from epsd.losses import cross_entropy
 from epsd.masks import Mask, Scope, prunable
 from epsd.passes import Meter
@@ -152,7 +153,16 @@ def prune_then_distill(
     if settings.select == "validation" and validation is None:
         raise RewindingError("select: 'validation' needs validation images: set data.validation, or select: last.")
     teacher_epochs, round_epochs, student_epochs = settings.epochs(recipe)
-    course = _Course(_as_batches(train), validation, settings.select, seed, folder, mark, meter or Meter(), on_epoch)
+    course = _Course(
+        as_batches(train, seed=mix(seed, "train")),
+        validation,
+        settings.select,
+        seed,
+        folder,
+        mark,
+        meter or Meter(),
+        on_epoch,
+    )
     dense = lasting(recipe, teacher_epochs)
     mask = course.restored(teacher)
     densities = [1.0, *settings.densities(sparsity)]
@@ -171,14 +181,6 @@ def prune_then_distill(
     )
     course.run(len(densities), learner, learner_mask, lasting(recipe, student_epochs), objective)
     return Outcome(teacher, mask, learner, learner_mask, course.history, course.chosen)
-
-
-def _as_batches(source: Batches | DataLoader[Any]) -> Batches:
-    if isinstance(source, Batches):
-        return source
-    from epsd.loaders import as_batches
-
-    return as_batches(source)
 
 
 class _Later:

@@ -1,6 +1,7 @@
 """Which images make up which batch of which epoch: a pure function of (seed, epoch)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,15 @@ def whole(count: int) -> slice:
 
 class TooFewImages(EpsdError):
     """Fewer images than one batch, where short batches are dropped."""
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """TooFewImages out of the block begins with `key`, the parameter that says how large a batch is."""
+    try:
+        yield
+    except TooFewImages as error:
+        raise TooFewImages(f"{key}: {error}") from None
 
 
 def generator(*parts: int | str) -> torch.Generator:

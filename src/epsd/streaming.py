@@ -187,7 +187,8 @@ class Requests(Dataset[Drawn | EpsdError]):
         with _restored():
             pairs = zip(anchors, positions, strict=True)
             samples = [self._sample(purpose, epoch, anchor, position) for anchor, position in pairs]
-        return self._collate(samples)
+            _seed(self._seed, purpose, epoch, anchors[0], "collate")
+            return self._collate(samples)
 
     def _sample(self, purpose: str, epoch: int, anchor: int, position: int) -> Any:
         _seed(self._seed, purpose, epoch, anchor)

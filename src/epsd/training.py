@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader
 from epsd import checkpoints, fitting, jointly, parallel
 from epsd.acceleration import Compile, Update, align_, compiled, pick_update, sgd
 from epsd.console import Progress
+from epsd.loaders import as_batches
 from epsd.losses import as_objective, cross_entropy
 from epsd.masks import Mask, MaskHolder
 from epsd.passes import Meter
@@ -28,6 +31,7 @@ Record = dict[str, float]
 whole gradient, masked, before clipping), `train/top1`, `train/lr`, `time/epoch`, `val/top1`, ...; what was spent up to
 its end (validation excluded): `cost/images_forward`, ..., `cost/image_passes`, `cost/seconds`."""
 
+_NO_SUCH_CLASS = re.compile(r"Target (-?\d+) is out of bounds")
 _CHECK_EVERY = 50
 """Steps between looks at the loss on a GPU: each look waits for the device."""
 
@@ -60,7 +64,7 @@ class Recipe:
     nesterov: bool = True
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     schedule: Literal["step", "cosine", "constant"] = "step"
-    milestones: list[float] = Field(default_factory=lambda: [0.5, 0.75])
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.5, 0.75])
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
@@ -94,26 +98,28 @@ def fit(
     validation: Batches | DataLoader[Any] | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
-    mark: str = "",
+    mark: str | None = None,
     meter: Meter | None = None,
     on_epoch: Callable[[Record], None] | None = None,
 ) -> list[Record]:
     """Train `model` in place on its own device; weights that `mask` removed are exactly zero after every step.
 
     After `parallel.start` in each of several processes, they share every batch of `train` and `validation`: all of
-    them get the same records, and the weights are those that one process would find, to rounding.
+    them get the same records, and the weights are those that one process would find, to rounding (with
+    `Recipe.accumulate` above 1 only where no BatchNorm tells the parts of a batch apart).
 
     Parameters
     ----------
-    train : prepared batches, or a `DataLoader` of (image, label) pairs.
+    train : prepared batches, or a `DataLoader` of (image, label) pairs, see `as_batches`.
     objective : a self-distillation method, or a plain `loss(logits, labels)`. On a CPU it is also called with a few
         images before the first step, to see whether the step will fit into memory.
     validation : judged after every epoch where given.
-    seed : of everything random inside the loop (dropout): epoch n draws from (seed, n) alone, so a resumed run draws
-        the same. The global random state is restored afterwards.
+    seed : of everything random inside the loop (dropout, and of a DataLoader its order and augmentation): epoch n
+        draws from (seed, n) alone, so a resumed run draws the same. The global random state is restored afterwards.
     checkpoint : file written after every epoch (model, optimiser, objective, history); training goes on from it
-        where it exists and carries the same `mark` (`checkpoints.fingerprint`), in any number of processes. The
-        caller deletes it when the result is safe.
+        where it exists and carries the same `mark` (`checkpoints.fingerprint`), in any number of processes. None:
+        a mark of the network's shapes, the mask, the objective's settings, the recipe and the seed; data and code are
+        the caller's to tell apart. The caller deletes the file when the result is safe.
     meter : counts images and seconds on from where it stands (what pruning spent, say); a resumed training puts it
         where the interrupted one left it. Default: from 0.
     on_epoch : called with each epoch's record; after a resume also with the records of the epochs done before.
@@ -124,21 +130,14 @@ def fit(
 
     Raises
     ------
-    TrainingError : a loss that is NaN or infinite (says at which epoch and step; the last good checkpoint stays).
+    TrainingError : a loss that is NaN or infinite (says at which epoch and step; the last good checkpoint stays);
+        a label for which the network has no output; no batch.
     OutOfMemory : a step does not fit into memory; says which batch would.
     MaskError : the mask does not fit the model.  CheckpointError : a checkpoint of something else.
     """
     return _Loop(model, train, as_objective(objective), mask, recipe or Recipe(), seed, meter or Meter()).run(
         validation, checkpoint, mark, on_epoch or (lambda record: None)
     )
-
-
-def _as_batches(source: Batches | DataLoader[Any]) -> Batches:
-    if isinstance(source, Batches):
-        return source
-    from epsd.loaders import as_batches
-
-    return as_batches(source)
 
 
 class _Loop:
@@ -157,7 +156,7 @@ class _Loop:
         self.model, self.objective, self.recipe, self.seed = model, objective, recipe, seed
         self.meter = meter
         self.counted_forward = meter.through(self.forward)
-        self.train = parallel.shard(_as_batches(train), even=True)
+        self.train = parallel.shard(as_batches(train, seed=mix(seed, "train")), even=True)
         self.device = next(model.parameters()).device
         self.layout = pick_memory_format(recipe.memory_format)
         if parallel.world() > 1 and recipe.compile not in ("auto", "none"):
@@ -184,7 +183,7 @@ class _Loop:
         self,
         validation: Batches | DataLoader[Any] | None,
         checkpoint: Path | None,
-        mark: str,
+        mark: str | None,
         on_epoch: Callable[[Record], None],
     ) -> list[Record]:
         self.model.to(memory_format=self.layout)
@@ -196,6 +195,10 @@ class _Loop:
                 raise
             fitting.release(error, self.device)
             raise fitting.OutOfMemory(self.room.advice()) from None
+        except IndexError as error:  # of the cross entropy, on a CPU
+            if not (found := _NO_SUCH_CLASS.match(str(error))):
+                raise
+            raise TrainingError(f"a label is {found[1]}, for which the network has no output.") from None
         finally:
             self.model.to(memory_format=torch.contiguous_format)
 
@@ -203,19 +206,23 @@ class _Loop:
         self,
         validation: Batches | DataLoader[Any] | None,
         checkpoint: Path | None,
-        mark: str,
+        mark: str | None,
         on_epoch: Callable[[Record], None],
     ) -> list[Record]:
         if self.mask is not None:
             self.mask.apply_(self.model)
             self.holder = MaskHolder(self.mask, self.model, foreach=self.update != "loop")
-        if checkpoint is not None and (state := checkpoints.load(checkpoint, mark)):
+        if checkpoint is not None and mark is None:
+            mark = self._mark()
+        if checkpoint is not None and mark is not None and (state := checkpoints.load(checkpoint, mark)):
             self._restore(state)
+            if self.mask is not None:
+                self.mask.apply_(self.model)  # whatever a caller's own mark let through
         if not parallel.agree(len(self.history)):
             raise TrainingError("only some of the processes see the checkpoint: they need one common project folder.")
         for record in self.history:
             on_epoch(record)
-        judged = None if validation is None else parallel.shard(_as_batches(validation))
+        judged = None if validation is None else parallel.shard(as_batches(validation, seed=mix(self.seed, "train")))
         steps, epochs = len(self.train), self.recipe.epochs
         devices = [self.device] if self.device.type == "cuda" else []
         with (
@@ -228,7 +235,7 @@ class _Loop:
                 if judged is not None:
                     record |= {f"val/{name}": value for name, value in self.judge(judged).items()}
                 self.history.append(record)
-                if checkpoint is not None:
+                if checkpoint is not None and mark is not None:
                     self._save(checkpoint, mark)
                 on_epoch(record)
                 bar.say(" ".join(f"{word} {record[key]:.4g}" for word, key in _SHOWN.items() if key in record))
@@ -275,6 +282,8 @@ class _Loop:
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.lr_at(number, len(self.train))
         loss = self.backward(fitting.parts(batch, self.room.parts), progress)
+        if number == 0:
+            parallel.check_used(self.model)
         tally.add(loss.total, loss.terms, loss.logits, batch.labels)
         self.scaler.unscale_(self.optimiser)
         if self.holder is not None:
@@ -286,6 +295,7 @@ class _Loop:
     def backward(self, parts: list[Batch], progress: float) -> Loss:
         """The gradient of a batch, from its parts, and what to log of it (detached)."""
         self.optimiser.zero_grad(set_to_none=True)
+        self._announce(0, len(parts))
         if len(parts) == 1:
             loss = self.objective.loss(self.counted_forward, parts[0], progress)
             self.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]
@@ -293,16 +303,16 @@ class _Loop:
         size = sum(len(part.labels) for part in parts)
         losses = []
         for number, part in enumerate(parts):
-            self._announce(number)
+            self._announce(number, len(parts))
             with parallel.unsynced(self.net) if number + 1 < len(parts) else contextlib.nullcontext():
                 losses.append(self._backward_part(part, progress, len(part.labels) / size))
-        self._announce(0)
+        self._announce(0, len(parts))
         return added(losses)
 
-    def _announce(self, part: int) -> None:
-        """Tell an objective that remembers the last batch which part of it comes next."""
+    def _announce(self, part: int, count: int) -> None:
+        """Tell an objective that remembers the last batch which of how many parts comes next."""
         if hasattr(self.objective, "part"):
-            self.objective.part = part
+            self.objective.part = part, count
 
     def _backward_part(self, part: Batch, progress: float, share: float) -> Loss:
         loss = self.objective.loss(self.counted_forward, part, progress)
@@ -321,14 +331,27 @@ class _Loop:
     def judge(self, batches: Batches) -> Record:
         """top1 and nll of the model in eval mode."""
         self.model.eval()
-        right, nll = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        right, nll, seen = (torch.zeros((), device=self.device) for _ in range(3))
         for drawn in batches.epoch(0):
             batch = to_device(drawn, self.device)
             logits = self.forward(batch.images)
+            seen = seen + len(batch.labels)
             nll = nll + nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
             right = right + (logits.argmax(1) == batch.labels).sum()
-        parallel.sum_([right, nll])
-        return {"top1": float(right) / batches.size, "nll": float(nll) / batches.size}
+        parallel.sum_([right, nll, seen])
+        if not seen:
+            raise TrainingError("validation: there is no batch to judge the network on.")
+        return {"top1": float(right / seen), "nll": float(nll / seen)}
+
+    def _mark(self) -> str:
+        """Of all that makes this training another one, data and code excepted."""
+        shapes = {name: list(p.shape) for name, p in self.model.named_parameters()}
+        kept = None if self.mask is None else self.mask.digest()
+        settings = [
+            dataclasses.asdict(self.recipe),
+            repr(self.objective) if dataclasses.is_dataclass(self.objective) else "",
+        ]
+        return checkpoints.fingerprint({"shapes": shapes, "mask": kept, "settings": settings, "seed": self.seed})
 
     def _save(self, checkpoint: Path, mark: str) -> None:
         """All processes put the state together, the main one writes it."""

@@ -61,7 +61,7 @@ class Objective(Protocol):
         """What a batch must carry for this method."""
 
     def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
-        """Forget all state. `train_size` images in the training split, `num_classes` logits."""
+        """Forget all state. `train_size` images in the training split, `num_classes` (0: unknown) in the labels."""
 
     def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
         """`progress` in [0, 1]: (epoch + 1) / epochs while training, 1 while scoring."""
@@ -82,7 +82,10 @@ class Score(Protocol):
 
 @runtime_checkable
 class Batches(Protocol):
-    """A split that can be passed over again and again; epoch `number` always gives the same batches."""
+    """A split that can be passed over again and again; epoch `number` always gives the same batches.
+
+    `size` : images.  `num_classes` : 0 where nobody says how many there are.
+    """
 
     size: int
     num_classes: int

@@ -1,7 +1,7 @@
 """DLB: self-distillation from the last mini-batch (Shen et al., CVPR 2022; official code Meta-knowledge-Lab/DLB)."""
 
 from dataclasses import field
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -12,6 +12,14 @@ from epsd.registry import stateful_variant
 from epsd.types import Batch, BatchNeeds, Forward, Loss, Purpose
 
 
+class Last(NamedTuple):
+    """Of the last batch: second views (B, C, H, W), labels (B,), and the logits (B, K) of the first views then."""
+
+    images: Tensor
+    labels: Tensor
+    logits: Tensor
+
+
 @stateful_variant
 class Dlb:
     """CE of this batch and of the last one's second view, plus weight · T² · KL from the last batch's earlier logits.
@@ -20,7 +28,7 @@ class Dlb:
     its own; CE over both halves as one mean; KL pulls the second half towards what the net said of view 0 one step
     earlier (detached). State carries over the end of an epoch. The very first step is plain cross entropy, so
     scoring needs at least one look-ahead step for the distillation to be live. Of a batch computed in parts, each
-    part looks back at the same part of the last batch: `part` says which one comes next.
+    part looks back at the same part of the last batch: `part` says which one comes next, and of how many.
 
     temperature : T > 0. The official script has no default; 3 as its example tag "TP3" hints and a known
         re-implementation uses.
@@ -31,8 +39,8 @@ class Dlb:
     temperature: Annotated[float, Field(gt=0)] = 3.0
     weight: Annotated[float, Field(ge=0)] = 1.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    last: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    part: int = field(default=0, init=False, repr=False)
+    last: dict[int, Last] = field(default_factory=dict, init=False, repr=False)
+    part: tuple[int, int] = field(default=(0, 1), init=False, repr=False)
 
     @property
     def needs(self) -> BatchNeeds:
@@ -41,38 +49,45 @@ class Dlb:
 
     def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
         """Forget the last batch."""
-        self.last, self.part = {}, 0
+        self.last, self.part = {}, (0, 1)
 
     def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
         """Current batch first, then the last one: the order in which the official code updates running statistics."""
         assert batch.partner is not None
         logits = forward(batch.images)
-        last = self._swapped({"images": batch.partner, "labels": batch.labels, "logits": logits.detach()})
-        if not last:
+        last = self._swapped(Last(batch.partner, batch.labels, logits.detach()))
+        if last is None:
             supervised = losses.cross_entropy(logits, batch.labels, self.label_smoothing)
             zero = torch.zeros_like(supervised)
             terms = {"cross_entropy": supervised.detach(), "distillation": zero}
             return Loss(supervised, terms, logits.detach(), {"supervised": supervised, "distillation": zero})
-        again = forward(last["images"])
-        both = torch.cat([again, logits]), torch.cat([last["labels"], batch.labels])
+        again = forward(last.images)
+        both = torch.cat([again, logits]), torch.cat([last.labels, batch.labels])
         supervised = losses.cross_entropy(*both, self.label_smoothing)
-        distillation = losses.kl_divergence(last["logits"], again, self.temperature)
+        distillation = losses.kl_divergence(last.logits, again, self.temperature)
         total = supervised + self.weight * distillation
         terms = {"cross_entropy": supervised.detach(), "distillation": distillation.detach()}
         parts = {"supervised": supervised, "distillation": self.weight * distillation}
         return Loss(total, terms, logits.detach(), parts)
 
-    def _swapped(self, now: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Remember `now`, hand back what was remembered; {} at first. Parts after the first have a number behind."""
-        behind = f".{self.part}" if self.part else ""
-        last = {name: self.last[name + behind] for name in now if name + behind in self.last}
-        self.last = {**self.last, **{name + behind: value for name, value in now.items()}}
+    def _swapped(self, now: Last) -> Last | None:
+        """Remember this part of the batch, hand back what was remembered of the last one; None at first."""
+        part, count = self.part
+        last = self.last.get(part)
+        kept = {**self.last, part: now}
+        done = part + 1 == count  # what is left of a batch in more parts goes with it
+        self.last = {number: seen for number, seen in kept.items() if number < count or not done}
         return last
 
     def state_dict(self) -> dict[str, Any]:
-        """The last batch's second view, labels and logits; of several processes, of the whole batch."""
-        return {name: parallel.gather(tensor) for name, tensor in self.last.items()}
+        """The last batch's second view, labels and logits by part; of several processes, of the whole batch."""
+        named = {
+            f"{name}.{part}": tensor for part, last in self.last.items() for name, tensor in last._asdict().items()
+        }
+        return {name: parallel.gather(tensor) for name, tensor in named.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batch in `state`."""
-        self.last = {name: tensor[parallel.share(len(tensor))] for name, tensor in state.items()}
+        mine = {name: tensor[parallel.share(len(tensor))] for name, tensor in state.items()}
+        parts = sorted({int(name.split(".")[1]) for name in mine})
+        self.last = {part: Last(*(mine[f"{name}.{part}"] for name in Last._fields)) for part in parts}

@@ -19,6 +19,7 @@ from epsd.params import Params
 from epsd.passes import Meter
 from epsd.registry import choose
 from epsd.runtime import mix, pick_device, pick_precision, seed_everything
+from epsd.sampling import naming
 from epsd.scores import SCORES
 from epsd.types import Batches, Objective, Score, Scores
 
@@ -126,16 +127,17 @@ def _begin(params: Params, data: Prepared) -> _Scoring:
     keep_freed_memory(params.prune.memory == "auto")  # faster, for a higher peak: not where memory is counted
     seed_everything(params.seed)
     model = network(params, data)
-    batches = data.batches(
-        "train",
-        batch_size=params.prune.batch_size,
-        seed=mix(params.seed, "prune"),
-        device=pick_device(params.device),
-        augmentation=Augmentation(params.data.crop_padding, params.data.flip),
-        shuffle=True,
-        drop_last=True,
-        workers=params.data.workers,
-    )
+    with naming("prune.batch_size"):
+        batches = data.batches(
+            "train",
+            batch_size=params.prune.batch_size,
+            seed=mix(params.seed, "prune"),
+            device=pick_device(params.device),
+            augmentation=Augmentation(params.data.crop_padding, params.data.flip),
+            shuffle=True,
+            drop_last=True,
+            workers=params.data.workers,
+        )
     score = choose(SCORES, params.prune.score, "prune.score")
     return _Scoring(model, batches, score, choose(OBJECTIVES, params.objective, "objective"))
 

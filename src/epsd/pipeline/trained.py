@@ -14,6 +14,7 @@ from epsd.params import Params
 from epsd.passes import Meter
 from epsd.registry import choose
 from epsd.runtime import mix, pick_device
+from epsd.sampling import naming
 from epsd.training import Recipe, Record, fit
 from epsd.types import Batches
 
@@ -58,16 +59,17 @@ def recipe(params: Params) -> Recipe:
 def batches(params: Params, data: Prepared, split: Any) -> Batches:
     """Augmented and shuffled for train; as they are for validation."""
     training = split == "train"
-    return data.batches(
-        split,
-        batch_size=params.train.batch_size,
-        seed=mix(params.seed, "train"),
-        device=pick_device(params.device),
-        augmentation=Augmentation(params.data.crop_padding, params.data.flip) if training else None,
-        shuffle=training,
-        drop_last=training,
-        workers=params.data.workers,
-    )
+    with naming("train.batch_size"):
+        return data.batches(
+            split,
+            batch_size=params.train.batch_size,
+            seed=mix(params.seed, "train"),
+            device=pick_device(params.device),
+            augmentation=Augmentation(params.data.crop_padding, params.data.flip) if training else None,
+            shuffle=training,
+            drop_last=training,
+            workers=params.data.workers,
+        )
 
 
 def card(params: Params, data: Prepared, mask: Mask) -> dict[str, Any]:
