@@ -77,6 +77,27 @@ def test_each_split_shows_only_its_own_digits(tmp_path: Path) -> None:
         assert {int(label) for scene in index.scenes[split] for label in scene.labels} == {digit}
 
 
+def marked(count: int, brightness: int) -> tuple[np.ndarray, np.ndarray]:
+    """Squares of labels 0, 1, ... 9, 0, ..., each of a brightness of its own."""
+    values = np.arange(brightness, brightness + count, dtype=np.uint8)
+    return np.repeat(values, 64).reshape(count, 1, 8, 8), np.arange(count) % 10
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_without_validation_digits_some_of_train_are_held_out(tmp_path: Path, empty: bool) -> None:
+    from epsd.datasets.digit_scenes import _pools
+
+    images = {"train": marked(80, 100), "test": marked(20, 200)} | ({"validation": marked(0, 0)} if empty else {})
+    pools = _pools(images, seed=0)
+    shown = {split: {int(digit.max()) for digit in digits} for split, (digits, _) in pools.items()}
+    assert shown["train"] | shown["validation"] == set(range(100, 180)) and len(shown["validation"]) == 10
+    assert not shown["train"] & shown["validation"]
+    assert shown["test"] == set(range(200, 220))
+    assert read(tmp_path, images=images).counts()["validation"]["pictures"] == 4
+    assert len(_pools(images, seed=0, validation=False)["train"][1]) == 80
+    assert read(tmp_path, images=images, validation=0).scenes["validation"] == []
+
+
 def test_other_data_sets_are_not_pasted_as_digits(tmp_path: Path) -> None:
     images = {split: pool(250, 0) for split in SETS}
     index = read(tmp_path, images=images, class_names=["cat", "dog"])

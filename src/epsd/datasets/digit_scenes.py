@@ -22,6 +22,7 @@ SETS = {"train": "train", "validation": "val", "test": "test"}
 INK = 64  # a pixel at least this bright (of 255, at full contrast) belongs to the digit's box
 FAINT = (0.15, 0.3)  # contrast of a difficult digit
 TRIES = 50  # places tried before a scene stays with fewer digits
+HELD_OUT = 1 / 8  # share of train's digits for the validation scenes where no others are there: as in the own split
 
 
 class Thing(NamedTuple):
@@ -37,7 +38,9 @@ class DigitScenes:
     """The 1,797 digits of scikit-learn (Alpaydin and Kaynak, UCI 1998), enlarged and strewn over noisy canvases.
 
     Train scenes show only training digits, test scenes only test digits: the very split of the classification stage,
-    when that is about the same digits; otherwise a split of its own, by seed. Deterministic.
+    when that is about the same digits; otherwise a split of its own, by seed. Where that stage holds out no validation
+    digits (`data.validation: 0`), validation scenes show an eighth of its training digits, which train scenes then do
+    not show. Deterministic.
 
     Settings
     --------
@@ -83,27 +86,28 @@ class DigitScenes:
     ) -> dict[str, list[tuple[Path, str]]]:
         """Write the devkit below `folder` (what was there goes) and name its image sets.
 
-        `images`: split -> images (N, 1, H, W) or (N, H, W) uint8 and labels (N,), the classification stage's, and its
-        `class_names`: used where they are grey digits "0" to "9". Returns split -> [(devkit folder, image set)].
+        `images`: split -> images (N, 1, H, W) or (N, H, W) uint8 and labels (N,), the classification stage's
+        (validation may be missing), and its `class_names`: used where they are grey digits "0" to "9". Returns split ->
+        [(devkit folder, image set)].
         """
+        pools = _pools(images if list(class_names) == CLASS_NAMES else None, seed, bool(self.validation))
         home = folder / FOLDER
         shutil.rmtree(home, ignore_errors=True)
         for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
             (home / part).mkdir(parents=True)
-        pools = _pools(images if list(class_names) == CLASS_NAMES else None, seed)
-        listed = {split: self._write(home, split, pools[split], seed) for split in SETS}
+        listed = {split: self._write(home, split, pools, seed) for split in SETS}
         listed["trainval"] = listed["train"] + listed["validation"]
         for split, ids in listed.items():
             text = "".join(f"{identifier}\n" for identifier in ids)
             (home / "ImageSets" / "Main" / f"{SETS.get(split, split)}.txt").write_text(text, encoding="utf-8")
         return {split: [(home, name)] if listed[split] else [] for split, name in SETS.items()}
 
-    def _write(self, home: Path, split: str, pool: Pool, seed: int) -> list[str]:
+    def _write(self, home: Path, split: str, pools: Mapping[str, Pool], seed: int) -> list[str]:
         from PIL import Image
 
         ids = [f"{SETS[split]}_{number:05d}" for number in range(getattr(self, split))]
         for number, identifier in enumerate(ids):
-            pixels, things = self.compose(pool, np.random.default_rng([seed, list(SETS).index(split), number]))
+            pixels, things = self.compose(pools[split], np.random.default_rng([seed, list(SETS).index(split), number]))
             Image.fromarray(pixels).save(home / "JPEGImages" / f"{identifier}.jpg", quality=95)
             text = annotation(f"{identifier}.jpg", self.canvas, things)
             (home / "Annotations" / f"{identifier}.xml").write_text(text, encoding="utf-8")
@@ -136,10 +140,16 @@ class DigitScenes:
         return np.rint(scene * 255).astype(np.uint8), things
 
 
-def _pools(images: Mapping[str, Pool] | None, seed: int) -> dict[str, Pool]:
-    """Digits by split: the classification stage's where it is about them, else scikit-learn's, split here."""
-    if images is not None and all(_are_digits(*images[split]) for split in SETS):
-        return {split: (_grey(images[split][0]), images[split][1]) for split in SETS}
+def _pools(images: Mapping[str, Pool] | None, seed: int, validation: bool = True) -> dict[str, Pool]:
+    """Digits by split: the classification stage's where it is about them, else scikit-learn's, split here.
+
+    `validation`: whether validation scenes are wanted, for which digits are held out of train where there are none.
+    """
+    pools = {split: pool for split, pool in (images or {}).items() if len(pool[1])}
+    if {"train", "test"} <= set(pools) and all(_are_digits(pool[0]) for pool in pools.values()):
+        if validation and "validation" not in pools:
+            pools |= _held_out(pools["train"], seed)
+        return {split: (_grey(pixels), labels) for split, (pixels, labels) in pools.items()}
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -149,8 +159,16 @@ def _pools(images: Mapping[str, Pool] | None, seed: int) -> dict[str, Pool]:
     return {split: (pixels[part], bunch.target[part].astype(np.int64)) for split, part in zip(SETS, parts, strict=True)}
 
 
-def _are_digits(images: Pixels, labels: npt.NDArray[np.int64]) -> bool:
-    return len(labels) > 0 and (images.ndim == 3 or images.shape[1] == 1) and images.shape[-1] == images.shape[-2]
+def _held_out(train: Pool, seed: int) -> dict[str, Pool]:
+    """The digits of train in two parts, drawn by `seed`: what train keeps, and what validation gets."""
+    order = np.random.default_rng([seed, len(SETS)]).permutation(len(train[1]))
+    count = max(1, round(HELD_OUT * len(order)))
+    parts = {"validation": np.sort(order[:count]), "train": np.sort(order[count:])}
+    return {split: (train[0][part], train[1][part]) for split, part in parts.items()}
+
+
+def _are_digits(images: Pixels) -> bool:
+    return (images.ndim == 3 or images.shape[1] == 1) and bool(images.shape[-1] == images.shape[-2])
 
 
 def _grey(images: Pixels) -> Pixels:
