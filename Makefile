@@ -11,7 +11,7 @@ export DO_NOT_TRACK := true
 .PHONY: repro test ui serve tune check
 
 repro: .venv/complete  ## run what is stale of prepare, prune, train, evaluate, detect
-	$(BIN)/python -m epsd.stage && $(BIN)/dvc repro
+	$(BIN)/python -m epsd.stage --reread && $(BIN)/dvc repro
 
 test: .venv/complete  ## every test, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

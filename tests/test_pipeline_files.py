@@ -46,6 +46,7 @@ PLUMBING = {
     "checkpoints",
     "downloads",
     "launch",
+    "listing",
 }
 
 

@@ -7,14 +7,15 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
 from conftest import ROOT
-from epsd import runtime, stage
-from epsd.params import parse, read_yaml
+from epsd import listing, runtime, stage
+from epsd.params import load, parse, read_yaml
 from epsd.registry import ParamsError
 from epsd.runtime import determinism
 from epsd.types import EpsdError
@@ -22,6 +23,7 @@ from epsd.types import EpsdError
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from epsd.stage import run_stage
 from epsd.types import EpsdError
 
@@ -244,6 +246,27 @@ def test_check_as_a_command(folder):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("params.yaml: no such file.")
+
+
+def test_changed_images_are_read_again(folder, monkeypatch, capsys):
+    """As `make repro` asks; a second time only if they change again."""
+    text = (folder / "params.yaml").read_text()
+    line = next(line for line in text.splitlines() if "name: digits " in line)
+    (folder / "params.yaml").write_text(text.replace(line, "  name: image_folder\n  root: photos"))
+    (folder / "photos").mkdir()
+    (folder / "photos/1.png").touch()
+    asked = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: asked.append(command) or SimpleNamespace(returncode=3))
+    monkeypatch.setattr(sys, "argv", ["epsd.stage", "--reread"])
+    assert stage._check_only() == 0
+    listing.remember(stage.roots(load(folder / "params.yaml")))
+    assert stage._check_only() == 0
+    (folder / "photos/2.png").touch()
+    assert stage._check_only() == 3
+    assert asked == [[sys.executable, "-m", "dvc", "repro", "-s", "-f", "prepare"]]
+    assert capsys.readouterr().err.endswith(f"changed since the last reading, so it is read again: {folder / 'photos'}\n")
+    monkeypatch.setattr(sys, "argv", ["epsd.stage"])
+    assert stage._check_only() == 0
 
 
 # --- one at a time --------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 `python stages/NAME.py --quiet` (or EPSD_QUIET=1): only the second line, no progress bar.
 
-Also `python -m epsd.stage`: check params.yaml and every name chosen in it, and do nothing else.
+Also `python -m epsd.stage`: check params.yaml and every name chosen in it, and do nothing else; with `--reread`, have
+DVC run `prepare` again where the images that it read have changed since.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import contextlib
 import errno
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,11 +23,21 @@ from typing import Any
 
 import torch
 
-from epsd import launch, parallel
+from epsd import launch, listing, parallel
 from epsd.fitting import is_shortage
 from epsd.params import DEFAULT_PATH, Params, load
 from epsd.registry import ParamsError, choose
-from epsd.runtime import STATE, determinism, hush, no_telemetry, note, pick_device, quiet, seed_everything
+from epsd.runtime import (
+    STATE,
+    determinism,
+    hush,
+    located,
+    no_telemetry,
+    note,
+    pick_device,
+    quiet,
+    seed_everything,
+)
 from epsd.types import EpsdError
 
 Main = Callable[[Params], str | None]
@@ -180,6 +192,14 @@ def _choices(params: Params) -> Iterator[tuple[str, Mapping[str, type[Any]], Map
     yield "prune.score", SCORES, params.prune.score
     yield "voc", DEVKITS, params.voc
     yield "detect.detector", DETECTORS, params.detect.detector
+
+
+def roots(params: Params) -> list[Path]:
+    """The folders and archives that images are read from, where params.yaml names any."""
+    from epsd.datasets import DATASETS, DEVKITS
+
+    chosen = choose(DATASETS, params.dataset, "dataset"), choose(DEVKITS, params.voc, "voc")
+    return [located(variant.root) for variant in chosen if hasattr(variant, "root")]
 
 
 def describe(params: Params, name: str) -> str:
@@ -338,12 +358,20 @@ def _watch(name: str, ancestors: list[Any], done: threading.Event) -> None:
 
 
 def _check_only() -> int:
+    parser = argparse.ArgumentParser(description="Check params.yaml and every name chosen in it.")
+    parser.add_argument("--reread", action="store_true", help="run prepare again where its images have changed")
+    reread = parser.parse_args().reread
     try:
-        check(load(DEFAULT_PATH))
+        params = load(DEFAULT_PATH)
+        check(params)
+        found = listing.changed(roots(params)) if reread else []
     except EpsdError as error:
         note(str(error))
         return 1
-    return 0
+    if not found:
+        return 0
+    note(f"prepare: changed since the last reading, so it is read again: {', '.join(map(str, found))}")
+    return subprocess.run([sys.executable, "-m", "dvc", "repro", "-s", "-f", "prepare"], check=False).returncode
 
 
 if __name__ == "__main__":
