@@ -1,7 +1,7 @@
 """A folder, a .zip or a .tar(.gz|.bz2|.xz) read as one thing: a tree of named files. Nothing is run, nothing escapes.
 
-Archives are read where they are. An entry that would leave the archive (an absolute path, `..`, a link to
-outside) makes the whole archive refused when it is opened, before any entry is used.
+Archives are read where they are, under clean names (`./a//b` is `a/b`). An entry that would leave the archive (an
+absolute path, `..`, a link to outside) makes the whole archive refused when it is opened, before any entry is used.
 """
 
 import os
@@ -12,12 +12,16 @@ import threading
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from epsd.types import EpsdError
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+_LINKS = 40
+"""Links followed one after another, as on Linux; more are taken for a circle."""
+
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
 
 
@@ -54,6 +58,10 @@ class Tree(ABC):
         Raises ArchiveError naming the file that is missing or cannot be read.
         """
 
+    def resolved(self, folder: str) -> str:
+        """Where links lead a folder, the same for two names of one folder; its own name where there are none."""
+        return folder
+
     def read(self, name: str) -> bytes:
         """The content of one file."""
         return next(iter(self.read_many([name])))[1]
@@ -69,7 +77,7 @@ class Tree(ABC):
         """The error for a file that is not there."""
         return ArchiveError(f"{self.where}: has no file '{name}'.")
 
-    def broken(self, name: str, error: BaseException) -> ArchiveError:
+    def broken(self, name: str, error: BaseException | str) -> ArchiveError:
         """The error for a file that is there and cannot be read."""
         return ArchiveError(f"{self.where}: '{name}' cannot be read ({error or type(error).__name__}).")
 
@@ -96,27 +104,37 @@ class FolderTree(Tree):
         """Every folder."""
         return self._listing()[1]
 
+    def resolved(self, folder: str) -> str:
+        """The real path."""
+        return os.path.realpath(self.where / folder)
+
     def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """In the order given."""
         for name in names:
+            path = self.where / name
             try:
-                yield name, (self.where / name).read_bytes()
+                yield name, path.read_bytes()
             except FileNotFoundError:
-                raise self.missing(name) from None
+                raise self.broken(name, "a link to nothing") if path.is_symlink() else self.missing(name) from None
             except OSError as error:
                 raise self.broken(name, error) from None
 
 
 class ZipTree(Tree):
-    """A .zip archive. Safe in threads, and in processes: each opens the file for itself."""
+    """A .zip archive. Safe in threads, and in processes: each opens the file for itself.
+
+    Of several entries of one name the last counts, as wherever a zip is unpacked.
+    """
 
     def __init__(self, where: Path) -> None:
         super().__init__(where)
         self._lock = threading.Lock()
         self._open()
         entries = self._zip.infolist()
-        self._names = tuple(sorted(info.filename for info in entries if _wanted_zip(info, self)))
-        self._folders = _folders(self._names, [info.filename for info in entries if info.is_dir()])
+        wanted = {_clean(info.filename): info.filename for info in entries if _wanted_zip(info, self)}
+        self._names = tuple(sorted(name for name in wanted if not _hidden(name)))
+        self._written = {name: entry for name, entry in wanted.items() if name != entry}  # as the archive spells it
+        self._folders = _folders(self._names, (_clean(info.filename) for info in entries if info.is_dir()))
 
     def _open(self) -> None:
         try:
@@ -126,7 +144,7 @@ class ZipTree(Tree):
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"where": self.where, "_names": self._names, "_folders": self._folders}
+        return {name: self.__dict__[name] for name in ("where", "_names", "_written", "_folders")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -150,7 +168,7 @@ class ZipTree(Tree):
                 if self._process != os.getpid():  # a forked child shares the parent's file position: take its own
                     self._open()
             try:
-                content = self._zip.read(name)
+                content = self._zip.read(self._written.get(name, name))
             except KeyError:
                 raise self.missing(name) from None
             except _BROKEN as error:
@@ -159,7 +177,11 @@ class ZipTree(Tree):
 
 
 class TarTree(Tree):
-    """A .tar, compressed or not. Read front to back, whatever the order asked for."""
+    """A .tar, compressed or not. Read front to back, whatever the order asked for.
+
+    Links inside it are followed, to files and to folders. Of several members of one name the last counts, as wherever
+    a tar is unpacked.
+    """
 
     random_access = False
 
@@ -170,10 +192,29 @@ class TarTree(Tree):
                 members = archive.getmembers()
             except _BROKEN as error:
                 raise ArchiveError(f"{where}: truncated or corrupt ({error}).") from None
-        kept = [member for member in members if _wanted_tar(member, self)]
-        files = {_clean(member.name) for member in kept if not member.issym()}
-        self._names = tuple(sorted(files | {_clean(member.name) for member in kept if _target(member) in files}))
-        self._folders = _folders(self._names, [member.name for member in members if member.isdir()])
+        self._links: dict[str, str] = {}  # name -> where it leads
+        self._replaced: set[int] = set()  # where members begin that a later one of the same name replaces
+        files = self._listed(members)
+        self._shown = _shown(files, self._links) if self._links else {}  # name -> the file that it stands for
+        self._names = tuple(sorted(name for name in self._shown or files if not _hidden(name)))
+        self._known = frozenset(self._names)
+        self._folders = _folders(self._names, (_clean(member.name) for member in members if member.isdir()))
+
+    def _listed(self, members: Iterable[tarfile.TarInfo]) -> Iterable[str]:
+        """The names of files that are no links; notes links, and which members count no more."""
+        files: dict[str, int] = {}  # name -> where its member begins
+        for member in members:
+            name, target = _clean(member.name), _checked(member, self)
+            if target == name or not (target or member.isfile()):
+                continue
+            self._links.pop(name, None)
+            if name in files:
+                self._replaced.add(files.pop(name))
+            if target is not None:
+                self._links[name] = target
+            else:
+                files[name] = member.offset
+        return files
 
     def _opened(self) -> tarfile.TarFile:
         try:
@@ -191,20 +232,25 @@ class TarTree(Tree):
         """Every folder."""
         return self._folders
 
+    def resolved(self, folder: str) -> str:
+        """Where the archive's links lead."""
+        return _followed(folder, self._links)
+
     def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """In the archive's own order, which is one pass over it."""
-        wanted = set(names)
-        for name in sorted(wanted):
-            if name not in self._names:
+        wanted: defaultdict[str, list[str]] = defaultdict(list)  # file -> the names under which it is asked for
+        for name in sorted(set(names)):
+            if name not in self._known:
                 raise self.missing(name)
+            wanted[self._shown.get(name, name)].append(name)
         with self._opened() as archive:
             for member in archive:
-                name = _clean(member.name)
-                if name in wanted and not member.isdir():
-                    wanted.discard(name)
-                    yield name, self._content(archive, member)
                 if not wanted:
                     return
+                name = _clean(member.name)
+                if name in wanted and member.isfile() and member.offset not in self._replaced:
+                    content = self._content(archive, member)
+                    yield from ((asked, content) for asked in wanted.pop(name))
 
     def _content(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
         try:
@@ -253,28 +299,33 @@ def unpack(tree: Tree, names: Iterable[str], target: Path) -> None:
 
 
 def _inside(name: str, archive: Path) -> None:
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or (path.parts and path.parts[0].endswith(":")) or "\0" in name:
+    path = name.replace("\\", "/")
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if path.startswith("/") or ".." in parts or (parts and parts[0].endswith(":")) or "\0" in name:
         raise ArchiveError(f"{archive}: refused, its entry '{name}' points outside the archive.")
 
 
 def _hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    """Of a clean name: whether the file or a folder that it is in is hidden."""
+    return "/." in f"/{name}" or "/__MACOSX/" in f"/{name}/"
 
 
 def _wanted_zip(info: zipfile.ZipInfo, tree: ZipTree) -> bool:
     _inside(info.filename, tree.where)
     if stat.S_ISLNK(info.external_attr >> 16):
         raise ArchiveError(f"{tree.where}: refused, its entry '{info.filename}' is a link.")
-    return not info.is_dir() and not _hidden(info.filename)
+    return not info.is_dir()
 
 
-def _wanted_tar(member: tarfile.TarInfo, tree: TarTree) -> bool:
+def _checked(member: tarfile.TarInfo, tree: TarTree) -> str | None:
+    """Where a link leads inside the archive; None for what is no link. Raises ArchiveError for what leads outside."""
     _inside(member.name, tree.where)
-    link = member.issym() or member.islnk()
-    if link and (_target(member).startswith("..") or PurePosixPath(member.linkname).is_absolute()):
+    if not (member.issym() or member.islnk()):
+        return None
+    target = _target(member)
+    if target.startswith("..") or PurePosixPath(member.linkname).is_absolute():
         raise ArchiveError(f"{tree.where}: refused, its entry '{member.name}' links outside ('{member.linkname}').")
-    return (link or member.isfile()) and not _hidden(member.name)
+    return target
 
 
 def _clean(name: str) -> str:
@@ -287,23 +338,67 @@ def _target(member: tarfile.TarInfo) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(member.name) if member.issym() else "", member.linkname))
 
 
+def _followed(path: str, links: Mapping[str, str]) -> str:
+    """Where a path inside an archive ends, link after link. One that leads in a circle ends at a link."""
+    for _ in range(_LINKS):
+        parts = path.split("/")
+        starts = ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
+        link = next((start for start in starts if start in links), None)
+        if link is None:
+            break
+        path = _clean(links[link] + path[len(link) :])
+    return path
+
+
+def _shown(files: Iterable[str], links: Mapping[str, str]) -> dict[str, str]:
+    """Every name that leads to a file, also by way of links -> the file's own name."""
+    files = frozenset(files)
+    inside: defaultdict[str, set[str]] = defaultdict(set)  # folder -> the names in it
+    for name in (*files, *links):
+        while name and name not in inside[parent := name.rpartition("/")[0]]:
+            inside[parent].add(name)
+            name = parent
+
+    def found(folder: str, start: str, above: frozenset[str]) -> Iterator[tuple[str, str]]:
+        for name in inside[folder]:
+            shown, real = start + name.rpartition("/")[2], _followed(name, links)
+            if real in files:
+                yield shown, real
+            elif real in inside and real not in above:  # a link to a folder that it lies in: else for ever
+                yield from found(real, f"{shown}/", above | {real})
+
+    return dict(found("", "", frozenset()))
+
+
 def _folders(names: Iterable[str], explicit: Iterable[str]) -> frozenset[str]:
-    found = {_clean(name) for name in explicit}
-    for name in [*names, *found]:
-        found.update(parent.as_posix() for parent in PurePosixPath(name).parents)
-    return frozenset(name for name in found if name != "." and not _hidden(name))
+    """All folders that hold the named files or are named themselves (clean names), with those that they are in."""
+    found: set[str] = set()
+    for folder in {name.rpartition("/")[0] for name in names}.union(explicit):
+        while folder and folder not in found:
+            found.add(folder)
+            folder = folder.rpartition("/")[0]
+    return frozenset(name for name in found if not _hidden(name))
 
 
 def _walk(root: Path) -> tuple[tuple[str, ...], frozenset[str]]:
-    seen: set[str] = set()  # real paths: a link to a parent folder must not be followed for ever
-    names, empty = [], []
-    for folder, folders, files in os.walk(root, followlinks=True):
+    """Files and folders below `root`. Links are followed, but for one to a folder that it lies in: else for ever.
+
+    Raises ArchiveError naming a folder that cannot be listed.
+    """
+    names: list[str] = []
+    empty: list[str] = []
+    known = {str(root): ("", frozenset[str]())}  # folder -> its name here, and the real paths of those that it is in
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_unlisted):
+        start, above = known.pop(folder)
         real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
+        folders[:] = [] if real in above else sorted(name for name in folders if not _hidden(name))
+        if real in above:
             continue
-        seen.add(real)
-        base = Path(folder).relative_to(root)
-        empty.append(base.as_posix())
-        names += [relative for name in files if not _hidden(relative := (base / name).as_posix())]
+        known |= {os.path.join(folder, name): (f"{start}{name}/", above | {real}) for name in folders}  # noqa: PTH118
+        empty.append(start[:-1])
+        names += [f"{start}{name}" for name in files if not _hidden(name)]
     return tuple(sorted(names)), _folders(names, empty)
+
+
+def _unlisted(error: OSError) -> None:
+    raise ArchiveError(f"{error.filename}: cannot be listed ({error.strerror or error}).")
