@@ -1,3 +1,5 @@
+import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,10 @@ def test_images_in_folders_of_a_class_count_to_it(tmp_path: Path) -> None:
             "'extra' lies beside the split folder",
         ),
         (
+            {f"{c}/1.png": b"" for c in ("bus", "car", "train")},
+            "'bus' lies beside the split folder 'train'. If 'train' is a class, put all class folders into one named",
+        ),
+        (
             {f"{s}/{c}/1.png": b"" for s in ("train", "val", "valid") for c in ("cat", "dog")},
             "two folders for one split",
         ),
@@ -91,6 +97,57 @@ def test_unfit_layouts_are_named(tmp_path: Path, kind: str, files: dict[str, byt
         read(root)
     assert "\n" not in str(error.value)
     assert str(root) in str(error.value)
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    source = read(write(tmp_path / "tree", {f"train/{c}/1.png": b"" for c in ("bus", "car", "train")}))
+    assert source.class_names == ["bus", "car", "train"] and list(source.splits) == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "told"),
+    [
+        ("test", "train", "'test/cat' and 'train/cat'|'train/cat' and 'test/cat'"),
+        ("val", "train", "'val/cat' and 'train/cat'|'train/cat' and 'val/cat'"),
+        ("test/cat", "../train/cat", "'test/cat' and 'train/cat'|'train/cat' and 'test/cat'"),
+        ("train/cow", "cat", "'train/cow' and 'train/cat'"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_images_that_a_link_shows_twice_are_refused(
+    tmp_path: Path, kind: str, link: str, target: str, told: str
+) -> None:
+    files = classes(2, splits=("train",)) | ({"test/dog/1.png": b""} if "test/" in link else {})
+    if kind == "folder":
+        root = write(tmp_path / "tree", files)
+        (root / link).symlink_to(target)
+    else:
+        root = tarred(tmp_path / "tree.tar", files)
+        with tarfile.open(root, "a") as archive:
+            member = tarfile.TarInfo(link)
+            member.type, member.linkname = tarfile.SYMTYPE, target
+            archive.addfile(member)
+    with pytest.raises(SourceError, match=f"({told}) are the same folder") as error:
+        read(root)
+    assert "\n" not in str(error.value)
+
+
+def test_validation_and_test_may_be_one_folder(tmp_path: Path) -> None:
+    root = write(tmp_path / "tree", classes(2, splits=("train", "val")))
+    (root / "test").symlink_to("val")
+    source = read(root)
+    assert {split: len(part) for split, part in source.splits.items()} == {"train": 4, "validation": 4, "test": 4}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_names_that_are_no_text_are_refused_for_classes_only(tmp_path: Path, kind: str) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    pack = (lambda path, files: write(path, files)) if kind == "folder" else tarred
+    source = read(pack(tmp_path / f"a.{kind}", {f"{c}/{odd}.png": b"" for c in ("cat", "dog")}))
+    assert names(source)["train"] == [f"cat/{odd}.png", f"dog/{odd}.png"]
+    with pytest.raises(SourceError, match=r"the class name 'caf\\xe9' is not UTF-8 text: rename") as error:
+        read(pack(tmp_path / f"b.{kind}", {f"{c}/1.png": b"" for c in ("cat", odd)}))
+    str(error.value).encode()
 
 
 def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:

@@ -95,7 +95,15 @@ class Source:
 
 
 def check_class_names(names: Sequence[str], where: str) -> None:
-    """Raises SourceError for fewer than two classes, or names that differ at most in case."""
+    """Raises SourceError for fewer than two classes, names that differ at most in case, or one that is not UTF-8.
+
+    Bytes that are no text are fine in the name of a file, which only its folder must understand; the name of a class
+    goes into tables, figures and other people's tools.
+    """
+    garbled = [name for name in names if any("\udc80" <= letter <= "\udcff" for letter in name)]
+    if garbled:
+        shown = garbled[0].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        raise SourceError(f"{where}: the class name '{shown}' is not UTF-8 text: rename its folder.")
     if len(names) < 2:
         raise SourceError(f"{where}: has {len(names)} class(es) ({', '.join(names)}), at least 2 are needed.")
     counts = Counter(name.casefold() for name in names)
@@ -123,7 +131,7 @@ def folder_source(tree: Tree, reading: Reading) -> Source:
     A single top folder around either is skipped. Files that are no images are ignored; a folder without any
     counts as an empty class.
 
-    Raises SourceError naming what is empty, clashing, missing from a split, or not in a class folder.
+    Raises SourceError naming what is empty, clashing, missing from a split, not in a class folder, or there twice.
     """
     top = _top(tree)
     found = [(name, name[len(top) :].split("/")) for name in tree.names if is_image(name)]
@@ -156,7 +164,8 @@ def _top(tree: Tree) -> str:
 def _check_split_folders(tree: Tree, firsts: Sequence[str], named: Mapping[str, Split]) -> None:
     others = [first for first in firsts if first not in named]
     if others:
-        raise SourceError(f"{tree.where}: '{others[0]}' lies beside the split folder '{min(named)}'.")
+        way_out = f"If '{min(named)}' is a class, put all class folders into one named 'train'"
+        raise SourceError(f"{tree.where}: '{others[0]}' lies beside the split folder '{min(named)}'. {way_out}.")
     if len(set(named.values())) < len(named):
         raise SourceError(f"{tree.where}: two folders for one split: {', '.join(sorted(named))}.")
 
@@ -167,6 +176,7 @@ def _by_class(splits: Mapping[Split, Found], class_names: Sequence[str], tree: T
             if len(parts) < 2:
                 layouts = "split/class/image or class/image"
                 raise SourceError(f"{tree.where}: '{name}' lies in no class folder (layout: {layouts}).")
+    check_apart(tree, {split: [name for name, _ in found] for split, found in splits.items()})
     number = {name: i for i, name in enumerate(class_names)}
     return Source(
         description=str(tree.where),
@@ -177,6 +187,22 @@ def _by_class(splits: Mapping[Split, Found], class_names: Sequence[str], tree: T
         },
         reading=reading,
     )
+
+
+def check_apart(tree: Tree, splits: Mapping[Split, Iterable[str]]) -> None:
+    """Raises SourceError where a link shows a folder of images twice: what was learnt would be tested.
+
+    Validation and test may be one: ImageNet's labelled images beside train serve as either.
+    """
+    seen: dict[str, tuple[Split, str]] = {}
+    for split, names in splits.items():
+        for folder in sorted({name.rpartition("/")[0] for name in names}):
+            other, twin = seen.setdefault(tree.resolved(folder), (split, folder))
+            if folder != twin and {split, other} != {"validation", "test"}:
+                raise SourceError(
+                    f"{tree.where}: '{folder}' and '{twin}' are the same folder, by a link, so its images would be "
+                    "learnt and tested. Remove one of the two; a split that is missing is held out of train."
+                )
 
 
 def as_labels(labels: Iterable[int]) -> NDArray[np.int64]:

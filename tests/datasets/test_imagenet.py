@@ -81,6 +81,13 @@ def test_what_is_missing_is_named(tmp_path: Path, files: dict[str, bytes], messa
     assert "\n" not in str(error.value)
 
 
+def test_val_that_is_a_link_to_train_is_refused(tmp_path: Path) -> None:
+    root = write(tmp_path / "i", train())
+    (root / "val").symlink_to("train")
+    with pytest.raises(SourceError, match=f"'val/{SYNSETS[0]}' and 'train/{SYNSETS[0]}' are the same folder"):
+        Imagenet(root=str(root))()
+
+
 def test_an_empty_synset_is_named(tmp_path: Path) -> None:
     root = write(tmp_path / "i", train() | flat() | kit())
     (root / "train" / "n09").mkdir()

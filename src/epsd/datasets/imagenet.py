@@ -15,7 +15,7 @@ from epsd.archives import Tree, open_tree
 from epsd.images import is_image
 from epsd.registry import variant
 from epsd.runtime import located
-from epsd.sources import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below
+from epsd.sources import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below, check_apart
 
 SITE = "https://image-net.org/download-images"
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -52,6 +52,7 @@ class Imagenet:
         val = [name for name in tree.names if name.startswith("val/") and is_image(name)]
         if not train or not val:
             raise SourceError(f"{root}: has no images in '{'val' if train else 'train'}/'. {_HOW}")
+        check_apart(tree, {"train": train, "test": val})
         class_names = sorted(folder[len("train/") :] for folder in tree.folders if _level(folder, "train/") == 0)
         number = {name: i for i, name in enumerate(class_names)}
         synsets = (
