@@ -1,11 +1,15 @@
+import gc
 import json
+import os
+import tracemalloc
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from epsd.archives import open_tree
+from epsd.archives import ArchiveError, open_tree
 from epsd.artifacts import ArtifactError
 from epsd.data import Prepared
 from epsd.images import ImageError
@@ -105,6 +109,31 @@ def test_tally_gives_the_mean_and_std_of_all_pixels() -> None:
     flat = Tally()
     flat.add(np.full((2, 1, 3, 3), 7, dtype=np.uint8))
     assert flat.mean_std()[1] == [1.0]
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Most bytes that `work` held at once beyond what was there."""
+    gc.collect()
+    tracemalloc.start()
+    work()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most
+
+
+def test_counting_pixels_takes_no_memory_to_speak_of() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2000, 3, 64, 64), dtype=np.uint8)
+    tally = Tally()
+    assert peak(lambda: tally.add(images)) < 12e6 < images.nbytes
+    assert np.allclose(tally.mean_std()[0], images.mean((0, 2, 3)) / 255, atol=1e-7)
+    assert tally.histogram is not None and tally.histogram.sum() == images.size
+
+
+def test_preparing_takes_little_more_memory_than_the_images(tmp_path: Path) -> None:
+    source = arrays(3000, size=64, channels=3, test=10)
+    train = source.splits["train"].images
+    assert isinstance(train, np.ndarray)
+    assert peak(lambda: prepare(source, tmp_path, validation=0.1)) < 1.4 * train.nbytes  # the splits, taken from train
 
 
 def test_what_is_written_is_what_was_read(tmp_path: Path) -> None:
@@ -211,6 +240,36 @@ def test_a_damaged_image_is_named_or_skipped_and_counted(tmp_path: Path, size: i
     data = Prepared.load(tmp_path / "out")
     for split, count in index["sizes"].items():
         assert sum(len(batch.labels) for batch in data.batches(split, batch_size=5).epoch(0)) == count
+
+
+@pytest.mark.parametrize("size", [12, 80])
+def test_a_link_to_nothing_and_a_damaged_entry_are_skipped_too(tmp_path: Path, size: int) -> None:
+    files = classes(8, size=size)
+    root = write(tmp_path / "tree", files)
+    (root / "cat" / "gone.png").symlink_to("nowhere.png")
+    archive = zipped(tmp_path / "tree.zip", files | {"cat/gone.png": b"x" * 500})
+    content = archive.read_bytes()
+    archive.write_bytes(content.replace(b"x" * 500, b"y" * 500))
+    for tree in map(open_tree, (root, archive)):
+        with pytest.raises(ArchiveError, match=r"'cat/gone.png' cannot be read"):
+            prepare(folder_source(tree, Reading()), tmp_path / "out")
+        index = prepare(folder_source(tree, Reading(unreadable="skip")), tmp_path / "out")
+        assert list(chain(*index["skipped"].values())) == ["cat/gone.png"]
+        assert sum(index["sizes"].values()) == 16
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize("size", [12, 80])
+def test_a_file_name_that_is_no_text_is_prepared(tmp_path: Path, kind: str, size: int) -> None:
+    files = classes(8, size=size) | {os.fsdecode(b"cat/caf\xe9.png"): picture(1, size)}
+    made = write(tmp_path / "tree", files) if kind == "folder" else tarred(tmp_path / "tree.tar", files)
+    index = prepare(folder_source(open_tree(made), Reading()), tmp_path / "out")
+    assert sum(index["sizes"].values()) == 17
+    if index["storage"] == "files":
+        listed = [
+            json.loads((tmp_path / "out" / f"{split}_files.json").read_text())["files"] for split in index["sizes"]
+        ]
+        assert sorted(chain(*listed)) == sorted(files)
 
 
 def test_skipping_a_whole_class_is_an_error(tmp_path: Path) -> None:

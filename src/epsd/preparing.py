@@ -15,11 +15,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsd.archives import open_tree, unpack
+from epsd.archives import ArchiveError, open_tree, unpack
 from epsd.artifacts import ArtifactError, replacing, write_json
 from epsd.images import ImageError, decode, fit, pixels
 from epsd.runtime import mix, watched
-from epsd.sources import SPLITS, UNPACKED, Files, Labelled, Reading, Source, SourceError, Split, check_labels
+from epsd.sources import (
+    SPLITS,
+    UNPACKED,
+    Files,
+    Labelled,
+    Reading,
+    Source,
+    SourceError,
+    Split,
+    Unreadable,
+    check_labels,
+)
 
 IN_MEMORY_UP_TO = 64
 """Pixels on the longer side up to which a whole set is kept in memory (Tiny-ImageNet at 64 px: 1.2 GB)."""
@@ -28,6 +39,9 @@ _AHEAD = 256
 """Images read before the first of them must be decoded: bounds the memory."""
 
 _LEVELS = 256
+_COUNTED_AT_ONCE = 1 << 20
+"""Pixels of a channel that are counted in one go: numpy makes eight bytes of each."""
+
 _WORTH_A_BAR = 2000
 
 
@@ -38,9 +52,15 @@ class Tally:
     histogram: NDArray[np.int64] | None = None
 
     def add(self, images: NDArray[np.uint8]) -> None:
-        """`images`: (N, C, H, W)."""
-        counts = np.stack([np.bincount(images[:, c].ravel(), minlength=_LEVELS) for c in range(images.shape[1])])
-        self.histogram = counts if self.histogram is None else self.histogram + counts
+        """`images`: (N, C, H, W). Takes a few MB beside them, however many they are."""
+        count, channels, height, width = images.shape
+        if self.histogram is None:
+            self.histogram = np.zeros((channels, _LEVELS), dtype=np.int64)
+        step = max(1, _COUNTED_AT_ONCE // (height * width))
+        for start in range(0, count, step):
+            for channel in range(channels):
+                part = images[start : start + step, channel].ravel()
+                self.histogram[channel] += np.bincount(part, minlength=_LEVELS)
 
     def mean_std(self) -> tuple[list[float], list[float]]:
         """Per channel, of pixels in [0, 1]. A channel without contrast gets std 1."""
@@ -160,13 +180,15 @@ class Read:
 def decoded(files: Files, reading: Reading) -> Iterator[Read]:
     """Every file as evaluation will see it, decoded by threads, in the order in which the tree gives them.
 
-    Raises ImageError at the first damaged one, unless `reading.unreadable` is "skip".
+    Raises ImageError at the first damaged one and ArchiveError at the first that cannot be read, unless
+    `reading.unreadable` is "skip".
     """
     place = {name: i for i, name in enumerate(files.names)}
-    contents = files.tree.read_many(files.names)
 
-    def read(name: str, content: bytes) -> Read:
+    def read(name: str, content: bytes | None) -> Read:
         image, where = None, f"{files.tree.where}: {name}"
+        if content is None:
+            return Read(place[name], name, b"", None)
         try:
             image = pixels(fit(decode(content, where, grayscale=reading.grayscale), reading.size, reading.resize))
         except ImageError:
@@ -176,12 +198,26 @@ def decoded(files: Files, reading: Reading) -> Iterator[Read]:
 
     with ThreadPoolExecutor() as pool:
         waiting: list[Future[Read]] = []
-        for name, content in contents:
+        for name, content in _contents(files, reading.unreadable):
             waiting.append(pool.submit(read, name, content))
             if len(waiting) >= _AHEAD:
                 yield waiting.pop(0).result()
         for future in waiting:
             yield future.result()
+
+
+def _contents(files: Files, unreadable: Unreadable) -> Iterator[tuple[str, bytes | None]]:
+    """Name and bytes of every file, None for one that cannot be read and is to be skipped."""
+    if unreadable == "error" or not files.tree.random_access:
+        yield from files.tree.read_many(files.names)
+        return
+    for name in files.names:
+        try:
+            content = files.tree.read(name)
+        except ArchiveError:  # a link to nothing, somebody else's file, a damaged entry of a zip
+            yield name, None
+        else:
+            yield name, content
 
 
 @dataclass
@@ -220,10 +256,11 @@ class Writer:
         names = self.source.class_names
         check_labels(labels, names, f"{self.source.description}: split '{split}' without its unreadable images")
         if images is not None:
-            self._save(split, "images", images[kept])
-            self._hash.update(images[kept].tobytes())
+            images = np.ascontiguousarray(images if kept.all() else images[kept])
+            self._save(split, "images", images)
+            self._hash.update(images.reshape(-1).data)
             if split == "train":
-                self.tally.add(images[kept])
+                self.tally.add(images)
         self._save(split, "labels", labels)
         self._hash.update(split.encode() + labels.tobytes())
         self.sizes[split] = len(labels)
@@ -267,7 +304,7 @@ class Writer:
                 self.tally.add(read.image[None])
         kept = [(name, digest) for name, digest in zip(files.names, digests, strict=True) if digest]
         for name, digest in kept:
-            self._hash.update(name.encode() + digest)
+            self._hash.update(name.encode("utf-8", "surrogateescape") + digest)  # a name may be bytes that are no text
         write_json(self.out / f"{split}_files.json", {"files": [name for name, _ in kept]})
         self.written.add(f"{split}_files.json")
         return np.array([bool(digest) for digest in digests])

@@ -85,22 +85,29 @@ Parts = tuple[list[str], dict[Split, Labelled]]
 
 def _read_pickles(tree: Tree, edition: Edition) -> Parts:
     top = below(tree, edition.meta)
-    content = dict(tree.read_many([top + name for name in (*edition.train, edition.test, edition.meta)]))
-    batches = {name: _unpickled(content[top + name], tree, name) for name in (*edition.train, edition.test)}
-    meta = _unpickled(content[top + edition.meta], tree, edition.meta)
-    parts = {
-        name: (_images(batch.get("data"), tree, name), _labels(batch.get(edition.labels_key), tree, name))
-        for name, batch in batches.items()
+    names = (*edition.train, edition.test)
+    batches = {  # one file's bytes at a time: all of them would be as much again as the images
+        name.removeprefix(top): _unpickled(content, tree, name.removeprefix(top))
+        for name, content in tree.read_many([top + name for name in (*names, edition.meta)])
     }
-    return _class_names(meta.get(edition.names_key), tree, edition), _joined(parts, edition)
+    parts = {
+        name: (
+            _images(batches[name].get("data"), tree, name),
+            _labels(batches[name].get(edition.labels_key), tree, name),
+        )
+        for name in names
+    }
+    return _class_names(batches[edition.meta].get(edition.names_key), tree, edition), _joined(parts, edition)
 
 
 def _read_binary(tree: Tree, edition: Edition) -> Parts:
     top = below(tree, edition.binary_meta)
     names = (*edition.train, edition.test)
-    content = dict(tree.read_many([top + edition.binary_meta, *(f"{top}{name}.bin" for name in names)]))
-    parts = {name: _records(content[f"{top}{name}.bin"], edition.label_bytes, tree, name) for name in names}
-    lines = content[top + edition.binary_meta].decode("utf-8", "replace").split()
+    parts = {
+        (part := name.removeprefix(top).removesuffix(".bin")): _records(content, edition.label_bytes, tree, part)
+        for name, content in tree.read_many([f"{top}{name}.bin" for name in names])
+    }
+    lines = tree.read(top + edition.binary_meta).decode("utf-8", "replace").split()
     return _class_names(lines, tree, edition), _joined(parts, edition)
 
 
