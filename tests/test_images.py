@@ -167,6 +167,42 @@ def test_fit_cuts_the_middle_and_leaves_what_fits() -> None:
     assert fit(Image.new("L", (31, 7)), None).size == (31, 7)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(("size", "resize"), [(24, 28), (24, None), (64, 75), (7, 100)])
+@pytest.mark.parametrize("shape", [(100, 75), (75, 100), (50, 50), (20, 9), (24, 28), (24, 24), (300, 30), (20, 400)])
+def test_fit_gives_the_pixels_of_resizing_all_and_cutting_then(
+    shape: tuple[int, int], size: int, resize: int | None, mode: str
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*shape[::-1], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).convert(mode)
+    factor = (resize or size) / min(shape)
+    width, height = (max(size, round(side * factor)) for side in shape)
+    whole = picture.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - size) // 2, (height - size) // 2
+    expected = pixels(whole.crop((left, top, left + size, top + size))).astype(int)
+    apart = np.abs(pixels(fit(picture, size, resize)) - expected)
+    mostly_cut_away = width * height > 4 * size**2
+    assert apart.max() <= (2 if mostly_cut_away else 0)  # across and down, each rounds
+    assert apart.mean() < 0.3
+
+
+@pytest.mark.parametrize("shape", [(20_000, 4), (4, 20_000), (60_000, 1)])
+def test_fit_of_a_strip_takes_no_more_than_what_stays(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def noted(picture: Image.Image, size: tuple[int, int], *rest: object) -> Image.Image:
+        made.append(size)
+        return resize(picture, size, *rest)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    values = np.linspace(0, 255, max(shape)).astype(np.uint8)
+    strip = Image.fromarray(np.ascontiguousarray(np.broadcast_to(values, (min(shape), max(shape)))))
+    read = pixels(fit(strip if shape[0] > shape[1] else strip.transpose(Image.Transpose.TRANSPOSE), 224, 256))
+    assert made == [(224, 224)]
+    assert read.min() >= 126 and read.max() <= 129  # the middle of the ramp
+
+
 def test_fit_averages_when_it_shrinks() -> None:
     stripes = np.tile(np.array([0, 255], dtype=np.uint8), (32, 16))
     assert abs(float(pixels(fit(Image.fromarray(stripes), 4)).mean()) - 127.5) < 3  # without antialiasing: 0 or 255

@@ -19,6 +19,11 @@ _SIXTEEN_TO_EIGHT = 257  # 65535 / 255
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
 """The EXIF tag, and its values for pictures that are stored turned by a right angle."""
 
+_CUT_LATER = 4
+"""Times the pixels that stay, up to which a picture is resized as a whole and cut then, as the literature does it. Told
+to resize a part, Pillow takes the part's corners in single precision: 3 % of a photograph's values come out one apart.
+"""
+
 
 class ImageError(EpsdError):
     """An image file that is truncated, corrupt, or no image."""
@@ -140,7 +145,8 @@ def fit(picture: "Image", size: int | None, resize: int | None = None) -> "Image
     """Resize the shorter side to `resize` pixels (None: to `size`), then cut the middle `size` x `size`.
 
     `size` None leaves the picture as it is. Bilinear with antialiasing, which is the evaluation transform of the
-    ImageNet literature (256, then 224).
+    ImageNet literature (256, then 224). Of a picture that is mostly cut away (a strip of 20,000 x 4, which would be
+    gigabytes) only what stays is resized: the same pixels but for rounding.
     """
     from PIL import Image
 
@@ -148,11 +154,15 @@ def fit(picture: "Image", size: int | None, resize: int | None = None) -> "Image
         return picture
     width, height = picture.size
     factor = max(resize or size, size) / min(width, height)
+    across, down = max(size, round(width * factor)), max(size, round(height * factor))
+    left, top = (across - size) // 2, (down - size) // 2
+    if across * down > _CUT_LATER * size**2:
+        x, y = width / across, height / down
+        box = left * x, top * y, min((left + size) * x, width), min((top + size) * y, height)
+        return picture.resize((size, size), Image.Resampling.BILINEAR, box)
     if factor != 1:
-        shape = max(size, round(width * factor)), max(size, round(height * factor))
-        picture = picture.resize(shape, Image.Resampling.BILINEAR)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    if (left, top) == (0, 0) and picture.size == (size, size):
+        picture = picture.resize((across, down), Image.Resampling.BILINEAR)
+    if picture.size == (size, size):
         return picture
     return picture.crop((left, top, left + size, top + size))
 
