@@ -31,6 +31,41 @@ def test_absent_is_none_damaged_is_named(tmp_path: Path) -> None:
         load(path, "mark")
 
 
+def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    weights = {
+        "half": torch.randn(7).bfloat16(),
+        "whole": torch.randn(3, 5),
+        "yes": torch.tensor(True),
+        "no": torch.ones(0),
+    }
+    save(path, {"weights": weights, "epoch": 12, "rate": 0.125}, "mark")
+    content = path.read_bytes()
+    assert load(path, "mark") is not None
+    length = 8 + int.from_bytes(content[:8], "little")
+    places = [*range(length, len(content)), content.index(b"12"), content.index(b"0.125"), content.index(b"[3,5]") + 1]
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"c\.safetensors: damaged .* Delete it to start again") as error:
+            load(path, "mark")
+        assert "\n" not in str(error.value)
+
+
+def test_one_written_without_a_digest_is_taken(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, safe_open, save_file
+
+    path = tmp_path / "c.safetensors"
+    save(path, {"w": torch.ones(2)}, "mark")
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+    del metadata["digest"]
+    save_file(load_file(path), path, metadata)
+    state = load(path, "mark")
+    assert state is not None and state["w"].tolist() == [1, 1]
+
+
 def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "c.safetensors", {"w": torch.zeros(1)}, "mine")
     with pytest.raises(CheckpointError, match="other parameters, data or code"):
