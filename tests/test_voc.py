@@ -386,7 +386,8 @@ def test_real_pictures_of_voc_2007(tmp_path: Path) -> None:
         validation=["VOC2007/val"],
         limit=20,
     )
-    index = voc.read_index(devkit(tmp_path, seed=0), seed=0, **devkit.reading)
+    sets = devkit(tmp_path, seed=0)
+    index = voc.read_index(sets, seed=0, **devkit.reading)
     assert len(index.class_names) == 20
     assert index.class_names[:3] == ["aeroplane", "bicycle", "bird"]
     assert {split: count["pictures"] for split, count in index.counts().items()} == {
@@ -394,7 +395,7 @@ def test_real_pictures_of_voc_2007(tmp_path: Path) -> None:
         "validation": 20,
         "test": 20,
     }
-    everything = voc.read_image_set(tmp_path / "VOCdevkit/VOC2007", "test")
+    everything = voc.read_image_set(*sets["test"][0])
     assert len(everything) == 300
     perfect = [Detections(s.boxes, np.ones(len(s.labels)), s.labels) for s in index.scenes["test"]]
     scores = [voc.ap_area(voc.curve(perfect, index.scenes["test"], label)) for label in range(20)]

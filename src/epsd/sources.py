@@ -19,7 +19,8 @@ from epsd.types import EpsdError
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 UNPACKED = "unpacked"
-"""Folder below artifacts/data for images out of an archive that cannot be searched (a .tar)."""
+"""Folder below artifacts/data for images out of an archive that cannot be searched (a .tar), and below artifacts/voc
+for a devkit out of its archives."""
 
 Unreadable = Literal["error", "skip"]
 _SPLIT_FOLDERS: dict[str, Split] = {

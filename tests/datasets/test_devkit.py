@@ -15,6 +15,7 @@ from epsd.archives import ArchiveError
 from epsd.datasets import DEVKITS
 from epsd.datasets import devkit as module
 from epsd.datasets.devkit import Devkit
+from epsd.datasets.digit_scenes import DigitScenes
 from epsd.downloads import DownloadError, Published
 from epsd.registry import ParamsError, choose
 from pictures import tarred, write, zipped
@@ -55,6 +56,30 @@ def test_folder_of_the_published_archives(tmp_path: Path) -> None:
     tarred(tmp_path / "VOCtrainval_11-May-2012.tar", devkit(YEAR_2012, prefix="VOCdevkit/VOC2012"))
     kit = Devkit(root=str(tmp_path), train=["VOC2007/trainval", "VOC2012/trainval"], test=["VOC2007/test"])
     assert ids(kit, tmp_path / "out") == FOUND | {"train": ["000001", "2008_000003"]}
+
+
+def test_what_was_there_before_is_not_read(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    DigitScenes(train=1, validation=1, test=1)(out, seed=0)
+    write(out, {"mine.txt": b"kept"})
+    old = devkit(TRAIN | {"train": {"000009": THINGS}} | TEST, prefix="VOCdevkit/VOC2006")
+    for name, files in (("old", old), ("voc", devkit(TRAIN | TEST))):
+        kit = Devkit(root=str(zipped(tmp_path / f"{name}.zip", files)), train=["trainval"], test=["test"])
+        assert ids(kit, out) == FOUND
+    with pytest.raises(ArchiveError, match=r"has no image set 'train' .*It has: VOC2007/test, VOC2007/trainval\.$"):
+        Devkit(root=kit.root, train=["train"])(out, seed=0)
+    assert sorted(path.name for path in out.iterdir()) == ["VOCdigits", "mine.txt", "unpacked"]
+
+
+def test_a_damaged_archive_leaves_what_was_unpacked(tmp_path: Path) -> None:
+    out, root = tmp_path / "out", zipped(tmp_path / "voc.zip", devkit(TRAIN | TEST))
+    assert ids(Devkit(root=str(root)), out) == FOUND
+    before = sorted(path.relative_to(out) for path in out.rglob("*"))
+    sound = root.read_bytes()
+    root.write_bytes(sound.replace(b"<annotation>", b"<ANNOTATION>"))
+    with pytest.raises(ArchiveError, match="cannot be read"):
+        Devkit(root=str(root))(out, seed=0)
+    assert sorted(path.relative_to(out) for path in out.rglob("*")) == before
 
 
 def test_own_devkit_with_own_classes(tmp_path: Path) -> None:

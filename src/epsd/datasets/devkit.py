@@ -1,5 +1,7 @@
 """A devkit in Pascal VOC's layout: VOC 2007, 2012, both together, or one of your own."""
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -10,6 +12,7 @@ from epsd.archives import ArchiveError, Tree, is_archive, open_tree, unpack
 from epsd.downloads import Published, fetch
 from epsd.registry import variant
 from epsd.runtime import located
+from epsd.sources import UNPACKED
 
 SITE = "http://host.robots.ox.ac.uk/pascal/VOC"
 PUBLISHED = {
@@ -75,7 +78,8 @@ class Devkit:
     def __call__(
         self, folder: Path, *, seed: int, images: object = None, class_names: object = None
     ) -> dict[str, list[tuple[Path, str]]]:
-        """Split -> (devkit folder, image set) pairs. Archives are unpacked below `folder`; folders are used in place.
+        """Split -> (devkit folder, image set) pairs. Archives are unpacked below `folder`, into a folder that is made
+        anew; folders are used in place.
 
         `seed`, `images`, `class_names` (of the classification stage) have no part in it.
 
@@ -119,10 +123,17 @@ def _devkits(root: Path, folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _unpacked(trees: Sequence[Tree], folder: Path) -> Tree:
+    """What is needed of the archives, in a fresh folder of its own: beside it may lie what another variant has left."""
+    target = folder / UNPACKED
     folder.mkdir(parents=True, exist_ok=True)
-    for tree in trees:
-        unpack(tree, [name for name in tree.names if any(part in f"/{name}" for part in PARTS)], folder)
-    return open_tree(folder)
+    with tempfile.TemporaryDirectory(prefix=".unpacking.", dir=folder) as temporary:
+        fresh = Path(temporary) / UNPACKED
+        fresh.mkdir()
+        for tree in trees:
+            unpack(tree, [name for name in tree.names if any(part in f"/{name}" for part in PARTS)], fresh)
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+    return open_tree(target)
 
 
 def _is_set(name: str) -> bool:
