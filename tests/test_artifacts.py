@@ -1,6 +1,7 @@
 """Files are written whole or not at all, models and tables come back as they were, and errors name the file."""
 
 import math
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,3 +113,13 @@ def test_tables_of_numbers_read_back_exactly(tmp_path: Path) -> None:
     assert artifacts.read_csv(path) == {"epoch": [1.0, 2.0], "loss": [0.1 + 0.2, None]}
     with pytest.raises(ArtifactError, match="missing"):
         artifacts.read_csv(tmp_path / "none.csv")
+
+
+def test_names_that_are_no_text_are_written_as_they_are(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    artifacts.write_csv(tmp_path / "t.csv", ["class", name], [[name, 1.5]])
+    assert (tmp_path / "t.csv").read_bytes() == b"class,caf\xe9\ncaf\xe9,1.5\n"
+    artifacts.write_text(tmp_path / "t.md", f"Read from /{name}.")
+    assert (tmp_path / "t.md").read_bytes() == b"Read from /caf\xe9."
+    artifacts.write_json(tmp_path / "t.json", {name: name})
+    assert artifacts.read_json(tmp_path / "t.json") == {name: name}

@@ -57,6 +57,10 @@ DETECT_GALLERY = DETECT_PICTURES / "detections.png"
 DETECTOR = DETECT / "model.safetensors"
 
 
+_NAMES = "surrogateescape"
+"""How text is encoded: the name of a file may hold bytes that are no UTF-8, and they are written as they are."""
+
+
 class ArtifactError(EpsdError):
     """A file of artifacts/ that is missing, unreadable or cannot be written."""
 
@@ -98,7 +102,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """`text` as UTF-8."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors=_NAMES)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -176,7 +180,7 @@ def save_pruned(mask: "Mask", initial: "nn.Module", report: Mapping[str, Any]) -
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table with one line of column names; floats as Python prints them, so that they read back exactly."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors=_NAMES) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
