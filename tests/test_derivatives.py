@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from epsd.derivatives import TwiceDifferentiable, batch_norm, conv2d, laid_out
+from epsd.derivatives import TwiceDifferentiable, batch_norm, conv2d, laid_out, weights_laid_out
 from toys import convnet
 
 
@@ -141,6 +141,49 @@ def test_a_net_that_flattens_by_view_runs_in_every_memory_format() -> None:
         assert torch.equal(images.view(2, -1), images.flatten(1))
         assert torch.equal(images.view((2, 48)), images.flatten(1))
         assert images.view(torch.int32).dtype == torch.int32
+
+
+def test_views_share_memory_where_they_can() -> None:
+    """What is written into a view is seen in the tensor, as without the mode; sizes may come by name."""
+    x = torch.zeros(2, 3, 4)
+    with TwiceDifferentiable():
+        x.view(2, -1)[:, 0] = 5
+        assert x.view(size=(6, 4)).shape == (6, 4)
+        assert x.view(torch.int32).dtype == torch.int32
+        swapped = x.transpose(1, 2).view(2, 12)
+    assert x[:, 0, 0].tolist() == [5, 5]
+    assert swapped.shape == (2, 12)
+
+
+@pytest.mark.parametrize("activation", [F.hardswish, F.hardsigmoid])
+def test_activations_in_place_change_what_they_are_given(activation: Callable[..., Tensor]) -> None:
+    weight = torch.linspace(-4, 4, 9, dtype=torch.float64).requires_grad_()
+
+    def used(inplace: bool) -> Tensor:
+        y = weight * 1.5
+        result = activation(y, inplace=inplace)
+        return (y if inplace else result).square().sum()
+
+    expected = torch.autograd.grad(used(False), weight)[0]
+    with TwiceDifferentiable():
+        first = torch.autograd.grad(used(True), weight, create_graph=True)[0]
+        plain = torch.autograd.grad(used(False), weight, create_graph=True)[0]
+    torch.testing.assert_close(first, expected)
+    second = [torch.autograd.grad(g.sum(), weight)[0] for g in (first, plain)]
+    torch.testing.assert_close(*second)
+
+
+def test_only_kernels_are_laid_out() -> None:
+    """Other parameters of four dimensions keep the strides that their owner relies on (views as complex numbers)."""
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "up": nn.ConvTranspose2d(4, 3, 2)})
+    model.register_parameter("filter", nn.Parameter(torch.randn(5, 3, 4, 2)))
+    found = weights_laid_out(model)
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    assert torch.view_as_complex(found["filter"]).shape == (5, 3, 4)
+    for name in ("conv.weight", "up.weight"):
+        assert found[name].is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(found[name], model.get_parameter(name))
+    assert weights_laid_out(model, torch.float64)["conv.weight"].dtype == torch.float64
 
 
 def test_layout_is_for_images_in_single_precision() -> None:

@@ -53,6 +53,15 @@ def test_what_a_file_manager_leaves_is_no_change(photos: Path) -> None:
     assert listing.changed([photos]) == []
 
 
+def test_what_a_link_leads_to_is_looked_at(photos: Path) -> None:
+    elsewhere = photos.parent / "birds"
+    elsewhere.mkdir()
+    (photos / "bird").symlink_to(elsewhere)
+    listing.remember([photos])
+    (elsewhere / "1.png").write_bytes(b"x")
+    assert listing.changed([photos]) == [photos]
+
+
 def test_an_archive_is_looked_at_as_one_file(photos: Path) -> None:
     archive = photos.parent / "photos.zip"
     archive.write_bytes(b"one")

@@ -345,7 +345,7 @@ def test_what_cannot_be_wrapped_is_named() -> None:
     with pytest.raises(LoaderError, match="batch_size=None"):
         as_batches(DataLoader(Photos(), batch_size=None))
     with pytest.raises(LoaderError, match="needs a __len__"):
-        as_batches(DataLoader(Stream(), batch_size=4), num_classes=2)
+        len(as_batches(DataLoader(Stream(), batch_size=4), num_classes=2))
     assert as_batches(DataLoader(Counted(), batch_size=4)).num_classes == 0
     for label, message in (("cat", "integer label"), (torch.tensor([0, 1]), "integer label"), (-1, "label -1")):
         with pytest.raises(LoaderError, match=message):

@@ -1,13 +1,14 @@
 """The look-ahead keeps to its memory, and its scores do not change by it."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from epsd.lookahead import Need, Plan, measured, planned
-from epsd.losses import supervised
+from epsd.losses import as_objective, supervised
 from epsd.masks import Mask
 from epsd.memory import GIB, Saved
 from epsd.metagradients import Following, Means, MetaGradientError, calling, gradient_of, scoring, within
@@ -36,7 +37,7 @@ def test_the_measure_is_what_the_whole_batch_keeps() -> None:
     found = need(model)
     weights = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
     with scoring(model), Saved([*weights.values(), batch.images]) as saved:
-        total = supervised(calling(model, weights), batch).total
+        total = supervised(calling(model, weights, counted=True), batch).total
         plain = saved.bytes
         gradient = gradient_of(total, weights, create_graph=True)
     assert len(gradient) == len(weights)
@@ -78,6 +79,25 @@ def test_fewer_images_at_once_where_that_is_exact() -> None:
     whole = SCORES["epsd"](graphs_kept=0)(model, iter(BATCHES), OBJECTIVES["cross_entropy"]())
     for name, score in whole.items():
         assert torch.allclose(parts[name], score, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_a_loss_of_ones_own_is_taken_in_parts_only_where_it_is_a_mean(mean: bool) -> None:
+    model = mlp(16, dtype=torch.float32)
+    memory = 1.01 * need(model).bytes(0, 12, 5)  # a hair more for what other losses keep
+    losses: list[Any] = [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1)]
+    if not mean:
+        losses = [nn.CrossEntropyLoss(reduction="sum"), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.2]))]
+    for loss in losses:
+        objective = as_objective(loss)
+        if mean:
+            whole = SCORES["epsd"](graphs_kept=0)(model, iter(BATCHES), objective)
+            with within(Means(memory)):
+                parts = SCORES["epsd"]()(model, iter(BATCHES), objective)
+            assert all(torch.allclose(parts[name], score, rtol=1e-4) for name, score in whole.items())
+        else:
+            with within(Means(memory)), pytest.raises(MetaGradientError, match=r"micro_batch: \d, with which the loss"):
+                SCORES["epsd"]()(model, iter(BATCHES), objective)
 
 
 def test_too_little_memory_names_the_batch_that_fits() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from epsd.masks import Mask, MaskError, MaskHolder, prunable
+from epsd.masks import Mask, MaskError, MaskHolder, hidden, prunable
 from toys import convnet
 
 
@@ -161,10 +161,50 @@ def test_shuffled_keeps_every_layers_density_and_moves_the_weights() -> None:
     assert shuffled.jaccard(mask.shuffled(3)) == 1.0
 
 
+def test_a_mask_is_a_value() -> None:
+    keep = {"a": torch.tensor([True, False]), "b": torch.tensor([[True]])}
+    mask = Mask(keep)
+    assert mask == Mask({name: tensor.clone() for name, tensor in keep.items()})
+    assert len({mask, Mask(dict(keep))}) == 1
+    others = [{"a": torch.tensor([True, True])}, {"b": torch.tensor([True])}, {"c": torch.tensor([True])}]
+    assert all(mask != Mask({**keep, **other}) for other in others)
+    assert mask != "mask"
+
+
+def test_scope_is_one_of_two() -> None:
+    with pytest.raises(MaskError, match=r"scope: unknown 'Global'\. Valid: global, layer"):
+        Mask.from_scores({"a": torch.arange(4.0)}, 0.5, "Global")  # type: ignore[arg-type]
+
+
+def test_no_more_is_kept_than_the_mask_within_has() -> None:
+    scores = {"a": torch.arange(10.0), "b": torch.arange(10.0) + 100}
+    first = Mask.from_scores(scores, 0.6)
+    assert first.per_layer() == {"a": (0, 10), "b": (8, 10)}
+    with pytest.raises(MaskError, match="keeps 10 weights, the mask within which it prunes has 8"):
+        Mask.from_scores(scores, 0.5, within=first)
+    with pytest.raises(MaskError, match="keeps 2 weights, the mask within which it prunes has 0"):
+        Mask.from_scores(scores, 0.8, "layer", within=first)
+    again = Mask.from_scores(scores, 0.8, within=first, keep_at_least_one=True)
+    assert again.per_layer() == {"a": (0, 10), "b": (4, 10)}, "what an earlier mask took stays removed"
+
+
+def test_layers_with_a_computed_weight_are_not_prunable() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 2, 3)), nn.Flatten(), nn.Linear(8, 2))
+    model.append(nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)))
+    before = model[3].parametrizations.weight[0]._u.clone()
+    assert list(prunable(model)) == ["2.weight"]
+    assert hidden(model) == ["0", "3"]
+    assert torch.equal(model[3].parametrizations.weight[0]._u, before), "looking at it computes nothing"
+
+
 def test_jaccard_counts_the_survivors() -> None:
     a = Mask({"w": torch.tensor([True, True, False, False])})
     b = Mask({"w": torch.tensor([True, False, True, False])})
     assert a.jaccard(b) == pytest.approx(1 / 3)
+    wider = Mask({**b.keep, "v": torch.tensor([True])})
+    for one, other in ((a, wider), (wider, a)):
+        with pytest.raises(MaskError, match="no parameter 'v'"):
+            one.jaccard(other)
 
 
 def test_renamed_and_restricted_follow_a_backbone() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from epsd import memory
 from epsd.memory import GIB, Saved, container_bytes, free_bytes
 
 
@@ -33,6 +34,23 @@ def test_a_container_leaves_what_its_limit_leaves(
     assert container_bytes(tmp_path) == 2 * GIB
     (tmp_path / folder / limit).write_text("max\n")
     assert container_bytes(tmp_path) == float("inf")
+
+
+def test_the_limits_of_all_groups_around_a_process_count(tmp_path: Path) -> None:
+    """A job's or a service's limit stands below the root of the hierarchy; one beside it is another's."""
+    for folder, limit in {"job": 8, "job/step": 4, "other": 1}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "memory.max").write_text(f"{limit * GIB}\n")
+        (tmp_path / folder / "memory.current").write_text(f"{GIB}\n")
+        (tmp_path / folder / "memory.stat").write_text("inactive_file 0\n")
+    assert container_bytes(tmp_path) == float("inf")
+    assert container_bytes(tmp_path, ["/job/step/task"]) == 3 * GIB
+    assert container_bytes(tmp_path, ["/job"]) == 7 * GIB
+    assert container_bytes(tmp_path, ["/../.."]) == float("inf")
+    listing = tmp_path / "cgroup"
+    listing.write_text("4:memory:/job\n0::/job/step:with colon\n")
+    assert memory._own_groups(listing) == ["/job", "/job/step:with colon"]
+    assert memory._own_groups(tmp_path / "nothing") == [""]
 
 
 def test_saved_bytes_are_those_of_the_tensors_kept_each_once() -> None:

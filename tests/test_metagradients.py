@@ -1,17 +1,29 @@
 """The adjoint recursion against unrolled autograd and finite differences, and that it leaves the model alone."""
 
 import copy
+import random
+import weakref
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from epsd.losses import supervised
 from epsd.masks import prunable
-from epsd.metagradients import Following, MetaGradientError, gradient_norms, mask_gradient, scoring
+from epsd.metagradients import (
+    Following,
+    MetaGradientError,
+    Unroll,
+    gradient_norms,
+    mask_gradient,
+    normalised,
+    scoring,
+)
 from epsd.objectives import OBJECTIVES
 from epsd.types import Batch, Forward, Loss
 from toys import ToyBatches, convnet, mlp
@@ -289,6 +301,134 @@ def test_scoring_leaves_everything_as_it_was() -> None:
     assert model[3].weight.grad is None
 
 
+class Blocks(nn.Module):
+    """Two blocks, the first of which may be evaluated again on the way back."""
+
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 4, 3, padding=1))
+        self.head = nn.Linear(48, 3)
+        self.checkpointed = checkpointed
+        self.double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        inner = checkpoint(self.block, images, use_reentrant=False) if self.checkpointed else self.block(images)
+        return self.head(inner.flatten(1))
+
+
+@pytest.mark.parametrize("reading", ["full", "first_order"])
+def test_checkpointed_activations_are_refused(reading: str) -> None:
+    """Evaluated again after the call, they would be those of the initial weights."""
+    batches = draw(3)
+    for checkpointed in (False, True):
+        model = Blocks(checkpointed)
+        with scoring(model):
+            if not checkpointed:
+                assert mask_gradient(model, supervised, batches, list(prunable(model)), reading=reading).gradient
+                continue
+            with pytest.raises(MetaGradientError, match="activation checkpointing"):
+                mask_gradient(model, supervised, batches, list(prunable(model)), reading=reading)
+
+
+def test_a_compiled_network_is_differentiated_as_it_was_written() -> None:
+    plain, batches = convnet(dtype=DOUBLE), draw(3)
+    compiled = torch.compile(copy.deepcopy(plain), backend="aot_eager")
+    with scoring(plain):
+        expected = mask_gradient(plain, supervised, batches, list(prunable(plain)), lr=0.3).gradient
+    with scoring(compiled):
+        found = mask_gradient(compiled, supervised, batches, list(prunable(compiled)), lr=0.3).gradient
+    assert_same({name.removeprefix("_orig_mod."): tensor for name, tensor in found.items()}, expected)
+
+
+class Dropping(nn.Module):
+    """A layer that is left out by chance, drawn in Python or numpy, as stochastic depth often is."""
+
+    def __init__(self, drawn: Callable[[], float]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.drawn = drawn
+        self.first, self.maybe, self.last = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(images.flatten(1)))
+        return self.last(torch.tanh(self.maybe(hidden)) if self.drawn() < 0.5 else hidden)
+
+
+@pytest.mark.parametrize("drawn", [random.random, np.random.rand, lambda: float(torch.rand(()))])
+def test_whatever_is_drawn_is_drawn_again(drawn: Callable[[], float]) -> None:
+    model, batches = Dropping(drawn), draw(5)
+    before = drawn(), random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    results = []
+    for graphs_kept in (0, 4):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+        with scoring(model):
+            results.append(mask_gradient(model, supervised, batches, list(prunable(model)), graphs_kept=graphs_kept))
+        assert random.getstate() == states[0]
+        assert np.array_equal(np.random.get_state()[1], states[1]) and torch.equal(torch.get_rng_state(), states[2])
+    assert before
+    assert_same(results[0].gradient, results[1].gradient)
+
+
+def test_gradients_are_on_while_scoring() -> None:
+    model, batches = mlp(), draw(2)
+    with scoring(model):
+        expected = mask_gradient(model, supervised, batches, ["1.weight"]).gradient
+    for off in (torch.no_grad(), torch.inference_mode()):
+        with off, scoring(model):
+            found = mask_gradient(model, supervised, batches, ["1.weight"]).gradient
+        assert_same(found, expected)
+
+
+def test_what_is_no_logits_is_named() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.inner(images)}
+
+    model = Named()
+    with scoring(model), pytest.raises(MetaGradientError, match=r"gives dict, a score needs logits \(B, K\)"):
+        mask_gradient(model, supervised, draw(1), ["inner.1.weight"])
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "pskd"])
+def test_a_label_without_an_output_is_named(objective: str) -> None:
+    model = mlp(classes=2)
+    loss = Following(OBJECTIVES[objective]())
+    with scoring(model), pytest.raises(MetaGradientError, match=r"a label is .*: the network has no output for it"):
+        mask_gradient(model, loss, draw(1), ["1.weight"])
+
+
+def test_readings_of_first_order_keep_the_first_and_the_last_weights_alone() -> None:
+    model, live = mlp(), OBJECTIVES["pskd"]()  # which remembers the network of the last step
+    live.begin("score", 96, 3)
+    unroll = Unroll(model, Following(live), for_return=False)
+    before = weakref.ref(unroll.weights[0]["1.weight"])
+    unroll.advance(draw(6))
+    assert len(unroll.weights) == 2 and not any(unroll._parts)
+    assert before() is unroll.weights[0]["1.weight"]
+
+
+def test_half_precision_weights_get_scores_in_single() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 500), nn.Tanh(), nn.Linear(500, 3))
+    batches, scores = draw(1, torch.float32), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        given = [batch._replace(images=batch.images.to(dtype)) for batch in batches]
+        with scoring(model):
+            scores.append(normalised(mask_gradient(model, supervised, given, list(prunable(model))).gradient))
+    assert all(score.dtype == torch.float32 for score in scores[1].values())
+    for name, score in scores[1].items():
+        assert int((score == 0).sum()) <= int((scores[0][name] == 0).sum()) + 2
+        assert len(score.unique()) > 0.9 * score.numel()
+
+
 class Once(torch.autograd.Function):
     """Differentiable once only."""
 
@@ -339,3 +479,7 @@ def test_gradient_norms_are_those_of_the_summands() -> None:
         expected = torch.cat([g.flatten() for g in gradient]).norm()
         assert norms[0][name] == pytest.approx(float(expected))
     assert len(norms) == 3
+    with scoring(model):  # without batch statistics, parts of a batch make no difference
+        parted = gradient_norms(model, Following(sd), batches, lr=0.3, micro_batch=5)
+    for one, other in zip(norms, parted, strict=True):
+        assert one == pytest.approx(other)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,11 +18,12 @@ from conftest import ROOT
 from epsd import checkpoints
 from epsd.checkpoints import CheckpointError
 from epsd.evaluation import evaluate
-from epsd.masks import Mask, prunable
+from epsd.masks import Mask, MaskError, prunable
 from epsd.passes import Meter
 from epsd.registry import ParamsError, choose
 from epsd.rewinding import Outcome, Rewinding, RewindingError, lasting, prune_then_distill, rewound
 from epsd.training import Recipe, Record
+from epsd.types import Batch
 from toys import ToyBatches, convnet
 
 RECIPE = Recipe(epochs=4, lr=0.05, schedule="cosine", precision="fp32")
@@ -109,6 +110,16 @@ def test_a_round_runs_through_the_end_of_the_schedule() -> None:
 def test_bad_settings_name_the_key(bad: dict[str, object]) -> None:
     with pytest.raises(ParamsError, match=rf"procedure.*{next(iter(bad))}"):
         choose({"it": Rewinding}, {"name": "it", **bad}, "procedure")
+
+
+@pytest.mark.parametrize("sparsity", [1.0, -0.3, 0.9999])
+def test_a_sparsity_that_cannot_be_is_refused_before_any_training(sparsity: float) -> None:
+    class Never(ToyBatches):
+        def epoch(self, *anything: object) -> Iterator[Batch]:  # type: ignore[override]
+            raise AssertionError("it trained")
+
+    with pytest.raises(MaskError, match="sparsity"):
+        prune_then_distill(convnet(), lambda mask: (convnet(), None), Never(), sparsity=sparsity, validation=Never())
 
 
 def test_selection_by_validation_needs_validation() -> None:

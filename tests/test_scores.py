@@ -176,6 +176,18 @@ def test_grasp_deals_the_classes_over_both_halves_unless_told_otherwise() -> Non
     assert not torch.allclose(flat(dealt), flat(official), rtol=1e-3)
 
 
+def test_grasp_gives_up_on_a_class_that_never_comes() -> None:
+    """From data that begins again for ever."""
+    for source in (ToyBatches(), list(ToyBatches().epoch(0))):
+        with pytest.raises(MetaGradientError, match="the data ran out with class 3 at 0"):
+            prune(convnet(classes=5), source, score=SCORES["grasp"](samples_per_class=1), sparsity=0.5)
+    rare = ToyBatches()
+    rare.labels = torch.where(torch.arange(rare.size) == 40, 3, rare.labels)
+    assert prune(convnet(classes=4), rare, score=SCORES["grasp"](samples_per_class=2), sparsity=0.5).kept
+    with pytest.raises(MetaGradientError, match="a label is 2: the network has no output"):
+        prune(convnet(classes=2), ToyBatches(), score=SCORES["grasp"](samples_per_class=1), sparsity=0.5)
+
+
 def test_grasp_says_which_class_runs_short() -> None:
     with pytest.raises(MetaGradientError, match=r"samples_per_class=40.*class 0"):
         score("grasp", mlp(), samples_per_class=40)

@@ -264,7 +264,9 @@ def test_changed_images_are_read_again(folder, monkeypatch, capsys):
     (folder / "photos/2.png").touch()
     assert stage._check_only() == 3
     assert asked == [[sys.executable, "-m", "dvc", "repro", "-s", "-f", "prepare"]]
-    assert capsys.readouterr().err.endswith(f"changed since the last reading, so it is read again: {folder / 'photos'}\n")
+    assert capsys.readouterr().err.endswith(
+        f"changed since the last reading, so it is read again: {folder / 'photos'}\n"
+    )
     monkeypatch.setattr(sys, "argv", ["epsd.stage"])
     assert stage._check_only() == 0
 

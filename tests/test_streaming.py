@@ -1,4 +1,5 @@
 import io
+import os
 import random
 from pathlib import Path
 
@@ -106,6 +107,16 @@ def test_a_file_that_is_gone_or_damaged_is_named_in_one_line(tmp_path: Path, wor
     root.rename(tmp_path / "moved")
     with pytest.raises(EpsdError, match="tree: no such folder"):
         Prepared.load(tmp_path / "out").batches("train", batch_size=4)
+
+
+def test_a_file_name_that_is_no_text_is_read(tmp_path: Path) -> None:
+    """As names from other systems often are."""
+    root = write(tmp_path / "tree", classes(6, size=SIZE))
+    for number, path in enumerate(sorted(root.rglob("*.png"))):
+        path.rename(path.parent / os.fsdecode(b"caf\xe9-%d.png" % number))
+    prepare(folder_source(open_tree(root), Reading()), tmp_path / "out", validation=0)
+    batches = Prepared.load(tmp_path / "out").batches("train", batch_size=4, workers=1)
+    assert sum(len(batch.labels) for batch in batches.epoch(0)) == batches.size > 4
 
 
 def test_streamed_images_are_not_held_as_arrays(data: Prepared) -> None:

@@ -205,7 +205,7 @@ def test_the_seed_decides_the_order_of_a_loader() -> None:
 
 
 def test_a_label_without_an_output_is_named() -> None:
-    with pytest.raises(TrainingError, match="a label is 2, for which the network has no output"):
+    with pytest.raises(TrainingError, match="a label is 2: the network has no output for it"):
         fit(convnet(classes=2), ToyBatches(), recipe=Recipe(epochs=1))
 
 

@@ -57,6 +57,16 @@ def sgd(model: nn.Module, update: Update, **settings: float | bool) -> torch.opt
     return _Sgd(trained, **settings, fused=fused, foreach=None if fused else update == "foreach")  # type: ignore[arg-type]
 
 
+def lay_out_(model: nn.Module, layout: torch.memory_format) -> None:
+    """Put the convolution weights of `model` into a memory format, in place.
+
+    `nn.Module.to` would turn every parameter of four dimensions, also one that is no kernel.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.to(memory_format=layout)
+
+
 def align_(optimiser: torch.optim.Optimizer) -> None:
     """Lay the optimiser's tensors out in memory as their parameters are.
 

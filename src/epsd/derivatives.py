@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from epsd import parallel
@@ -304,16 +304,22 @@ def joint_batch_norm(
 
 
 def _hard_sigmoid(x: Tensor, inplace: bool = False) -> Tensor:
-    return F.relu6(x + 3) / 6
+    result = F.relu6(x + 3) / 6
+    return x.copy_(result) if inplace else result
 
 
 def _hard_swish(x: Tensor, inplace: bool = False) -> Tensor:
-    return x * F.relu6(x + 3) / 6
+    given = x.clone() if inplace else x  # which the product below needs again on the way back
+    result = given * F.relu6(given + 3) / 6
+    return x.copy_(result) if inplace else result
 
 
-def _view(x: Tensor, *shape: Any) -> Tensor:
-    """A net that flattens its features by `view` works in every memory format."""
-    return x.view(*shape) if isinstance(shape[0], torch.dtype) else x.reshape(*shape)
+def _view(x: Tensor, *shape: Any, **named: Any) -> Tensor:
+    """A net that flattens its features by `view` works in every memory format, there on a copy."""
+    try:
+        return x.view(*shape, **named)
+    except RuntimeError:
+        return x.reshape(*shape, *named.values())
 
 
 class TwiceDifferentiable(TorchFunctionMode):
@@ -337,8 +343,17 @@ class TwiceDifferentiable(TorchFunctionMode):
         return self._INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
 
+def weights_laid_out(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Every parameter, detached, as `dtype`; those that are convolved with in the memory format of `laid_out`."""
+    kernels = {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
+    }
+    found = {name: p.detach().to(dtype or p.dtype) for name, p in model.named_parameters()}
+    return {name: laid_out(weight) if name in kernels else weight for name, weight in found.items()}
+
+
 def laid_out(tensor: Tensor) -> Tensor:
-    """`tensor` in the memory format in which its device convolves fastest: channels_last for images on a CPU."""
+    """Images or kernels in the memory format in which their device convolves fastest: channels_last on a CPU."""
     if tensor.dim() != 4 or tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
         return tensor
     return tensor.contiguous(memory_format=torch.channels_last)

@@ -7,10 +7,10 @@ params.yaml only; so `make repro` asks here before it asks DVC.
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from epsd.archives import open_tree
 from epsd.artifacts import write_json
 from epsd.runtime import state_folder
 
@@ -19,21 +19,19 @@ _SEEN = "read.json"
 
 
 def glance(root: Path) -> str | None:
-    """A digest over names, sizes and times of what lies at `root`, hidden files left out; None where nothing does."""
+    """A digest over names, sizes and times of what lies at `root`, hidden files left out; None where nothing does.
+
+    Raises ArchiveError: a folder that cannot be listed.
+    """
     if not root.exists():
         return None
     digest = hashlib.blake2b(digest_size=16)
-    for path in [root] if root.is_file() else _files(root):
+    names = [""] if root.is_file() else open_tree(root).names
+    for path in (root / name for name in names):
         with contextlib.suppress(OSError):  # gone meanwhile, or a link to nowhere
             found = path.stat()
             digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def _files(root: Path) -> Iterable[Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
 def remember(roots: Iterable[Path]) -> None:

@@ -44,8 +44,8 @@ def as_batches(source: Batches | DataLoader[Any], *, num_classes: int | None = N
 
     Raises
     ------
-    LoaderError : no automatic batching; samples or batches of another form; an IterableDataset without length, or
-        where an objective needs partners or indices.
+    LoaderError : no automatic batching; samples or batches of another form; an IterableDataset where an objective
+        needs partners or indices, or without length where the length is asked for.
     """
     if isinstance(source, Batches):
         return source
@@ -231,14 +231,14 @@ class StreamBatches:
 
     def __init__(self, loader: DataLoader[Any], num_classes: int | None) -> None:
         self._loader = loader
-        try:
-            self.size, self._count = len(cast(Sized, loader.dataset)), len(loader)
-        except TypeError:
-            raise LoaderError("an IterableDataset needs a __len__: the schedule counts the batches.") from None
+        self.size = len(loader.dataset) if hasattr(loader.dataset, "__len__") else 0
         self.num_classes = num_classes or len(getattr(loader.dataset, "classes", ()))
 
     def __len__(self) -> int:
-        return self._count
+        """Raises LoaderError where the dataset does not say."""
+        if not self.size:
+            raise LoaderError("to train on an IterableDataset it needs a __len__: the schedule counts the batches.")
+        return len(self._loader)
 
     def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]:
         """The batches as they come; `indices` count them through. Raises LoaderError where more is needed."""

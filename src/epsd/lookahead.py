@@ -10,10 +10,12 @@ from pydantic import Field
 from torch import nn
 
 from epsd import parallel
-from epsd.derivatives import laid_out
+from epsd.derivatives import weights_laid_out
+from epsd.losses import PlainLoss
 from epsd.masks import prunable
 from epsd.memory import GIB, Saved, free_bytes
 from epsd.metagradients import (
+    Following,
     LossFunction,
     MetaGradientError,
     Reading,
@@ -21,6 +23,7 @@ from epsd.metagradients import (
     calling,
     draw,
     gradient_of,
+    keeping_random_state,
     mask_gradient,
     means,
     normalised,
@@ -57,6 +60,11 @@ class LookAhead:
     detach_first_step: bool = False
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     graphs_kept: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+
+    def drawn(self, batches: Iterable[Batch], who: str, device: torch.device) -> list[Batch]:
+        """The batches of all steps and of the outer loss, on `device`. Raises MetaGradientError as `draw` does."""
+        count = self.steps + 1
+        return draw(batches, count, who, device) if self.new_batch_per_step else draw(batches, 1, who, device) * count
 
 
 class Need(NamedTuple):
@@ -108,8 +116,9 @@ def _saved(model: nn.Module, loss: LossFunction, batch: Batch) -> tuple[int, int
     first. What hangs on the model's output (a count of passes, say) does not see either."""
     loss, batch, model = copy.copy(loss), batch_laid_out(batch), copy.copy(model)
     model._forward_hooks = OrderedDict()
-    leaves = {n: laid_out(p.detach()).requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
-    forward = calling(model, leaves)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    leaves = {n: w.requires_grad_() for n, w in weights_laid_out(model).items() if n in trained}
+    forward = calling(model, leaves, counted=True)
     with torch.no_grad():
         loss(forward, batch)
     with Saved([*leaves.values(), batch.images]) as saved:
@@ -144,7 +153,7 @@ def planned(model: nn.Module, loss: LossFunction, batch: Batch, settings: LookAh
     need = measured(model, loss, batch, settings.steps)
     at_once = min((settings.micro_batch or images * processes) // processes, images)
     if need.bytes(0, images, at_once) > budget:
-        at_once = _fewer_at_once(model, need, images, at_once, budget)
+        at_once = _fewer_at_once(_what_parts_change(model, loss, batch), need, images, at_once, budget)
     kept = max(k for k in range(settings.steps + 1) if k == 0 or need.bytes(k, images, at_once) <= budget)
     return Plan(kept, None if at_once == images else at_once * processes)
 
@@ -159,7 +168,8 @@ def _budget(device: torch.device) -> float:
     return 0.8 * free_bytes(device) / parallel.neighbours()  # which must do for freed memory that is kept, too
 
 
-def _fewer_at_once(model: nn.Module, need: Need, images: int, at_once: int, budget: float) -> int:
+def _fewer_at_once(changed: str, need: Need, images: int, at_once: int, budget: float) -> int:
+    """`changed`: what would come out otherwise where fewer images are taken, "" where nothing would."""
     fits = next((count for count in range(at_once, 0, -1) if need.bytes(0, images, count) <= budget), 0)
     lacking = (
         f"scoring {at_once} images at once needs about {need.bytes(0, images, at_once) / GIB:.2f} GiB of memory, "
@@ -168,19 +178,26 @@ def _fewer_at_once(model: nn.Module, need: Need, images: int, at_once: int, budg
     if not fits:
         least = need.bytes(0, images, 1) / GIB
         raise MetaGradientError(f"{lacking}, and one image needs {least:.2f}. Raise prune.memory, or lower steps.")
-    if not _batch_statistics(model):
+    if not changed:
         if parallel.is_main():
             note(f"{lacking}: {fits} are taken at once, with the same scores.")
         return fits
     together = fits * parallel.world()
     raise MetaGradientError(
-        f"{lacking}. Set prune.batch_size: {together}; or prune.score.micro_batch: {together}, with which BatchNorm "
-        "normalises each part by itself; or raise prune.memory."
+        f"{lacking}. Set prune.batch_size: {together}; or prune.score.micro_batch: {together}, with which {changed}; "
+        "or raise prune.memory."
     )
 
 
-def _batch_statistics(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+def _what_parts_change(model: nn.Module, loss: LossFunction, batch: Batch) -> str:
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return "BatchNorm normalises each part by itself"
+    if isinstance(loss, Following) and isinstance(loss.objective, PlainLoss):
+        with torch.no_grad():
+            classes = calling(model, {})(batch.images[:1]).shape[1]
+        if not loss.objective.averages(batch.labels, classes):
+            return "the loss, which is no mean over the batch, is that of each part"
+    return ""
 
 
 def look_ahead_scores(
@@ -198,17 +215,14 @@ def look_ahead_scores(
     if not names:
         return {}
     device = next(model.parameters()).device
-    count = settings.steps + 1
-    drawn = draw(
-        batches, count if settings.new_batch_per_step else 1, f"score {who} with steps={settings.steps}", device
-    )
+    drawn = settings.drawn(batches, f"score {who} with steps={settings.steps}", device)
     with scoring(model):
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with keeping_random_state(device):
             plan = planned(model, loss, drawn[0], settings)
         result = mask_gradient(
             model,
             loss,
-            drawn if settings.new_batch_per_step else drawn * count,
+            drawn,
             names,
             lr=settings.lr,
             momentum=settings.momentum,

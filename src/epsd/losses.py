@@ -1,5 +1,6 @@
 """Pure tensor maths of the objectives. One KL, one soft cross entropy; twice differentiable."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from epsd.types import Batch, BatchNeeds, Forward, Loss, Objective, Purpose
+from epsd.types import Batch, BatchNeeds, EpsdError, Forward, Loss, Objective, Purpose
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -41,6 +42,16 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets)
 
 
+def partner_of(batch: Batch) -> Tensor:
+    """(B, C, H, W) second images. EpsdError where the batch has none."""
+    if batch.partner is None:
+        raise EpsdError(
+            "this objective needs a partner for every image (Batch.partner): use a DataLoader or prepared batches, "
+            "which bring one, or objective cross_entropy."
+        )
+    return batch.partner
+
+
 def supervised(forward: Forward, batch: Batch) -> Loss:
     """Plain cross entropy as a `metagradients.LossFunction`: what SNIP, GraSP and ProsPr differentiate."""
     logits = forward(batch.images)
@@ -59,6 +70,16 @@ class PlainLoss:
         self._function = function
         self.needs = needs
 
+    def averages(self, labels: Tensor, classes: int) -> bool:
+        """Whether the loss of a batch is the mean of its halves', tried on logits of its own."""
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(len(labels), classes, generator=generator).to(labels.device)
+        half = len(labels) // 2
+        with torch.no_grad():
+            first, second = (self._function(logits[part], labels[part]) for part in (slice(half), slice(half, None)))
+            mean = (half * first + (len(labels) - half) * second) / len(labels)
+            return bool(torch.isclose(self._function(logits, labels), mean, rtol=1e-4))
+
     def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
         """Nothing to forget."""
 
@@ -76,6 +97,20 @@ class PlainLoss:
         """Nothing to restore."""
 
 
+_NO_SUCH_CLASS = re.compile(r"Target (-?\d+) is out of bounds|Class values must be smaller than num_classes")
+
+
+def no_such_class(error: Exception) -> str:
+    """What to say where a loss failed because the network has no output for a label; "" where it did not."""
+    found = _NO_SUCH_CLASS.search(str(error))
+    if found is None:
+        return ""
+    return f"a label is {found[1] or 'too large'}: the network has no output for it."
+
+
 def as_objective(loss: Objective | Callable[[Tensor, Tensor], Tensor]) -> Objective:
-    """`loss` itself where it is an objective, else the plain function wrapped as one."""
+    """`loss` itself where it is an objective, else the plain function wrapped as one. EpsdError where it is neither."""
+    if isinstance(loss, type) or not (hasattr(loss, "begin") or callable(loss)):
+        named = f"the class {loss.__name__}: make one, {loss.__name__}()" if isinstance(loss, type) else repr(loss)
+        raise EpsdError(f"objective: expected a method such as CsKd() or a function loss(logits, labels), got {named}.")
     return loss if hasattr(loss, "begin") else PlainLoss(loss)  # type: ignore[return-value]

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +27,47 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Every convolution and `nn.Linear` weight, first layer, shortcuts and classifier included, and the fused projections
     of `nn.MultiheadAttention`; never a bias or a normalisation parameter (the convention of the ProsPr, SNIP, GraSP
-    and SynFlow code). A weight that is frozen (`requires_grad` False) is not prunable. A tied weight appears once.
+    and SynFlow code). A weight that is frozen (`requires_grad` False) is not prunable, nor one that is computed from
+    others (`hidden`). A tied weight appears once.
     """
     wanted: set[int] = set()
     for module in model.modules():
         if isinstance(module, _ConvNd | nn.Linear):
-            wanted.add(id(module.weight))
+            wanted.add(id(module._parameters.get("weight")))
         elif isinstance(module, nn.MultiheadAttention):
             wanted.update(id(getattr(module, name)) for name in _ATTENTION)
     return {name: p for name, p in model.named_parameters() if id(p) in wanted and p.requires_grad}
+
+
+def hidden(model: nn.Module) -> list[str]:
+    """Layers whose weight is no parameter: weight_norm, spectral_norm and other parametrisations compute it."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, _ConvNd | nn.Linear)]
+    return [name for name in layers if model.get_submodule(name)._parameters.get("weight") is None]
+
+
+def check_fits(sizes: Mapping[str, int], sparsity: float, scope: Scope) -> None:
+    """Whether weights of these sizes by layer can be pruned so, told before anything is scored.
+
+    Raises MaskError: nothing to prune; `sparsity` outside [0, 1); fewer weights left than layers; an unknown `scope`.
+    """
+    if not sizes:
+        raise MaskError("no prunable weight: the model has no trainable Conv or Linear weight.")
+    if not 0 <= sparsity < 1:
+        raise MaskError(f"sparsity: {sparsity} is outside [0, 1).")
+    if scope not in get_args(Scope):
+        raise MaskError(f"scope: unknown '{scope}'. Valid: {', '.join(get_args(Scope))}.")
+    for names in [list(sizes)] if scope == "global" else [[name] for name in sizes]:
+        total = sum(sizes[name] for name in names)
+        if (kept := _kept(total, sparsity)) < len(names):
+            told = ", ".join(names) if len(names) < 4 else f"{len(names)} layers"
+            raise MaskError(
+                f"prune.sparsity {sparsity} leaves {kept} of {total} weights for {told}: "
+                f"fewer weights than layers. At most {1 - len(names) / total:.6g} works here."
+            )
+
+
+def _kept(total: int, sparsity: float) -> int:
+    return total - round(sparsity * total)
 
 
 def _select(scores: Tensor, kept: int) -> Tensor:
@@ -59,10 +91,6 @@ def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check(scores: Scores, sparsity: float) -> None:
-    if not scores:
-        raise MaskError("no prunable weight: the model has no trainable Conv or Linear weight.")
-    if not 0 <= sparsity < 1:
-        raise MaskError(f"sparsity: {sparsity} is outside [0, 1).")
     for name, score in scores.items():
         if (
             not torch.isfinite(score.sum()) and not torch.isfinite(score).all()
@@ -84,20 +112,20 @@ def _revive(flat: Tensor, keep: Tensor, sizes: list[int]) -> Tensor:
     protected = torch.zeros_like(keep)
     for size in sizes:
         layer = slice(start, start + size)
-        best = start + int(
-            flat[layer].argmax()
-            if not keep[layer].any()
-            else (flat[layer].masked_fill(~keep[layer], -torch.inf)).argmax()
-        )
-        protected[best] = True
+        kept = flat[layer].masked_fill(~keep[layer], -torch.inf) if keep[layer].any() else flat[layer]
+        best = int(kept.argmax())
+        protected[start + best] = bool(kept[best] > -torch.inf)  # or an earlier mask took the whole layer
         start += size
     ranked = flat.masked_fill(protected, torch.inf)
     return _select(ranked, int(keep.sum()))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Mask:
-    """Which weights survive. `keep`: parameter name -> bool tensor of the parameter's shape, True = survives."""
+    """Which weights survive. `keep`: parameter name -> bool tensor of the parameter's shape, True = survives.
+
+    A value: two masks are equal where the same weights of the same layers survive.
+    """
 
     keep: dict[str, Tensor]
 
@@ -126,8 +154,9 @@ class Mask:
         Raises
         ------
         MaskError : no scores; a score that is NaN or infinite; all scores zero; `sparsity` outside [0, 1); fewer
-            weights left than layers.
+            weights left than layers; more than `within` left.
         """
+        check_fits({name: score.numel() for name, score in scores.items()}, sparsity, scope)
         _check(scores, sparsity)
         ranked = {
             name: score if within is None else score.masked_fill(~within.keep[name].to(score.device), -torch.inf)
@@ -137,12 +166,10 @@ class Mask:
         keep: dict[str, Tensor] = {}
         for group in groups:
             flat = _flat(group)
-            kept = flat.numel() - round(sparsity * flat.numel())
-            if kept < len(group):
-                names = ", ".join(group) if len(group) < 4 else f"{len(group)} layers"
+            kept = _kept(flat.numel(), sparsity)
+            if within is not None and kept > (left := sum(int(within.keep[name].sum()) for name in group)):
                 raise MaskError(
-                    f"prune.sparsity {sparsity} leaves {kept} of {flat.numel()} weights for {names}: "
-                    f"fewer weights than layers. At most {1 - len(group) / flat.numel():.6g} works here."
+                    f"sparsity {sparsity} keeps {kept} weights, the mask within which it prunes has {left}."
                 )
             chosen = _select(flat, kept)
             if keep_at_least_one:
@@ -154,6 +181,12 @@ class Mask:
     def dense(cls, model: nn.Module) -> Self:
         """The mask that keeps everything prunable."""
         return cls({name: torch.ones(p.shape, dtype=torch.bool) for name, p in prunable(model).items()})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and self.digest() == other.digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
 
     @property
     def total(self) -> int:
@@ -198,6 +231,7 @@ class Mask:
     def jaccard(self, other: "Mask") -> float:
         """Overlap |A ∩ B| / |A ∪ B| of the surviving weights of two masks of one model, [0, 1]."""
         self._same_layers(other.keep)
+        other._same_layers(self.keep)
         both = sum(int((keep & other.keep[name]).sum()) for name, keep in self.keep.items())
         either = sum(int((keep | other.keep[name]).sum()) for name, keep in self.keep.items())
         return both / either if either else 1.0

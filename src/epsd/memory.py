@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 GIB = 2**30
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS, _PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def free_bytes(device: torch.device) -> float:
@@ -19,23 +19,39 @@ def free_bytes(device: torch.device) -> float:
         return float(torch.cuda.mem_get_info(device)[0] + held)
     import psutil
 
-    return min(float(psutil.virtual_memory().available), container_bytes(_CGROUPS))
+    return min(float(psutil.virtual_memory().available), container_bytes(_CGROUPS, _own_groups(_PROCESS)))
 
 
-def container_bytes(root: Path) -> float:
-    """What the control group mounted at `root` leaves to this process; infinite without a limit.
+def _own_groups(listing: Path) -> list[str]:
+    """Paths of the control groups that a process is in, from its /proc/PID/cgroup; [""] where there is none."""
+    with contextlib.suppress(OSError):
+        return [line.split(":", 2)[2] for line in listing.read_text(encoding="utf-8").splitlines() if ":" in line]
+    return [""]
 
+
+def container_bytes(root: Path, groups: Iterable[str] = ("",)) -> float:
+    """What the control groups mounted at `root` leave to this process; infinite without a limit.
+
+    groups : the process's own, below `root`; those around them limit it too (a batch system's job, a service).
+        In a container they are often not to be seen, and the mounted root is its own.
     File pages that the kernel would give up at once do not count as used.
     """
-    for limit, used, cached, folder in (
+    least = float("inf")
+    for limit, used, cached, top in (
         ("memory.max", "memory.current", "inactive_file", root),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", root / "memory"),
     ):
-        with contextlib.suppress(OSError, ValueError):
-            most = int((folder / limit).read_text(encoding="utf-8"))
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
-            return float(most - int((folder / used).read_text(encoding="utf-8")) + int(stat.get(cached, 0)))
-    return float("inf")
+        folders = {top}
+        for group in groups:
+            inner = top / group.strip("/")
+            folders |= {folder for folder in (inner, *inner.parents) if folder.is_relative_to(top)}
+        for folder in folders:
+            with contextlib.suppress(OSError, ValueError):
+                most = int((folder / limit).read_text(encoding="utf-8"))
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+                left = most - int((folder / used).read_text(encoding="utf-8")) + int(stat.get(cached, 0))
+                least = min(least, float(left))
+    return least
 
 
 class Saved:

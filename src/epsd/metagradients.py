@@ -20,19 +20,23 @@ second evaluation back for memory; `epsd.lookahead` measures how many the memory
 import copy
 import itertools
 import math
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from epsd import parallel
-from epsd.derivatives import TwiceDifferentiable, laid_out
+from epsd.derivatives import TwiceDifferentiable, laid_out, weights_laid_out
 from epsd.jointly import together
+from epsd.losses import no_such_class
 from epsd.runtime import to_device
 from epsd.types import Batch, EpsdError, Forward, Loss, Objective, Scores
 
@@ -98,20 +102,26 @@ def within(allowed: Means) -> Iterator[None]:
 
 @contextmanager
 def scoring(model: nn.Module, train: bool = True) -> Iterator[None]:
-    """Put `model` in train or eval mode for a score; restore every module's mode and the random state afterwards.
+    """Put `model` in train or eval mode for a score; restore every module's mode and the random states afterwards.
 
-    Meanwhile layers run in a form that is cheap to differentiate twice (`epsd.derivatives`), attention in its plain
-    one.
+    Meanwhile gradients are on, layers run in a form that is cheap to differentiate twice (`epsd.derivatives`),
+    attention in its plain one, and what is compiled as it was written: compiled code has no second derivative.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     modes = {module: module.training for module in model.modules()}
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         model.train(train)
-        with torch.random.fork_rng(devices=devices), sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _uncompiled(),
+            keeping_random_state(_device(model)),
+            sdpa_kernel(SDPBackend.MATH),
+            TwiceDifferentiable(),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -119,30 +129,95 @@ def scoring(model: nn.Module, train: bool = True) -> Iterator[None]:
             module.training = mode
 
 
-def calling(model: nn.Module, weights: Vector) -> Forward:
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Nothing where the compiler was never loaded: no module can be compiled then, and loading it takes a second."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+_HOOKED = (
+    "this network sets hooks on what it saves for the backward pass (activation checkpointing, save_on_cpu), which "
+    "scores that evaluate it with other weights cannot follow. Switch that off while pruning, as by "
+    "model.set_grad_checkpointing(False)."
+)
+
+
+def calling(model: nn.Module, weights: Vector, counted: bool = False) -> Forward:
     """`model` called with `weights` (or buffers) in place of its own; other buffers are copied, never changed.
 
-    In the precision of `Means`; logits are in that of the weights, so that losses are exact.
+    In the precision of `Means`; logits are in that of the weights, so that losses are exact. `counted`: what is saved
+    for the backward pass is being counted (`memory.Saved`), by such hooks as are refused otherwise.
+
+    MetaGradientError, when called: the network checkpoints activations, or gives something else than logits.
     """
     lower = means().precision
 
     def forward(images: Tensor) -> Tensor:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with together(), torch.autocast(images.device.type, dtype=lower, enabled=lower is not None):
-            logits: Tensor = functional_call(model, {**buffers, **weights}, (images,))
+            logits = _called(model, {**buffers, **weights}, images, counted)
         return logits.to(images.dtype)
 
     return forward
 
 
-def random_state(device: torch.device) -> Tensor:
-    """State of the generator that dropout on `device` draws from."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+def _called(model: nn.Module, weights: Vector, images: Tensor, counted: bool) -> Tensor:
+    try:
+        with nullcontext() if counted else torch.autograd.graph.disable_saved_tensors_hooks(_HOOKED):
+            logits = functional_call(model, weights, (images,))
+    except RuntimeError as error:
+        if _HOOKED not in str(error):
+            raise
+        raise MetaGradientError(_HOOKED) from None
+    if not isinstance(logits, Tensor):
+        raise MetaGradientError(
+            f"the network gives {type(logits).__name__}, a score needs logits (B, K): wrap it in a module that "
+            "returns them alone."
+        )
+    return logits
 
 
-def set_random_state(device: torch.device, state: Tensor) -> None:
+class RandomState(NamedTuple):
+    """Of every generator that a network may draw from: torch's on the CPU and on its device, Python's, numpy's."""
+
+    cpu: Tensor
+    device: Tensor | None
+    python: Any
+    numpy: Any
+
+
+def random_state(device: torch.device) -> RandomState:
+    """What dropout and stochastic depth on `device` will draw from."""
+    kinds: dict[str, Callable[[], Tensor]] = {
+        "cuda": lambda: torch.cuda.get_rng_state(device),
+        "mps": torch.mps.get_rng_state,
+    }
+    own = kinds[device.type]() if device.type in kinds else None
+    return RandomState(torch.get_rng_state(), own, random.getstate(), np.random.get_state())
+
+
+def set_random_state(device: torch.device, state: RandomState) -> None:
     """Draw again what was drawn after `state` was taken."""
-    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+    torch.set_rng_state(state.cpu)
+    if state.device is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state.device, device)
+    elif state.device is not None:
+        torch.mps.set_rng_state(state.device)
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)
+
+
+@contextmanager
+def keeping_random_state(device: torch.device) -> Iterator[None]:
+    """What is drawn in the block leaves no trace."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(device, state)
 
 
 class _Part(NamedTuple):
@@ -151,7 +226,7 @@ class _Part(NamedTuple):
     loss: LossFunction
     batch: Batch
     weight: float
-    random_state: Tensor
+    random_state: RandomState
 
 
 def _chunks(batch: Batch, micro_batch: int | None) -> list[Batch]:
@@ -201,6 +276,7 @@ class Unroll:
     micro_batch : images evaluated at once (in all processes together). Exact where the loss is a batch mean and the
         net has no batch statistics; with BatchNorm in train mode each micro-batch is normalised by its own statistics.
     graphs_kept : the last so many steps keep their graph instead of being evaluated again: faster, more memory.
+    for_return : remember what `back` needs. Without, only the first and the last weights are kept.
     """
 
     def __init__(
@@ -212,14 +288,16 @@ class Unroll:
         momentum: float = 0.0,
         micro_batch: int | None = None,
         graphs_kept: int = 0,
+        for_return: bool = True,
     ) -> None:
-        self._model = model
+        self._model, self._for_return = model, for_return
         self._lr, self._momentum = lr, momentum
         self._micro_batch, self._graphs_kept = micro_batch, graphs_kept
         self._loss = loss
         self._streams: list[LossFunction] = []
         self._velocity: list[Tensor] | None = None
-        start = {name: laid_out(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        start = {name: weight for name, weight in weights_laid_out(model).items() if name in trained}
         self._device = next(iter(start.values())).device if start else torch.device("cpu")
         self.weights: list[Vector] = [start]
         self._parts: list[list[_Part]] = []
@@ -231,7 +309,12 @@ class Unroll:
     def _evaluate(self, part: _Part, weights: Vector) -> tuple[Loss, LossFunction]:
         loss = copy.copy(part.loss)
         set_random_state(self._device, part.random_state)
-        return loss(calling(self._model, weights), part.batch), loss
+        try:
+            return loss(calling(self._model, weights), part.batch), loss
+        except (IndexError, RuntimeError) as error:
+            if told := no_such_class(error):
+                raise MetaGradientError(told) from None
+            raise
 
     def gradient(self, batch: Batch, keep_graph: bool = False) -> Vector:
         """∇L_k(θ_k) on `batch`, which becomes step k's. Advances the loss's state.
@@ -258,7 +341,7 @@ class Unroll:
                 graphs.append(gradient)
             for name, value in {"": loss.total.detach(), **loss.terms}.items():
                 sums[name] = sums.get(name, 0.0) + share * float(value)
-        self._parts.append(parts)
+        self._parts.append(parts if self._for_return else [])
         if keep_graph:
             self._graphs[step], self._leaves[step] = graphs, leaves
         told = torch.tensor(list(sums.values()), dtype=torch.float64)
@@ -278,7 +361,27 @@ class Unroll:
                 torch._foreach_mul_(self._velocity, self._momentum)
                 torch._foreach_add_(self._velocity, gradient)
             moved = torch._foreach_add(list(self.weights[-1].values()), self._velocity, alpha=-self._lr)
-            self.weights.append(dict(zip(self.weights[-1], moved, strict=True)))
+            if not self._for_return:
+                del self.weights[1:]
+            self.weights.append(dict(zip(self.weights[0], moved, strict=True)))
+
+    def norms(self, batch: Batch) -> dict[str, float]:
+        """Euclidean norm of the gradient of each summand of the loss (`Loss.parts`) on `batch` at the last weights.
+
+        As `gradient` would evaluate it, but nothing moves on.
+        """
+        leaves = {name: w.detach().requires_grad_() for name, w in self.weights[-1].items()}
+        sums: dict[str, list[Tensor]] = {}
+        for position, chunk in enumerate(_chunks(batch_laid_out(batch), self._micro_batch)):
+            state = self._streams[position] if position < len(self._streams) else self._loss
+            share = len(chunk.labels) / len(batch.labels)
+            part = _Part(state, parallel.part(chunk), share, random_state(self._device))
+            for name, term in self._evaluate(part, leaves)[0].parts.items():
+                total = sums.setdefault(name, [torch.zeros_like(w) for w in leaves.values()])
+                if term.requires_grad:
+                    found = torch.autograd.grad(term, list(leaves.values()), retain_graph=True, materialize_grads=True)
+                    torch._foreach_add_(total, found, alpha=share)
+        return {name: _norm(total) for name, total in sums.items()}
 
     def hessian_vector(self, step: int, vector: list[Tensor]) -> list[Tensor]:
         """H_k(θ_k) · vector for step k, one micro-batch's graph at a time."""
@@ -371,21 +474,27 @@ def mask_gradient(
         momentum=momentum,
         micro_batch=micro_batch,
         graphs_kept=graphs_kept if full else 0,
+        for_return=full,
     )
     start = unroll.weights[0]
     unroll.advance(batches[:-1])
-    if not full:
-        unroll.weights = unroll.weights[-1:]
     outer = unroll.gradient(batches[-1])
     factor = unroll.weights[-1] if reading == "local" else start
     if full:
         outer = unroll.back(outer, detach_first_step=detach_first_step and momentum > 0)
-    return MetaGradient({name: outer[name] * factor[name] for name in names}, unroll.losses, unroll.terms)
+    return MetaGradient({name: wide(outer[name]) * wide(factor[name]) for name in names}, unroll.losses, unroll.terms)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least single precision: a saliency is a product of small numbers, which half precision would round to 0."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def draw(batches: Iterable[Batch], count: int, who: str, device: torch.device) -> list[Batch]:
     """The first `count` batches, on `device`. MetaGradientError says how many are needed when there are fewer."""
     drawn = [to_device(batch, device) for batch in itertools.islice(batches, count)]
+    if not drawn:
+        raise MetaGradientError(f"{who} needs {count} batches, the data gave none.")
     if len(drawn) < count:
         raise MetaGradientError(
             f"{who} needs {count} batches, the data gave {len(drawn)}. Use a smaller prune.batch_size, fewer "
@@ -402,28 +511,27 @@ def normalised(saliency: Vector) -> Scores:
 
 
 def gradient_norms(
-    model: nn.Module, loss: LossFunction, batches: Sequence[Batch], *, lr: float = 0.1, momentum: float = 0.0
+    model: nn.Module,
+    loss: LossFunction,
+    batches: Sequence[Batch],
+    *,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    micro_batch: int | None = None,
 ) -> list[dict[str, float]]:
     """Euclidean norm of the gradient of each summand of the loss (`Loss.parts`) at θ₀ … θ_i of the scoring steps.
 
     The prune report's ‖g_KL‖/‖g_CE‖: whether the self-distillation term is live while scoring.
     """
-    unroll = Unroll(model, loss, lr=lr, momentum=momentum)
+    unroll = Unroll(model, loss, lr=lr, momentum=momentum, micro_batch=micro_batch, for_return=False)
     norms = []
     for step, batch in enumerate(batches):
-        leaves = {name: w.detach().requires_grad_() for name, w in unroll.weights[-1].items()}
-        state = unroll._streams[0] if unroll._streams else unroll._loss
-        part = _Part(state, parallel.part(batch), 1.0, random_state(unroll._device))
-        parts = unroll._evaluate(part, leaves)[0].parts
-        norms.append({name: _norm(term, leaves) for name, term in parts.items()})
+        norms.append(unroll.norms(batch))
         if step + 1 < len(batches):
             unroll.advance([batch])
     return norms
 
 
-def _norm(term: Tensor, leaves: Vector) -> float:
-    if not term.requires_grad:
-        return 0.0
-    gradient = torch.autograd.grad(term, list(leaves.values()), retain_graph=True, materialize_grads=True)
+def _norm(gradient: list[Tensor]) -> float:
     parallel.mean_(gradient)
     return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.double()) for g in gradient])))

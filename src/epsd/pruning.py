@@ -1,12 +1,12 @@
 """Early pruning: score → schedule → mask, on a copy of the model."""
 
 import copy
-import itertools
 import resource
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,28 +15,60 @@ from torch.utils.data import DataLoader
 
 from epsd import parallel
 from epsd.loaders import as_batches
-from epsd.lookahead import LookAhead
+from epsd.lookahead import LookAhead, planned
 from epsd.losses import PlainLoss, as_objective, cross_entropy
-from epsd.masks import Mask, Scope, prunable
-from epsd.metagradients import Following, draw, gradient_norms, scoring
-from epsd.types import Batch, Batches, BatchNeeds, Objective, Score, Scores
+from epsd.masks import Mask, MaskError, Scope, check_fits, hidden, prunable
+from epsd.metagradients import Following, MetaGradientError, gradient_norms, keeping_random_state, scoring
+from epsd.types import Batch, Batches, BatchNeeds, EpsdError, Objective, Score, Scores
 
 Source = Batches | Iterable[Batch] | DataLoader[Any]
 LossLike = Objective | Callable[[Tensor, Tensor], Tensor]
 
 
-def _endless(batches: Batches, needs: BatchNeeds) -> Iterator[Batch]:
-    for number in itertools.count():
-        yield from batches.epoch(number, needs)
+class PruneError(EpsdError):
+    """A model, score or setting that cannot be pruned, or pruned with, as it is."""
 
 
-def stream(source: Source, needs: BatchNeeds = BatchNeeds(), restart: bool = True) -> Iterator[Batch]:
-    """Batches of `source` for scoring, one after the other; with `restart`, from the beginning again when used up."""
-    if isinstance(source, DataLoader):
-        source = as_batches(source)
-    if isinstance(source, Batches):
-        return _endless(source, needs) if restart else source.epoch(0, needs)
-    return itertools.cycle(source) if restart else iter(source)
+class Stream(Iterator[Batch]):
+    """Batches for scoring, one after the other; with `restart`, from the beginning again when used up.
+
+    `passes` : how often the data was begun.  `image` : (1, C, H, W) of the last batch, None before the first.
+    """
+
+    def __init__(self, source: Source, needs: BatchNeeds = BatchNeeds(), restart: bool = True, seed: int = 0) -> None:
+        given = as_batches(source, seed=seed) if isinstance(source, DataLoader) else source
+        self._epoch: Callable[[int], Iterator[Batch]]
+        if isinstance(given, Batches):
+            self._epoch = partial(given.epoch, needs=needs)
+        else:
+            drawn, first = iter(given), list[Batch]()
+            self._epoch = lambda number: iter(first) if number else _noting(drawn, first)
+        self._restart = restart
+        self._batches = self._epoch(0)
+        self.passes = 1
+        self.image: Tensor | None = None
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches, None)
+        if batch is None and self._restart:
+            self._batches = self._epoch(self.passes)
+            self.passes += 1
+            batch = next(self._batches, None)
+        if batch is None:
+            raise StopIteration
+        if not isinstance(batch, Batch):
+            raise MetaGradientError(
+                f"scoring needs batches of type epsd.Batch, the data gave {type(batch).__name__}. A DataLoader of "
+                "(image, label) pairs is turned into such."
+            )
+        self.image = batch.images[:1].clone()
+        return batch
+
+
+def _noting(batches: Iterator[Batch], seen: list[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        seen.append(batch)
+        yield batch
 
 
 def _sizes(source: Source) -> tuple[int, int]:
@@ -55,6 +87,7 @@ def prune(
     rounds: int = 1,
     keep_at_least_one: bool = False,
     restart: bool = True,
+    seed: int = 0,
 ) -> Mask:
     """The mask that keeps the highest-scoring weights of `model`, which is left as it is in every respect.
 
@@ -73,18 +106,23 @@ def prune(
         SynFlow: 100.
     keep_at_least_one : no layer loses its last weight. Otherwise a layer that does is named in a warning.
     restart : begin the data again when a score needs more batches than there are.
+    seed : of order and augmentation where `batches` is a DataLoader.
 
     Raises
     ------
-    MaskError : nothing to prune, scores that are not finite or all zero, fewer weights left than layers.
-    MetaGradientError : too few batches (without `restart`), or a loss that is not differentiable as often as the
-        score needs.
+    MaskError : nothing to prune, scores that are not finite or all zero, a layer whose initial weights are all zero,
+        fewer weights left than layers.
+    MetaGradientError : too few batches, or a loss that is not differentiable as often as the score needs.
+    PruneError : `rounds` below 1; a model that cannot be pruned as it is (DataParallel, TorchScript, no copy of it);
+        something else than a score or an objective.
     ParallelError : a batch that several processes cannot split evenly.
     """
-    objective = copy.deepcopy(as_objective(objective))
+    if rounds < 1:
+        raise PruneError(f"rounds: {rounds} is below 1.")
+    objective = copy.deepcopy(as_objective(_checked(model, score, objective)))
+    check_fits({name: p.numel() for name, p in prunable(model).items()}, sparsity, scope)
     work = _copied(model)
-    Mask.from_scores({name: torch.arange(p.numel()) for name, p in prunable(work).items()}, sparsity, scope)
-    drawn = stream(batches, objective.needs, restart)
+    drawn = Stream(batches, objective.needs, restart, seed)
     mask: Mask | None = None
     for done in range(1, rounds + 1):
         objective.begin("score", *_sizes(batches))
@@ -92,6 +130,8 @@ def prune(
         target = sparsity if done == rounds else 1 - density
         scores = score(work, drawn, objective)
         parallel.same_everywhere(scores.values())
+        if mask is None and sparsity:
+            _refuse_zeros(model, scores)
         mask = Mask.from_scores(scores, target, scope, keep_at_least_one=keep_at_least_one, within=mask)
         mask.apply_(work)
     assert mask is not None
@@ -102,18 +142,60 @@ def prune(
 def scored(model: nn.Module, batches: Source, *, score: Score, objective: LossLike = cross_entropy) -> Scores:
     """The scores that `prune` ranks in its first round; `selected` makes a mask of them at any sparsity.
 
-    `model` and `objective` are left as they are. Raises MetaGradientError as `prune` does.
+    `model` and `objective` are left as they are. Raises MetaGradientError, MaskError and PruneError as `prune` does.
     """
-    objective = copy.deepcopy(as_objective(objective))
+    objective = copy.deepcopy(as_objective(_checked(model, score, objective)))
     objective.begin("score", *_sizes(batches))
-    scores = score(_copied(model), stream(batches, objective.needs), objective)
+    scores = score(_copied(model), Stream(batches, objective.needs), objective)
     parallel.same_everywhere(scores.values())
+    _refuse_zeros(model, scores)
     return scores
+
+
+def _checked(model: nn.Module, score: object, objective: LossLike) -> LossLike:
+    """`objective`; what cannot be scored, and what cannot score, is named first."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise PruneError(f"the model is wrapped in {type(model).__name__}: prune what is inside, model.module.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PruneError(
+            "the model is a TorchScript module, which has no layers to look at: prune it before scripting."
+        )
+    if isinstance(score, type):
+        raise PruneError(f"score: got the class {score.__name__}: make one, {score.__name__}().")
+    if not callable(score):
+        raise PruneError(f"score: expected a score such as Epsd(steps=3), got {score!r}.")
+    if layers := hidden(model):
+        warnings.warn(
+            f"not pruned, as their weights are computed from other parameters (weight_norm, spectral_norm, ...): "
+            f"{', '.join(layers)}.",
+            stacklevel=3,
+        )
+    return objective
+
+
+def _refuse_zeros(model: nn.Module, scores: Scores) -> None:
+    """A layer that starts at zero would be taken whole by every score that multiplies by the initial weights."""
+    for name, weight in prunable(model).items():
+        if not scores[name].any() and not weight.any():
+            raise MaskError(
+                f"every weight of '{name}' is zero, so that no score can rank them and all would be removed. "
+                "Initialise the layer, or leave it out by freezing it (requires_grad_(False))."
+            )
 
 
 def _copied(model: nn.Module) -> nn.Module:
     """A copy to work on, the main process's weights in all of them."""
-    work = copy.deepcopy(model)
+    try:
+        work = copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        kept = [
+            f"{name}.{key}".strip(".")
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        told = f"it keeps {', '.join(kept)}, computed from other tensors: set that to None" if kept else str(error)
+        raise PruneError(f"the model cannot be copied: {told}.") from None
     parallel.same_everywhere(work.state_dict().values())
     return work
 
@@ -143,28 +225,42 @@ def signal(model: nn.Module, batches: Source, score: Score, objective: Objective
     """How live the self-distillation term is while scoring: ‖g_KL‖/‖g_CE‖ at θ₀ and at θ_i, where the outer loss
     stands.
 
-    Empty for a score that does not look ahead and for an objective that distils nothing.
+    Empty for a score that does not look ahead along the objective, for an objective that distils nothing, and for one
+    without a label loss to compare with (PS-KD with alpha 1).
     """
-    if not isinstance(score, LookAhead):
+    if not isinstance(score, LookAhead) or not follows_objective(score):
         return {}
     objective = copy.deepcopy(objective)
     objective.begin("score", *_sizes(batches))
     device = next(model.parameters()).device
-    drawn = draw(stream(batches, objective.needs), score.steps + 1, "the signal report", device)
+    loss = Following(objective)
+    drawn = score.drawn(Stream(batches, objective.needs), "the signal report", device)
     with scoring(model):
-        norms = gradient_norms(model, Following(objective), drawn, lr=score.lr, momentum=score.momentum)
-    if "distillation" not in norms[-1]:
+        with keeping_random_state(device):
+            together = planned(model, loss, drawn[0], score).micro_batch
+        norms = gradient_norms(model, loss, drawn, lr=score.lr, momentum=score.momentum, micro_batch=together)
+    if "distillation" not in norms[-1] or not all(norm["supervised"] for norm in norms):
         return {}
-    ratios = [norm["distillation"] / norm["supervised"] if norm["supervised"] else 0.0 for norm in norms]
+    ratios = [norm["distillation"] / norm["supervised"] for norm in norms]
     return {"distillation_signal_start": ratios[0], "distillation_signal": ratios[-1]}
 
 
 def overlap_with_cross_entropy(
     mask: Mask, model: nn.Module, batches: Source, *, score: Score, objective: Objective, **selection: Any
 ) -> float:
-    """Jaccard overlap of `mask` with the mask of the same score, on the same images, under cross entropy."""
+    """Jaccard overlap of `mask` with the mask of the same score, on the same images, under cross entropy.
+
+    1 without scoring again where the score does not look at the objective.
+    """
+    if not follows_objective(score):
+        return 1.0
     plain = PlainLoss(cross_entropy, objective.needs)
     return mask.jaccard(prune(model, batches, score=score, objective=plain, **selection))
+
+
+def follows_objective(score: Score) -> bool:
+    """Whether the run's objective enters `score`. One that does not say so (`follows_objective`) is taken to do."""
+    return bool(getattr(score, "follows_objective", True))
 
 
 class Stopwatch:

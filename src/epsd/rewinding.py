@@ -19,7 +19,7 @@ from epsd import checkpoints
 from epsd.distillation import Distillation
 from epsd.loaders import as_batches
 from epsd.losses import cross_entropy
-from epsd.masks import Mask, Scope, prunable
+from epsd.masks import Mask, Scope, check_fits, prunable
 from epsd.passes import Meter
 from epsd.registry import settings_of, variant
 from epsd.runtime import mix, pick_precision
@@ -152,6 +152,7 @@ def prune_then_distill(
     settings, recipe = settings or Rewinding(), recipe or Recipe()
     if settings.select == "validation" and validation is None:
         raise RewindingError("select: 'validation' needs validation images: set data.validation, or select: last.")
+    check_fits({name: p.numel() for name, p in prunable(teacher).items()}, sparsity, scope)
     teacher_epochs, round_epochs, student_epochs = settings.epochs(recipe)
     course = _Course(
         as_batches(train, seed=mix(seed, "train")),

@@ -90,7 +90,7 @@ class Pictures:
     def __init__(self, files: Files, reading: Reading, image_shape: tuple[int, int, int]) -> None:
         self.tree, self.reading, self.image_shape = files.tree, reading, image_shape
         # one block of bytes, not a million strings: workers would copy these by counting references to them
-        encoded = [name.encode() for name in files.names]
+        encoded = [name.encode("utf-8", "surrogateescape") for name in files.names]  # not every name is text
         self._names, self._ends = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
 
     def __getitem__(self, position: int) -> Tensor:
@@ -120,7 +120,7 @@ class Pictures:
 
     def _content(self, position: int) -> tuple[bytes, str]:
         """The bytes of a file, and what to call it."""
-        name = self._names[self._ends[position] : self._ends[position + 1]].decode()
+        name = self._names[self._ends[position] : self._ends[position + 1]].decode("utf-8", "surrogateescape")
         return self.tree.read(name), f"{self.tree.where}: {name}"
 
 

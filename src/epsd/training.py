@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from epsd import checkpoints, fitting, jointly, parallel
-from epsd.acceleration import Compile, Update, align_, compiled, pick_update, sgd
+from epsd.acceleration import Compile, Update, align_, compiled, lay_out_, pick_update, sgd
 from epsd.console import Progress
 from epsd.loaders import as_batches
-from epsd.losses import as_objective, cross_entropy
+from epsd.losses import as_objective, cross_entropy, no_such_class
 from epsd.masks import Mask, MaskHolder
 from epsd.passes import Meter
 from epsd.registry import variant
@@ -31,7 +30,6 @@ Record = dict[str, float]
 whole gradient, masked, before clipping), `train/top1`, `train/lr`, `time/epoch`, `val/top1`, ...; what was spent up to
 its end (validation excluded): `cost/images_forward`, ..., `cost/image_passes`, `cost/seconds`."""
 
-_NO_SUCH_CLASS = re.compile(r"Target (-?\d+) is out of bounds")
 _CHECK_EVERY = 50
 """Steps between looks at the loss on a GPU: each look waits for the device."""
 
@@ -186,21 +184,19 @@ class _Loop:
         mark: str | None,
         on_epoch: Callable[[Record], None],
     ) -> list[Record]:
-        self.model.to(memory_format=self.layout)
+        lay_out_(self.model, self.layout)
         try:
             self.net = parallel.wrapped(self.net)
             return self._run(validation, checkpoint, mark, on_epoch)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, IndexError) as error:
+            if told := no_such_class(error):  # on a CPU
+                raise TrainingError(told) from None
             if not fitting.is_shortage(error):
                 raise
             fitting.release(error, self.device)
             raise fitting.OutOfMemory(self.room.advice()) from None
-        except IndexError as error:  # of the cross entropy, on a CPU
-            if not (found := _NO_SUCH_CLASS.match(str(error))):
-                raise
-            raise TrainingError(f"a label is {found[1]}, for which the network has no output.") from None
         finally:
-            self.model.to(memory_format=torch.contiguous_format)
+            lay_out_(self.model, torch.contiguous_format)
 
     def _run(
         self,

@@ -74,7 +74,11 @@ class Objective(Protocol):
 
 
 class Score(Protocol):
-    """One early-pruning criterion. It leaves parameters, buffers, mode and random state of `model` untouched."""
+    """One early-pruning criterion. It leaves parameters, buffers, mode and random state of `model` untouched.
+
+    One that never consults `objective` says so by `follows_objective: ClassVar[bool] = False`: its mask under cross
+    entropy alone is then known to be the same.
+    """
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
         """Draws from `batches` what it needs; `objective` has begun with purpose "score"."""

@@ -130,6 +130,15 @@ def test_token_networks_are_refused_as_backbones_with_the_reason(choice: dict[st
         architecture.feature_nodes(net)
 
 
+@without_maps
+def test_no_layer_starts_at_zero(choice: dict[str, Any], shape: Shape) -> None:
+    """A score could not rank its weights; vision transformers come with such a classifier."""
+    _, net = build(choice, shape)
+    assert all(weight.any() for weight in prunable(net).values())
+    other = build(choice, shape)[1]
+    assert all(torch.equal(weight, other.get_parameter(name)) for name, weight in net.named_parameters())
+
+
 def test_fused_attention_weights_are_prunable() -> None:
     _, net = build(*TOKENS[0])
     assert any(name.endswith("in_proj_weight") for name in prunable(net))

@@ -35,6 +35,18 @@ def try_on(model: nn.Module, image_shape: tuple[int, int, int], name: str, hint:
     return model
 
 
+def wake_(model: nn.Module) -> nn.Module:
+    """`model`, its convolution and linear layers that start at zero drawn as torch draws such layers by default.
+
+    Vision transformers start with a classifier of zeros. Nothing that is pruned at initialisation may: scores multiply
+    by the initial weights, so that such a layer would lose all of them.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and not module.weight.any():
+            module.reset_parameters()
+    return model
+
+
 def _shapes(model: nn.Module, names: list[str], image: Tensor) -> dict[str, torch.Size]:
     """Output shape of each named submodule that gave one tensor, in the order of the forward pass."""
     found: dict[str, torch.Size] = {}

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 from torch import nn
 
-from epsd.architectures._features import ArchitectureError, pyramid, try_on
+from epsd.architectures._features import ArchitectureError, pyramid, try_on, wake_
 from epsd.registry import ParamsError, variant
 
 INSTALL = "make sure the extra is installed: .venv/bin/pip install -e '.[timm]'"
@@ -37,6 +37,7 @@ def _known(model: str) -> str:
 @variant
 class TimmZoo:
     """A classifier of timm, built with `pretrained=False`: its own initialisation, nothing is downloaded.
+    Layers that it starts at zero (the classifier of vision transformers) are drawn instead: no score could rank them.
 
     Settings
     --------
@@ -60,7 +61,7 @@ class TimmZoo:
         except (ValueError, RuntimeError, AssertionError, TypeError) as error:
             given = "x".join(map(str, image_shape))
             raise ArchitectureError(f"architecture: '{self.model}' cannot take images of {given} ({error}).") from None
-        return try_on(net, image_shape, self.model, "most of timm's networks are made for 224x224")
+        return try_on(wake_(net), image_shape, self.model, "most of timm's networks are made for 224x224")
 
     def feature_nodes(self, model: nn.Module) -> list[str]:
         """The last block at each resolution from stride 2 on. Raises ArchitectureError for ViT-like networks."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 from torch import nn
 
-from epsd.architectures._features import ArchitectureError, adapt_channels, pyramid, try_on
+from epsd.architectures._features import ArchitectureError, adapt_channels, pyramid, try_on, wake_
 from epsd.registry import unknown, variant
 
 
@@ -36,6 +36,7 @@ def _arguments(model: str, image_shape: tuple[int, int, int]) -> dict[str, Any]:
 @variant
 class TorchvisionZoo:
     """A classifier of torchvision, built with `weights=None`; its own initialisation, as its authors wrote it there.
+    Layers that it starts at zero (the classifier of vision transformers) are drawn instead: no score could rank them.
 
     Settings
     --------
@@ -61,7 +62,7 @@ class TorchvisionZoo:
             size = "x".join(map(str, image_shape))
             raise ArchitectureError(f"architecture: '{self.model}' cannot take images of {size} ({error}).") from None
         adapt_channels(net, image_shape[0])
-        return try_on(net, image_shape, self.model, hint)
+        return try_on(wake_(net), image_shape, self.model, hint)
 
     def feature_nodes(self, model: nn.Module) -> list[str]:
         """The last block at each resolution from stride 2 on. Raises ArchitectureError for ViT-like networks."""

@@ -38,10 +38,10 @@ class CsKd:
 
     def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
         """Anchors first, then partners: the order in which the official code updates running statistics."""
-        assert batch.partner is not None
+        partner = losses.partner_of(batch)
         logits = forward(batch.images)
         with torch.no_grad():
-            target = forward(batch.partner)
+            target = forward(partner)
         supervised = losses.cross_entropy(logits, batch.labels, self.label_smoothing)
         distillation = losses.kl_divergence(target, logits, self.temperature)
         total = supervised + self.weight * distillation

@@ -53,9 +53,9 @@ class Dlb:
 
     def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
         """Current batch first, then the last one: the order in which the official code updates running statistics."""
-        assert batch.partner is not None
+        partner = losses.partner_of(batch)
         logits = forward(batch.images)
-        last = self._swapped(Last(batch.partner, batch.labels, logits.detach()))
+        last = self._swapped(Last(partner, batch.labels, logits.detach()))
         if last is None:
             supervised = losses.cross_entropy(logits, batch.labels, self.label_smoothing)
             zero = torch.zeros_like(supervised)

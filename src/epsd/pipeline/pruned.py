@@ -83,7 +83,9 @@ def scored(params: Params, data: Prepared) -> Scored:
             scores = pruning.scored(model, batches, score=score, objective=objective)
         if not params.prune.compare:
             return Scored(scores, None, report)
-        plain = pruning.scored(model, batches, score=score, objective=PlainLoss(cross_entropy, objective.needs))
+        plain = scores
+        if pruning.follows_objective(score):
+            plain = pruning.scored(model, batches, score=score, objective=PlainLoss(cross_entropy, objective.needs))
         return Scored(scores, plain, report | pruning.signal(model, batches, score, objective))
 
 

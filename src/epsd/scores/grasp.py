@@ -1,14 +1,14 @@
 """GraSP: keep gradient flow (Wang et al., ICLR 2020; official code alecwangcq/GraSP)."""
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from epsd import parallel
-from epsd.derivatives import laid_out
+from epsd.derivatives import laid_out, weights_laid_out
 from epsd.losses import cross_entropy
 from epsd.masks import prunable
 from epsd.metagradients import (
@@ -20,6 +20,7 @@ from epsd.metagradients import (
     random_state,
     scoring,
     set_random_state,
+    wide,
 )
 from epsd.registry import variant
 from epsd.types import Batch, Objective, Scores
@@ -37,7 +38,7 @@ class Grasp:
     temperature : divides the logits. Default 200 (official).
     samples_per_class : take this many images of each class, in the order of the data, and split them in two halves;
         null = whole batches. Default 10 (official for CIFAR-10; CIFAR-100 with VGG 10, Tiny-ImageNet 1 with
-        `repeats: 10`).
+        `repeats: 10`). A class with fewer images gives some of them again, augmented anew.
     interleave : deal the classes of the selected images evenly over the two halves. Default true; the official code
         concatenates class by class and cuts in the middle, so that each half holds half of the classes and BatchNorm
         sees class-sorted halves: `false`.
@@ -53,6 +54,8 @@ class Grasp:
     repeats: Annotated[int, Field(ge=1)] = 1
     mode: Literal["train", "eval"] = "train"
 
+    follows_objective: ClassVar[bool] = False
+
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
         """Draws batches until every class has its samples (or `batches` of them), `repeats` times."""
         names = list(prunable(model))
@@ -62,11 +65,10 @@ class Grasp:
         source = iter(batches)
         groups = [group for _ in range(self.repeats) for group in self._groups(source, model, device)]
         with scoring(model, self.mode == "train"):
-            weights = {
-                name: laid_out(p.detach()).requires_grad_() for name, p in model.named_parameters() if p.requires_grad
-            }
+            trained = {name for name, p in model.named_parameters() if p.requires_grad}
+            weights = {n: w.requires_grad_() for n, w in weights_laid_out(model).items() if n in trained}
             curvature = self._curvature(model, weights, groups, names)
-        saliency = {name: weights[name].detach() * curvature[name] for name in names}
+        saliency = {name: wide(weights[name].detach()) * wide(curvature[name]) for name in names}
         return _normalised(saliency)
 
     def _loss(self, model: nn.Module, weights: dict[str, Tensor], group: tuple[Tensor, Tensor]) -> Tensor:
@@ -104,7 +106,7 @@ class Grasp:
             drawn = draw(source, self.batches, f"score grasp with batches={self.batches}", device)
             return [(batch.images, batch.labels) for batch in drawn]
         first = draw(source, 1, "score grasp", device)[0]
-        with torch.no_grad(), scoring(model, False):
+        with scoring(model, False), torch.no_grad():
             classes = calling(model, {})(first.images[:2]).shape[1]
         images, labels = self._selected(first, source, classes, device)
         half = len(labels) // 2
@@ -116,12 +118,17 @@ class Grasp:
         wanted = self.samples_per_class or 0
         found: list[list[Tensor]] = [[] for _ in range(classes)]
         batch: Batch | None = first
+        taken_in = 0
         while batch is not None:
             for image, label in zip(batch.images, batch.labels.tolist(), strict=True):
+                if label >= classes:
+                    raise MetaGradientError(f"a label is {label}: the network has no output for it.")
                 if len(found[label]) < wanted:
                     found[label].append(image.to(device))
+                    taken_in = _passes(source)
             missing = [label for label, images in enumerate(found) if len(images) < wanted]
-            batch = next(source, None) if missing else None
+            fruitless = _passes(source) - taken_in >= 2  # a whole pass through the data between the two
+            batch = next(source, None) if missing and not fruitless else None
         if missing:
             raise MetaGradientError(
                 f"score grasp needs samples_per_class={wanted} images of each class; the data ran out "
@@ -132,6 +139,11 @@ class Grasp:
             pairs = pairs[::2] + pairs[1::2]
         images, labels = zip(*pairs, strict=True)
         return torch.stack(list(images)), torch.tensor(labels, device=device)
+
+
+def _passes(source: Iterator[Batch]) -> int:
+    """How often an endless source (`pruning.Stream`) has begun the data again; 0 where it does not say."""
+    return int(getattr(source, "passes", 0))
 
 
 def _normalised(saliency: dict[str, Tensor]) -> Scores:

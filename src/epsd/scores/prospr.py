@@ -1,6 +1,7 @@
 """ProsPr: prospect pruning (Alizadeh et al., ICLR 2022; official code mil-ad/prospr)."""
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from torch import nn
 
@@ -18,6 +19,8 @@ class ProsPr(LookAhead):
     official one keeps ceil(N · (1 − s)) evaluated in floating point, one weight too many at some sparsities; here
     exactly N − round(s · N) remain.
     """
+
+    follows_objective: ClassVar[bool] = False
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
         """Draws `steps` + 1 batches; the objective is not consulted."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class Random:
     """
 
     distribution: Literal["uniform", "erk"] = "uniform"
+
+    follows_objective: ClassVar[bool] = False
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
         """Draws nothing. The random numbers follow from the global random state, which is left as it was."""

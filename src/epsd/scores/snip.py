@@ -1,7 +1,7 @@
 """SNIP: connection sensitivity (Lee et al., ICLR 2019; official code namhoonlee/snip-public)."""
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -28,6 +28,8 @@ class Snip:
 
     batches: Annotated[int, Field(ge=1)] = 1
     mode: Literal["train", "eval"] = "train"
+
+    follows_objective: ClassVar[bool] = False
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
         """Draws `batches` batches; the objective is not consulted."""

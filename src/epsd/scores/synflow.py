@@ -1,13 +1,13 @@
 """SynFlow: synaptic flow, without data (Tanaka et al., NeurIPS 2020; official code ganguli-lab/Synaptic-Flow)."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from epsd.derivatives import laid_out
+from epsd.derivatives import laid_out, weights_laid_out
 from epsd.masks import prunable
 from epsd.metagradients import Means, calling, draw, scoring, within
 from epsd.registry import variant
@@ -31,13 +31,16 @@ class SynFlow:
     (official issue). All terms are positive, so that nothing cancels.
     """
 
+    follows_objective: ClassVar[bool] = False
+
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
-        """Draws one batch, for the shape of an image alone."""
+        """Draws one batch, for the shape of an image alone, where none has been drawn before."""
         names = list(prunable(model))
         if not names:
             return {}
         device = next(model.parameters()).device
-        image = draw(batches, 1, "score synflow", device)[0].images[:1]
+        seen: Tensor | None = getattr(batches, "image", None)  # an endless source remembers the last one
+        image = draw(batches, 1, "score synflow", device)[0].images[:1] if seen is None else seen.to(device)
         with within(Means()), scoring(model, train=False):
             dtype = model.get_parameter(names[0]).dtype
             scores = _scores(model, names, torch.ones_like(image, dtype=dtype)) if dtype != torch.float64 else None
@@ -46,7 +49,7 @@ class SynFlow:
 
 def _scores(model: nn.Module, names: list[str], image: Tensor, safe: bool = True) -> Scores | None:
     """In the precision of `image`; None where that is not enough and `safe` asks for more."""
-    weights = {n: laid_out(p.detach().to(image.dtype)).abs().requires_grad_() for n, p in model.named_parameters()}
+    weights = {n: w.abs().requires_grad_() for n, w in weights_laid_out(model, image.dtype).items()}
     buffers = {n: b.to(image.dtype).abs() if b.is_floating_point() else b for n, b in model.named_buffers()}
     with _Range() as flow:
         total = calling(model, {**weights, **buffers})(laid_out(image)).sum()
