@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from epsd import artifacts, checkpoints, detection, figures, parallel, pictures
+from epsd.acceleration import keep_freed_memory
 from epsd.architectures import ARCHITECTURES
 from epsd.data import Prepared
 from epsd.detectors import DETECTORS, Picture
@@ -51,6 +52,7 @@ def main(params: Params) -> str:
     mark = fingerprint(params)
     folder = state_folder("checkpoints", mark)
     task = Task(params, VocIndex.load(artifacts.VOC_INDEX), artifacts.read_json(artifacts.MODEL_CARD), folder, mark)
+    keep_freed_memory()
     if not parallel.is_main():
         followed(task)
         return ""
@@ -89,7 +91,7 @@ def followed(task: Task) -> None:
     """Take part in all that the main process does with the others."""
     trained = fitted(task, classifier(task), Mask.load(artifacts.MASK))
     found(task, trained.detector, "test")
-    if task.voc.scenes["validation"]:
+    if detection.countable(task.voc.scenes["validation"]):
         found(task, trained.detector, "validation")
     beside(task)
 
@@ -158,13 +160,14 @@ def judged(task: Task, trained: Trained) -> dict[str, float]:
     detections = found(task, trained.detector, "test")
     summary, rows = scored(task, detections, "test")
     card = task.card | {"detector": task.params.detect.detector, "detected": task.voc.class_names}
+    card |= {"typical_size": detection.typical_size(task.voc.scenes["train"])}
     artifacts.save_model(trained.detector, artifacts.DETECTOR, card)
     artifacts.write_csv(artifacts.DETECT_PER_CLASS, list(rows[0]), [list(row.values()) for row in rows])
     artifacts.write_csv(
         artifacts.DETECT_HISTORY, list(trained.history[0]), [list(row.values()) for row in trained.history]
     )
     draw(task, detections)
-    if task.voc.scenes["validation"]:
+    if detection.countable(task.voc.scenes["validation"]):
         validation = scored(task, found(task, trained.detector, "validation"), "validation")
         summary |= {"validation_map50": validation.summary["map50"]}
     if trained.mask is not None:

@@ -4,7 +4,7 @@ from epsd import artifacts, parallel
 from epsd.data import Prepared
 from epsd.params import Params
 from epsd.pipeline.pruned import pruned
-from epsd.stage import run_stage
+from epsd.stage import run_stage, warn_of_detection
 
 
 def main(params: Params) -> str:
@@ -13,6 +13,7 @@ def main(params: Params) -> str:
     mask, model, report = pruned(params, data)
     if not parallel.is_main():
         return ""
+    warn_of_detection(params, model)
     artifacts.save_pruned(mask, model, report)
     dead = f", no weight left in {', '.join(mask.dead_layers())}" if mask.dead_layers() else ""
     return f"kept {mask.kept:,} of {mask.total:,} weights, sparsity {mask.sparsity:.4f}{dead}"

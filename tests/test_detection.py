@@ -1,5 +1,6 @@
 """The detector's loop and its scores: it learns, repeats itself, keeps the mask, and says what went wrong."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from epsd.datasets.digit_scenes import DigitScenes
 from epsd.detection import DetectionError, Pictures, Recipe, detect, fit_detector, follow, score_detections
 from epsd.detectors import Picture
 from epsd.detectors.faster_rcnn import FasterRcnn
+from epsd.detectors.ssd import Ssd
 from epsd.masks import Mask, prunable
 from epsd.voc import Detections, Scene
 
@@ -129,6 +131,27 @@ def test_the_callers_random_state_is_left_alone(scenes: dict[str, list[Scene]]) 
     before = torch.random.get_rng_state()
     fit_detector(detector, scenes["train"][:2], Recipe(epochs=1, batch_size=2, lr=0.01), channels=1)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_lone_last_picture_joins_the_batch_before() -> None:
+    assert detection.training_batches(range(9), 4) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
+    assert detection.training_batches(range(10), 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert detection.training_batches(range(3), 1) == [[0], [1], [2]]
+    assert detection.training_batches(range(1), 4) == [[0]]
+
+
+def ladder(scenes: list[Scene], batch_size: int) -> list[dict[str, float]]:
+    """SSD whose last map is down to one cell."""
+    torch.manual_seed(0)
+    model = ResNet(depth=20, width=0.25)(10, (1, 8, 8))
+    detector = Ssd(channels=8, extra_levels=4)(model, ["layer1", "layer2", "layer3"], Picture(48, 48, [0.2], [0.3]), 10)
+    return fit_detector(detector, scenes, dataclasses.replace(RECIPE, batch_size=batch_size, epochs=1), channels=1)
+
+
+def test_maps_of_one_cell_need_two_pictures(scenes: dict[str, list[Scene]]) -> None:
+    assert len(ladder(scenes["train"][:5], 4)) == 1
+    with pytest.raises(DetectionError, match=r"detect\.batch_size: .* a single value of a map of one cell"):
+        ladder(scenes["train"][:2], 1)
 
 
 def test_history_has_every_figure(scenes: dict[str, list[Scene]]) -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epsd import metrics
@@ -113,6 +114,48 @@ def test_flops_do_not_depend_on_the_masked_layer_being_grouped_or_transposed() -
 def test_flops_of_the_published_resnets(depth: int, giga: float) -> None:
     net = ResNet(depth=depth, stem="imagenet")(1000, (3, 224, 224))
     assert metrics.flops(net, (3, 224, 224)).dense / 2e9 == pytest.approx(giga, abs=1e-3)
+
+
+class Borrowing(nn.Module):
+    """Multiplies by its layer's weight without calling the layer, as Swin transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.flatten(1), weight=self.inner.weight, bias=self.inner.bias)
+
+
+def test_flops_find_zeros_wherever_a_weight_is_used() -> None:
+    net = Borrowing()
+    with torch.no_grad():
+        net.inner.weight[1:] = 0
+    assert metrics.flops(net, (2, 2, 2)) == (2 * 32, 2 * 8)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_flops_of_weights_that_are_computed_anew_are_dense() -> None:
+    """What is zero in the parameter need not be in what convolves."""
+    net = nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))
+    net.parametrizations.weight.original1.data[1:] = 0.0
+    net.parametrizations.weight.original1.data[1:, 0] = 1.0
+    dense, sparse = metrics.flops(nn.Sequential(nn.Flatten(), net), (2, 2, 2))
+    assert dense == sparse == 2 * 32
+
+
+def test_flops_of_a_token_that_meets_no_gradient() -> None:
+    """As CaiT's class token does, over which torch's own counter trips."""
+
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.head = nn.Parameter(torch.zeros(1, 4)), nn.Sequential(nn.Linear(4, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.token)
+
+    assert metrics.flops(Token(), (1, 2, 2)).dense == 2 * 8
 
 
 def test_flops_of_a_vit_include_its_attention() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from epsd import artifacts, cli, evaluation
+from epsd import artifacts, cli, evaluation, sparse
 from epsd.architectures import ARCHITECTURES
 from epsd.data import Prepared
 from epsd.datasets.digits import Digits
@@ -87,6 +87,8 @@ def test_a_streamed_image_folder_is_answered_as_in_evaluation(
     exported(network, artifacts.read_json(artifacts.MODEL_CARD), test)
     agree(said(["photos/test"], str(artifacts.SERVED_MODEL)), logits, data.class_names)
     agree(said(["photos/test"], str(artifacts.MODEL)), logits, data.class_names)
+    sparse.save(network.state_dict(), Path("compact.safetensors"), artifacts.read_json(artifacts.MODEL_CARD))
+    agree(said(["photos/test"], "compact.safetensors"), logits, data.class_names)
     assert capsys.readouterr().err == ""
     posted = torch.from_numpy(np.array(Image.open("photos/test/cat/0.png"))).permute(2, 0, 1)[None].float()
     loaded, _ = opened(str(artifacts.SERVED_MODEL))

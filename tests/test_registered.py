@@ -86,6 +86,9 @@ def test_a_mistake_lists_the_recent_runs(folders: list[Path]) -> None:
     tracker, _ = evaluated(folders[0], "the-run")
     with pytest.raises(registered.RegistryError, match=f"no run 'zz'.* {tracker.run_id[:8]} \\(the-run\\)"):
         registered.promote("zz")
+    for short in ("", tracker.run_id[:3]):
+        with pytest.raises(registered.RegistryError, match=f"no run '{short}'"):
+            registered.promote(short)
     bare, _ = evaluated(None, "bare")
     with pytest.raises(registered.RegistryError, match="'bare' has no registered model: `dvc repro evaluate`"):
         registered.promote("bare")

@@ -1,6 +1,7 @@
 """Pixels in, probabilities out: the same numbers as evaluation gives, for arrays of any size and files of any kind."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,29 @@ def test_answers_are_the_most_probable_first(tmp_path: Path) -> None:
         assert sorted(shares, reverse=True) == shares and sum(shares) == pytest.approx(1)
         assert {name for name, _ in answer.predictions} == {"a", "b"}
     assert [len(answer.predictions) for answer in answers(served, COLOUR, paths[:2], top=1)] == [1, 1]
+
+
+def test_nearly_black_files_are_read_as_what_they_are(tmp_path: Path) -> None:
+    """Not as if their levels 0 and 1 stood for black and white."""
+    paths = []
+    for name, brightest in (("black", 0), ("one", 1), ("two", 2), ("white", 255)):
+        paths.append(tmp_path / f"{name}.png")
+        values = np.zeros((32, 32, 3), dtype=np.uint8)
+        values[::2] = brightest
+        Image.fromarray(values).save(paths[-1])
+    served = Servable(flat(COLOUR), COLOUR)
+    given = [dict(answer.predictions) for answer in answers(served, COLOUR, paths, top=2)]
+    normalise = Normalise(COLOUR.mean, COLOUR.std, torch.device("cpu"))
+    images = normalise(torch.from_numpy(np.stack([COLOUR.read(path) for path in paths])))
+    expected = served.network(images).softmax(1)
+    for answer, shares in zip(given, expected, strict=True):
+        assert [answer[name] for name in COLOUR.class_names] == pytest.approx(shares.tolist(), abs=1e-6)
+
+
+def test_a_file_name_that_is_no_text_is_shown_all_the_same() -> None:
+    answer = Answer(os.fsdecode(b"caf\xe9.png"), [("cat", 1.0)])
+    assert answer.line().encode() == b"caf\\udce9.png: cat 100.0%"
+    assert json.loads(answer.as_json().encode())["image"] == answer.image
 
 
 def test_an_answer_is_read_by_people_and_programs() -> None:

@@ -99,6 +99,25 @@ def test_odd_tensors(tmp_path) -> None:
     assert all(same_bits(back[name], tensor.contiguous()) for name, tensor in state.items())
 
 
+def test_a_compact_file_is_told_from_others(net, tmp_path) -> None:
+    sparse.save(net.state_dict(), tmp_path / "compact.safetensors")
+    artifacts.save_model(net, tmp_path / "dense.safetensors", {})
+    (tmp_path / "text.safetensors").write_text("text")
+    found = {path.stem: sparse.is_compact(path) for path in tmp_path.glob("*.safetensors")}
+    assert found == {"compact": True, "dense": False, "text": False}
+
+
+@pytest.mark.parametrize("entry", [7, {"way": "gaps", "shape": None}, {"way": "dense"}, {"shape": [2**62]}, []])
+def test_a_crafted_index_is_refused(entry: object, tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    header = {"format": sparse.FORMAT, "tensors": json.dumps({"w": entry}), "card": "{}"}
+    parts = {"w:codes": torch.zeros(3, dtype=torch.uint8), "w:values": torch.ones(2)}
+    save_file(parts, tmp_path / "w.safetensors", header)
+    with pytest.raises(sparse.SparseError, match=r"w\.safetensors"):
+        sparse.load(tmp_path / "w.safetensors")
+
+
 def test_missing_truncated_and_foreign_files_are_named(net, tmp_path) -> None:
     path = tmp_path / "m.safetensors"
     with pytest.raises(sparse.SparseError, match=r"m\.safetensors"):

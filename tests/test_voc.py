@@ -145,11 +145,23 @@ def _damage(root: Path, name: str, content: bytes | None) -> None:
             b"<annotation><object><name>dog</name></object></annotation>",
             r"000002\.xml: object 1 has no bndbox",
         ),
+        (
+            "Annotations/000002.xml",
+            xml([("dog", (5, 5, 8, 9))]).replace(b"<bndbox>", b"<difficult>Unspecified</difficult><bndbox>"),
+            r"000002\.xml: difficult is 'Unspecified', expected 0 or 1",
+        ),
+        (
+            "Annotations/000002.xml",
+            b"<annotation><size><width>80</width><height>60</height></size></annotation>",
+            r"000002\.xml: states a size of 80x60, the picture has 40x30",
+        ),
+        ("Annotations/000002.xml", b'<?xml version="1.0" encoding="foo-8"?><a/>', r"000002\.xml: not a readable XML"),
         ("JPEGImages/000002.jpg", None, r"000002\.jpg: no such picture"),
         ("JPEGImages/000002.jpg", b"no picture", r"000002\.jpg: not a readable picture"),
         ("ImageSets/Main/train.txt", None, r"train\.txt: no such image set\. Found there: test, val"),
         ("ImageSets/Main/train.txt", b"\n", r"train\.txt: lists no picture"),
         ("ImageSets/Main/test.txt", b"000001\n", r"000001 \(1 in all\) is both in train and in test"),
+        ("ImageSets/Main/val.txt", b"000001\n", r"000001 \(1 in all\) is both in train and in validation"),
     ],
 )
 def test_bad_devkit_is_named(root: Path, name: str, content: bytes | None, message: str) -> None:
@@ -157,6 +169,23 @@ def test_bad_devkit_is_named(root: Path, name: str, content: bytes | None, messa
     with pytest.raises(VocError, match=message) as caught:
         voc.read_index(sources(root), class_names=["cat", "dog"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "flag"), [("1", True), (" True ", True), ("0", False), ("false", False), ("", False)])
+def test_what_is_flagged_difficult(tmp_path: Path, text: str, flag: bool) -> None:
+    path = tmp_path / "a.xml"
+    path.write_bytes(
+        xml([("dog", (5, 5, 8, 9))]).replace(b"<bndbox>", f"<difficult>{text}</difficult><bndbox>".encode())
+    )
+    assert voc.read_annotation(path).difficult.tolist() == [flag]
+
+
+def test_a_test_split_needs_an_object_that_counts(root: Path) -> None:
+    for path in (root / FOLDER / "Annotations").glob("*.xml"):
+        content = path.read_bytes().replace(b"<difficult>0</difficult>", b"")
+        path.write_bytes(content.replace(b"<bndbox>", b"<difficult>1</difficult><bndbox>"))
+    with pytest.raises(VocError, match=r"voc\.test: holds no object that counts"):
+        voc.read_index(sources(root))
 
 
 def test_truncated_picture_is_named(root: Path) -> None:

@@ -159,7 +159,11 @@ def load_state(path: Path) -> "dict[str, Tensor]":
 
 def load_into(model: "nn.Module", path: Path) -> "nn.Module":
     """`model` itself with the weights of `path`. Raises ArtifactError: missing, unreadable, or of another network."""
-    state = load_state(path)
+    return fill(model, load_state(path), path)
+
+
+def fill(model: "nn.Module", state: Mapping[str, "Tensor"], path: Path) -> "nn.Module":
+    """`model` itself with the weights `state`, read from `path`. Raises ArtifactError where they are another's."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

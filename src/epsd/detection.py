@@ -29,6 +29,8 @@ Target = dict[str, Tensor]
 Sample = tuple[Tensor, Target]
 """A picture (C, H, W) in [0, 1], and its `boxes` (n, 4) and `labels` (n,) counted from 1, as torchvision wants them."""
 
+_LONELY = "Expected more than 1 value per channel when training"
+
 OnEpoch = Callable[[dict[str, float]], None]
 
 
@@ -80,6 +82,18 @@ def typical_size(scenes: Sequence[Scene]) -> tuple[int, int]:
 
 def _batches(order: Sequence[int], batch_size: int) -> list[list[int]]:
     return [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+
+
+def training_batches(order: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Positions in batches, the last one short; a picture that would be alone in it joins the batch before.
+
+    Alone, it would leave batch normalisation a single value where a map is down to one cell.
+    """
+    batches = _batches(order, batch_size)
+    if batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
+        alone = batches.pop()
+        batches[-1] += alone
+    return batches
 
 
 def _loaded(pictures: Pictures, batches: list[list[int]], workers: int) -> Iterator[list[Sample]]:
@@ -190,13 +204,15 @@ def fit_detector(
 
     Raises
     ------
-    DetectionError : no scene to train on; a loss that is NaN or infinite (says where); processes that do not see the
-        same checkpoint.  CheckpointError : a checkpoint of something else.
+    DetectionError : no scene to train on; a loss that is NaN or infinite (says where); a batch of one picture where
+        batch normalisation needs two; processes that do not see the same checkpoint.
+    CheckpointError : a checkpoint of something else.
     """
     if not scenes:
         raise DetectionError("detect: there is no training picture.")
     device = torch.device(device)
-    run = _start(detector, recipe, mask, device, precision, steps=recipe.epochs * -(-len(scenes) // recipe.batch_size))
+    steps = recipe.epochs * len(training_batches(range(len(scenes)), recipe.batch_size))
+    run = _start(detector, recipe, mask, device, precision, steps)
     pictures, history = Pictures(scenes, channels), list[dict[str, float]]()
     if checkpoint is not None and (state := checkpoints.load(checkpoint, mark)):
         history = _restored(run, state)
@@ -210,7 +226,7 @@ def fit_detector(
     with torch.random.fork_rng(gpus), parallel.prepared(detector), Whole(detector) as whole, bar as progress:
         for epoch in range(len(history), recipe.epochs):
             torch.manual_seed(mix(seed, "detect", epoch))
-            batches = _batches(torch.randperm(len(scenes)).tolist(), recipe.batch_size)
+            batches = training_batches(torch.randperm(len(scenes)).tolist(), recipe.batch_size)
             pictures.flip = torch.rand(len(scenes)) < 0.5 if recipe.flip else None
             drawn = _loaded(pictures, [batch[_share(batch)] for batch in batches], workers)
             step = _Steps(run, whole, mix(seed, "detect", epoch), epoch + 1)
@@ -315,7 +331,15 @@ def _epoch(steps: _Steps, batches: Iterable[tuple[list[int], list[Sample]]], pro
 def _losses(run: _Run, whole: Whole, samples: Sequence[Sample]) -> dict[str, Tensor]:
     images, targets = _to(samples, run.device)
     with jointly.together(), torch.autocast(run.device.type, run.precision, enabled=run.precision is not None):
-        return whole.weighed(run.net(images, targets))
+        try:
+            return whole.weighed(run.net(images, targets))
+        except ValueError as error:
+            if _LONELY not in str(error):
+                raise
+            raise DetectionError(
+                f"detect.batch_size: batch normalisation sees a single value of a map of one cell ({error}). Take "
+                "larger batches, larger pictures or a lower detect.detector.extra_levels."
+            ) from None
 
 
 def _step(run: _Run, losses: dict[str, Tensor], where: str) -> dict[str, float]:
@@ -382,6 +406,11 @@ def _detections(output: Target) -> Detections:
     return Detections(boxes.double().numpy(), scores.double().numpy(), labels.numpy() - 1)
 
 
+def countable(scenes: Sequence[Scene]) -> int:
+    """Objects that count in a score: those not flagged difficult."""
+    return sum(int((~scene.difficult).sum()) for scene in scenes)
+
+
 class Report(NamedTuple):
     """How good detections are. `summary`: flat, fractions in [0, 1]. `classes`: one row per class."""
 
@@ -396,11 +425,11 @@ def score_detections(found: Sequence[Detections], scenes: Sequence[Scene], class
     mean over overlaps 0.5 to 0.95, and at 0.75). Means go over the classes that have an object to find. Each row of
     `classes`: class, pictures, objects, difficult, ap, ap_11point, recall (NaN where there is no object).
 
-    Raises DetectionError when no scene has an object that counts.
+    Raises DetectionError when no scene has an object that counts (`countable`).
     """
     curves = [curve(found, scenes, label) for label in range(len(class_names))]
-    if not any(one.objects for one in curves):
-        raise DetectionError("detect: the test pictures hold no object that counts, so nothing can be scored.")
+    if not countable(scenes):
+        raise DetectionError("detect: the pictures hold no object that counts, so nothing can be scored.")
     rows = [_row(name, label, curves[label], scenes) for label, name in enumerate(class_names)]
     means = {
         "map50": float(np.nanmean([row["ap"] for row in rows])),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from epsd import parallel
-from epsd.runtime import mix
+from epsd.runtime import mix, reseed
 
 _DRAWN = {"rpn": ("loss_objectness", "loss_rpn_box_reg"), "roi_heads": ("loss_classifier", "loss_box_reg")}
 """The parts of Faster R-CNN that draw samples, and the losses that are divided by their number."""
@@ -61,7 +61,7 @@ class Whole:
 
     def begin(self, seed: int, first: int) -> None:
         """A step whose random numbers follow from `seed`; `first`: place of this slice's first picture in the batch."""
-        torch.manual_seed(seed)
+        reseed(seed)
         self._seed, self._first = seed, first
         self._counts.clear()
 
@@ -80,7 +80,7 @@ class Whole:
         def sampler(matched: Masks) -> tuple[Masks, Masks]:
             positive, negative = Masks(), Masks()
             for number, one in enumerate(matched):
-                torch.manual_seed(mix(self._seed, part, self._first + number))
+                reseed(mix(self._seed, part, self._first + number))
                 (chosen,), (rest,) = inner([one])
                 positive.append(chosen)
                 negative.append(rest)

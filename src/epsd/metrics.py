@@ -4,14 +4,14 @@ One multiply-accumulate counts as two FLOPs (a product and a sum); many papers p
 our figure, under the name FLOPs: torchvision's ResNet-50 at 224 px is 4.09 G of those and 8.18 GFLOPs here.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
 
 class ReliabilityTable(NamedTuple):
@@ -131,18 +131,41 @@ def densities(weights: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: int(weight.detach().count_nonzero()) / weight.numel() for name, weight in weights.items()}
 
 
-def _products(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Iterator[tuple[Tensor, int]]:
-    """Each weight that `module` multiplies by, with how often each of its entries is used (batch included)."""
-    if isinstance(module, _ConvNd):
-        many = inputs[0].numel() // module.in_channels if module.transposed else output.numel() // module.out_channels
-        yield module.weight, many
-    elif isinstance(module, nn.Linear):
-        yield module.weight, output.numel() // module.out_features
-    elif isinstance(module, nn.MultiheadAttention):
-        tokens = inputs[0].numel() // module.embed_dim
-        if module.in_proj_weight is not None:
-            yield module.in_proj_weight, tokens
-        yield module.out_proj.weight, tokens
+class _Skippable(TorchFunctionMode):
+    """Counts `saved`: twice the products by entries of `weights` that are exactly zero, of all calls in the block.
+
+    Wherever they are called from: some networks multiply by a layer's weight without calling the layer. Attention of
+    `nn.MultiheadAttention`, whose products are out of sight here, is counted layer by layer (`attention`).
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._zeros = {id(weight): int((weight.detach() == 0).sum()) for weight in weights}
+        self.saved = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS:
+            image, weight = (args[place] if len(args) > place else (kwargs or {})[name] for place, name in _PLACES)
+            side = image if func in _TRANSPOSED else result  # the one whose channels are the weight's first dimension
+            self._count(weight, side.numel() // weight.shape[0])
+        return result
+
+    def _count(self, weight: Tensor | None, uses: int) -> None:
+        self.saved += 2 * uses * self._zeros.get(id(weight), 0)
+
+    def attention(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """A forward hook."""
+        if isinstance(module, nn.MultiheadAttention):
+            for weight in (module.in_proj_weight, module.out_proj.weight):
+                self._count(weight, inputs[0].numel() // module.embed_dim)
+
+
+_TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+_PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED}
+_PLACES = (0, "input"), (1, "weight")
 
 
 @contextmanager
@@ -166,23 +189,30 @@ def _hooked(model: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], Any], 
         yield
 
 
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside the block: torch's counter trips over those that meet none."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+
+
 def flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
     """FLOPs of the forward pass of one image (C, H, W): matrix products and convolutions, attention included.
 
     Normalisation, activation, pooling and biases are not counted (about 1 % of a ResNet). `sparse` leaves out the
-    products by weights that are exactly zero, of every convolution, Linear and MultiheadAttention: what a kernel that
-    skips every zero would do, not what a dense one does.
+    products by weights that are exactly zero, of every convolution, linear map and MultiheadAttention: what a kernel
+    that skips every zero would do, not what a dense one does.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    saved = 0
-
-    def count_zeros(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        nonlocal saved
-        for weight, uses in _products(module, inputs, output):
-            saved += 2 * uses * int((weight.detach() == 0).sum())
-
+    skippable = _Skippable(model.parameters())
     image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
     counter = FlopCounterMode(display=False)
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -190,9 +220,17 @@ def flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
         False
     )  # the counter does not see into this kernel, nor into fused attention
     try:
-        with evaluating(model), _hooked(model, count_zeros), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+        with (
+            evaluating(model),
+            _hooked(model, skippable.attention),
+            _without_gradients(model),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.no_grad(),
+            counter,
+            skippable,
+        ):
             model(image)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     dense = int(counter.get_total_flops())
-    return Flops(dense, dense - saved)
+    return Flops(dense, dense - skippable.saved)

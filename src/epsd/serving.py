@@ -145,12 +145,13 @@ class Answer(NamedTuple):
 
     def line(self) -> str:
         """For a person."""
-        return f"{self.image}: " + ", ".join(f"{name} {share:.1%}" for name, share in self.predictions)
+        shown = self.image.encode("utf-8", "backslashreplace").decode()  # a file's name need not be text
+        return f"{shown}: " + ", ".join(f"{name} {share:.1%}" for name, share in self.predictions)
 
     def as_json(self) -> str:
         """For a program."""
         named = [{"class": name, "probability": share} for name, share in self.predictions]
-        return json.dumps({"image": self.image, "predictions": named}, ensure_ascii=False)
+        return json.dumps({"image": self.image, "predictions": named})
 
 
 def find_images(places: Sequence[str]) -> list[Path]:
@@ -173,7 +174,8 @@ def answers(model: nn.Module, intake: Intake, paths: Sequence[Path], top: int) -
     """
     for start in range(0, len(paths), BATCH):
         part = paths[start : start + BATCH]
-        images = torch.from_numpy(np.stack([intake.read(path) for path in part])).float()
+        # as 0 to 1, which every image is: of 0 to 255, one that is nearly black would be taken for one of 0 to 1
+        images = torch.from_numpy(np.stack([intake.read(path) for path in part])).float().div(255)
         with torch.no_grad():
             best = model(images).topk(min(top, len(intake.class_names)), dim=1)
         for path, shares, places in zip(part, best.values.tolist(), best.indices.tolist(), strict=True):

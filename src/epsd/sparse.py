@@ -148,8 +148,21 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         index = json.loads(header["tensors"])
         state = {name: _decode(name, entry, parts) for name, entry in index.items()}
         return state, json.loads(header["card"])
-    except (SafetensorError, SparseError, OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
+    except (
+        SafetensorError, SparseError, OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, MemoryError
+    ) as error:  # fmt: skip
         raise SparseError(f"{path}: cannot be read as a compact model: {error}.") from None
+
+
+def is_compact(path: Path) -> bool:
+    """Whether `path` is a file that `save` wrote, told by its header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
 
 
 def ways(path: Path) -> dict[str, str]:

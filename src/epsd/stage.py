@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 from epsd import launch, listing, parallel
 from epsd.fitting import is_shortage
@@ -200,6 +201,20 @@ def roots(params: Params) -> list[Path]:
 
     chosen = choose(DATASETS, params.dataset, "dataset"), choose(DEVKITS, params.voc, "voc")
     return [located(variant.root) for variant in chosen if hasattr(variant, "root")]
+
+
+def warn_of_detection(params: Params, model: nn.Module) -> None:
+    """Say now, not after the training, that this network cannot carry a detector, or has too few stages to freeze."""
+    from epsd.architectures import ARCHITECTURES
+
+    with torch.random.fork_rng(devices=[]):
+        try:
+            nodes = choose(ARCHITECTURES, params.architecture, "architecture").feature_nodes(model)
+        except EpsdError as error:
+            note(f"detect will not run: {error} `dvc repro evaluate` runs all but that stage.")
+            return
+    if (frozen := params.detect.frozen_stages) > len(nodes):
+        note(f"detect will not run: detect.frozen_stages is {frozen}, the network has {len(nodes)}.")
 
 
 def describe(params: Params, name: str) -> str:

@@ -164,8 +164,14 @@ def _box(node: ElementTree.Element, path: Path, number: int) -> list[float]:
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-def _flag(node: ElementTree.Element | None) -> bool:
-    return node is not None and (node.text or "").strip() not in ("", "0")
+def _flag(node: ElementTree.Element | None, path: Path) -> bool:
+    text = "" if node is None else (node.text or "").strip()
+    if text.lower() not in _FLAGS:
+        raise VocError(f"{path}: difficult is '{text}', expected 0 or 1.")
+    return _FLAGS[text.lower()]
+
+
+_FLAGS = {"": False, "0": False, "false": False, "1": True, "true": True}
 
 
 def read_annotation(path: Path) -> Annotation:
@@ -174,7 +180,7 @@ def read_annotation(path: Path) -> Annotation:
         top = ElementTree.parse(path).getroot()
     except FileNotFoundError:
         raise VocError(f"{path}: no such annotation.") from None
-    except (ElementTree.ParseError, OSError, ValueError) as error:
+    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:  # the last: an unknown encoding
         raise VocError(f"{path}: not a readable XML file ({error}).") from None
     size, stated = top.find("size"), None
     if size is not None:
@@ -185,7 +191,7 @@ def read_annotation(path: Path) -> Annotation:
     if "" in names:
         raise VocError(f"{path}: object {names.index('') + 1} has no name.")
     boxes = [_box(node, path, number) for number, node in enumerate(objects, 1)]
-    difficult = [_flag(node.find("difficult")) for node in objects]
+    difficult = [_flag(node.find("difficult"), path) for node in objects]
     return Annotation(stated, names, np.asarray(boxes, dtype=np.float64).reshape(-1, 4), np.asarray(difficult, bool))
 
 
@@ -264,8 +270,8 @@ def read_scene(
     """One picture of a devkit, checked against its annotation.
 
     Returns the scene, how many boxes were dropped, and the picture's SHA-256. Raises VocError: no or damaged picture
-    or XML; a class outside `numbers`; a box without area or outside the picture (unless `bad_boxes` is "drop"); no box
-    (unless `empty` is "background").
+    or XML; a class outside `numbers`; a stated size that is not the picture's; a box without area or outside the
+    picture (unless `bad_boxes` is "drop"); no box (unless `empty` is "background").
     """
     path = folder / "Annotations" / f"{identifier}.xml"
     found = read_annotation(path)
@@ -274,6 +280,11 @@ def read_scene(
         raise VocError(f"{path}: unknown class '{unknown[0]}'. Known: {', '.join(numbers)}.")
     image = find_image(folder, identifier)
     (width, height), orientation, digest = _probe(image)
+    if found.size not in (None, (0, 0), (width, height), (height, width)):
+        raise VocError(
+            f"{path}: states a size of {found.size[0]}x{found.size[1]}, the picture has {width}x{height}: its boxes "
+            "may be those of another. Mend it, or take out its <size> if they fit."
+        )
     upright = orientation >= 5 and found.size == (height, width) != (width, height)
     width, height = (height, width) if upright else (width, height)
     keep = _sound(found, path, (width, height), bad_boxes)
@@ -306,13 +317,12 @@ def _listed(sources: Sequence[tuple[Path, str]], limit: int | None, seed: int) -
 
 
 def _disjoint(listed: Mapping[str, list[tuple[Path, str]]]) -> None:
-    test = set(listed.get("test", ()))
-    for split in ("train", "validation"):
-        shared = test.intersection(listed.get(split, ()))
+    for split, other in (("train", "test"), ("validation", "test"), ("train", "validation")):
+        shared = set(listed.get(split, ())).intersection(listed.get(other, ()))
         if shared:
             folder, identifier = min(shared)
             raise VocError(
-                f"{folder}: picture {identifier} ({len(shared)} in all) is both in {split} and in test; "
+                f"{folder}: picture {identifier} ({len(shared)} in all) is both in {split} and in {other}; "
                 f"choose image sets that share none."
             )
 
@@ -338,7 +348,7 @@ def read_index(
 
     Raises
     ------
-    VocError : naming the file; also where a picture of the test split is in another split too.
+    VocError : naming the file; also where a picture is in two splits, and where no object of the test split counts.
     """
     for split in ("train", "test"):
         if not sources.get(split):
@@ -358,6 +368,8 @@ def read_index(
             hasher.update(digest + scene.boxes.tobytes() + scene.labels.tobytes() + scene.difficult.tobytes())
             scenes[split].append(scene)
             dropped += lost
+    if all(scene.difficult.all() for scene in scenes["test"]):
+        raise VocError("voc.test: holds no object that counts (all are flagged difficult), so nothing could be scored.")
     return VocIndex(names, scenes, hasher.hexdigest(), dropped)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from epsd.architectures import ARCHITECTURES, Architecture
+from epsd.architectures import ARCHITECTURES, Architecture, _features
 from epsd.architectures._features import ArchitectureError
 from epsd.masks import Mask, prunable
 from epsd.registry import ParamsError, choose
@@ -128,6 +128,28 @@ def test_token_networks_are_refused_as_backbones_with_the_reason(choice: dict[st
     architecture, net = build(choice, shape)
     with pytest.raises(ArchitectureError, match="no pyramid of feature maps"):
         architecture.feature_nodes(net)
+
+
+@pytest.mark.parametrize("model", ["vgg11_bn", "alexnet"])
+def test_a_pooling_to_a_fixed_size_is_no_feature_map(model: str) -> None:
+    architecture, net = build({"name": "torchvision_zoo", "model": model}, (3, 64, 64))
+    assert "avgpool" not in architecture.feature_nodes(net)
+    last = architecture.feature_nodes(net)[-1]
+    sides = [_features._shapes(net, [last], torch.zeros(1, 3, side, side))[last][2] for side in (224, 448)]
+    assert sides[1] >= 2 * sides[0]
+
+
+def test_feature_maps_are_looked_for_where_the_network_is() -> None:
+    architecture, net = build({"name": "torchvision_zoo", "model": "mobilenet_v3_small"}, (3, 64, 64))
+    found = architecture.feature_nodes(net)
+    assert len(found) > 2
+    assert architecture.feature_nodes(net.to("meta")) == found
+
+
+def test_networks_that_standardise_their_weights_are_refused() -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(ArchitectureError, match=r"standardises its convolution weights .*cannot be pruned"):
+        build({"name": "timm_zoo", "model": "nf_regnet_b0"}, (3, 64, 64))
 
 
 @without_maps

@@ -1,5 +1,6 @@
 """Every detector on every kind of backbone: trains, finds, keeps the classifier's weights and names."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -125,6 +126,50 @@ def test_frozen_norms_stay_also_after_switching_modes(name: str) -> None:
     detector(*sample(GREY))
     after = detector.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """As timm's: with an activation inside, and a check that a tracer keeps for its side effect."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._assert(x.ndim == 4, "expected 4D input")
+        return torch.relu(super().forward(x))
+
+
+def ours() -> tuple[nn.Module, list[str], Picture]:
+    """Three stages with norm layers of another library."""
+    torch.manual_seed(0)
+    stages = [
+        nn.Sequential(nn.Conv2d(before, after, 3, 2, 1), OwnNorm(after))
+        for before, after in ((1, 8), (8, 16), (16, 16))
+    ]
+    model = nn.Sequential(
+        OrderedDict(
+            a=stages[0],
+            b=stages[1],
+            c=stages[2],
+            fc=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
+        )
+    )
+    return model, ["a", "b", "c"], GREY
+
+
+@every
+def test_norm_layers_of_other_libraries_are_frozen_and_cut_alike(name: str) -> None:
+    _, detector = build(name, ours, frozen=1)
+    still = {key for key, p in detector.named_parameters() if not p.requires_grad}
+    assert still == {f"backbone.body.a.{key}" for key in ("0.weight", "0.bias", "1.weight", "1.bias")}
+    before = {key: value.clone() for key, value in detector.state_dict().items()}
+    detector.train()
+    detector(*sample(GREY))
+    moved = {key for key, value in detector.state_dict().items() if not torch.equal(before[key], value)}
+    assert any(key.startswith("backbone.body.b") for key in moved)
+    assert not any(key.startswith("backbone.body.a") for key in moved)
+    _, detector = build(name, ours, frozen_norms=True)
+    before = {key: value.clone() for key, value in detector.state_dict().items() if key.startswith("backbone.body.")}
+    detector.train()
+    detector(*sample(GREY))
+    assert all(torch.equal(value, detector.state_dict()[key]) for key, value in before.items())
 
 
 @every

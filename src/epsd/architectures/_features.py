@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from epsd.types import EpsdError
 
+_FIXED = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 TRUNKS = ("features", "trunk_output", "layers", "stages", "blocks")
 
 
@@ -83,10 +84,13 @@ def last_of_each_size(model: nn.Module, names: list[str], side: int = 224) -> li
     """The last of `names` at each resolution from stride 2 on, fine to coarse, while the maps get smaller.
 
     A square image of `side` px is passed through. Only square outputs (1, C, h, h) with h >= 2 count as maps: tokens
-    (1, N, C) do not, nor do channels-last maps or what follows the global pooling.
+    (1, N, C) do not, nor do channels-last maps or what follows the global pooling. Nor does a pooling to a fixed size
+    (before the classifier of VGG), whose output does not grow with the picture.
     """
     nodes: dict[int, str] = {}
-    image = torch.zeros(1, first_convolution(model)[1].in_channels, side, side)
+    convolution = first_convolution(model)[1]
+    image = torch.zeros(1, convolution.in_channels, side, side, device=convolution.weight.device)
+    names = [name for name in names if not isinstance(model.get_submodule(name), _FIXED)]
     for name, shape in _shapes(model, names, image).items():
         if len(shape) == 4 and shape[2] == shape[3] and 2 <= shape[3] <= min(nodes, default=side // 2):
             nodes[shape[3]] = name

@@ -34,6 +34,10 @@ def _known(model: str) -> str:
     return model
 
 
+_STANDARDISED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
+"""Layers of timm (BiT, NF-Net) that convolve with (w − mean) / std of what they hold."""
+
+
 @variant
 class TimmZoo:
     """A classifier of timm, built with `pretrained=False`: its own initialisation, nothing is downloaded.
@@ -61,6 +65,12 @@ class TimmZoo:
         except (ValueError, RuntimeError, AssertionError, TypeError) as error:
             given = "x".join(map(str, image_shape))
             raise ArchitectureError(f"architecture: '{self.model}' cannot take images of {given} ({error}).") from None
+        recomputed = [name for name, module in net.named_modules() if type(module).__name__ in _STANDARDISED]
+        if recomputed:
+            raise ArchitectureError(
+                f"architecture: '{self.model}' standardises its convolution weights in every pass ({recomputed[0]}, "
+                "...), so that removed weights would not stay zero in the kernels: it cannot be pruned. Choose another."
+            )
         return try_on(wake_(net), image_shape, self.model, "most of timm's networks are made for 224x224")
 
     def feature_nodes(self, model: nn.Module) -> list[str]:

@@ -67,11 +67,17 @@ class Body(nn.Module):
 
 
 def extract(model: nn.Module, nodes: Sequence[str]) -> nn.Module:
-    """The part of `model` that computes the outputs of `nodes`. It shares the model's parameters and their names."""
+    """The part of `model` that computes the outputs of `nodes`. It shares the model's parameters and their names.
+
+    Norm layers of any library stay modules, so that they can be told from the rest and what nobody needs falls away.
+    """
     from torchvision.models.feature_extraction import create_feature_extractor
 
+    norms = list({type(module) for module in model.modules() if isinstance(module, NORMS)})
     try:
-        part: nn.Module = create_feature_extractor(model, return_nodes=list(nodes), suppress_diff_warning=True)
+        part: nn.Module = create_feature_extractor(
+            model, return_nodes=list(nodes), tracer_kwargs={"leaf_modules": norms}, suppress_diff_warning=True
+        )
         return part
     except Exception as error:  # torch.fx raises nearly any type on a network that it cannot trace
         reason = " ".join(str(error).split())[:200]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from epsd import artifacts
+from epsd import artifacts, sparse
 from epsd.architectures import ARCHITECTURES
 from epsd.registry import choose
 from epsd.serving import Intake, Servable, ServingError, answers, example, find_images
@@ -49,13 +49,18 @@ def pixels_of(test: Batches, intake: Intake) -> NDArray[np.uint8]:
 
 def trained_network(weights: Path, card: Mapping[str, Any]) -> nn.Module:
     """The network of a card with its weights. Raises EpsdError where they do not fit."""
+    return artifacts.load_into(_network(card), weights)
+
+
+def _network(card: Mapping[str, Any]) -> nn.Module:
     architecture = choose(ARCHITECTURES, card["architecture"], "architecture")
-    network = architecture(card["num_classes"], tuple(card["image_shape"]))
-    return artifacts.load_into(network, weights)
+    network: nn.Module = architecture(card["num_classes"], tuple(card["image_shape"]))
+    return network
 
 
 def opened(model: str | None) -> tuple[nn.Module, Intake]:
-    """The model that a user names: None is the one trained in this folder; `champion`, `candidate`, a run, or a path.
+    """The model that a user names: None is the one trained in this folder; `champion`, `candidate`, a run, or a path
+    (a folder, weights with their card beside them, a compact file).
 
     Raises EpsdError: nothing of that name, or nothing that can be asked.
     """
@@ -72,6 +77,10 @@ def _from_folder(place: Path) -> tuple[nn.Module, Intake]:
     """From weights and their card, or from what MLflow keeps."""
     if (place / "MLmodel").is_file():
         return _from_mlflow(place)
+    if place.is_file() and sparse.is_compact(place):
+        state, card = sparse.load(place)
+        intake = Intake.of(card)
+        return Servable(artifacts.fill(_network(card), state, place), intake), intake
     weights = place if place.is_file() else place / artifacts.MODEL.name
     if weights.suffix != ".safetensors":
         raise ServingError(f"{place}: neither a folder with a model nor a .safetensors file with its .json beside it.")

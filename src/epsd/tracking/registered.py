@@ -11,6 +11,8 @@ from epsd.tracking.recording import connection, shown, tracking_uri
 from epsd.types import EpsdError
 
 CHAMPION = "champion"
+_SHORTEST = 4
+"""Characters of an id that are taken for its beginning: an unset shell variable names no model."""
 """Alias of what `epsd promote` chose."""
 
 _RECENT = 8
@@ -104,7 +106,7 @@ def _matching(client: Any, wanted: str) -> list[Any]:
     tests: tuple[Callable[[Any], bool], ...] = (
         lambda run: run.info.run_id == wanted,
         lambda run: run.info.run_name == wanted,
-        lambda run: run.info.run_id.startswith(wanted),
+        lambda run: len(wanted) >= _SHORTEST and run.info.run_id.startswith(wanted),
     )
     found: list[Any] = []
     for test in tests:
