@@ -17,7 +17,7 @@ test: .venv/complete  ## every test, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 tune: .venv/complete  ## search for better parameters (section tune of params.yaml); TUNE="--trials 40 --workers 2 --resume"
-	$(BIN)/dvc repro prepare && $(BIN)/epsd tune $(TUNE)
+	$(BIN)/python -m epsd.stage --reread && $(BIN)/dvc repro prepare && $(BIN)/epsd tune $(TUNE)
 
 check: .venv/complete  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -30,13 +30,14 @@ import training
 from epsd import detection, fitting
 from epsd.architectures import ARCHITECTURES
 from epsd.detectors import DETECTORS, Picture
+from epsd.devices import pick_precision
 from epsd.memory import free_bytes
 from epsd.objectives import OBJECTIVES
 from epsd.params import Params, load
 from epsd.presets import names
 from epsd.pruning import prune
 from epsd.registry import choose
-from epsd.runtime import pick_precision, versions
+from epsd.runtime import versions
 from epsd.scores import SCORES
 from epsd.training import Recipe, fit
 from epsd.types import Batch

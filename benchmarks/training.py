@@ -33,11 +33,12 @@ from epsd import checkpoints
 from epsd.acceleration import keep_freed_memory, pick_update, sgd
 from epsd.architectures import ARCHITECTURES
 from epsd.data import MemoryBatches, Pixels
+from epsd.devices import pick_precision
 from epsd.masks import Mask, MaskHolder, prunable
 from epsd.metrics import flops
 from epsd.objectives import OBJECTIVES
 from epsd.registry import choose
-from epsd.runtime import pick_precision, versions
+from epsd.runtime import versions
 from epsd.training import Recipe, Record, fit
 from epsd.types import Batch, BatchNeeds, Objective
 

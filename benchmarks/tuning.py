@@ -25,10 +25,11 @@ from epsd import artifacts
 from epsd.artifacts import read_json, write_json
 from epsd.data import Prepared
 from epsd.datasets import DATASETS
+from epsd.devices import determinism
 from epsd.params import Params, load, override, parse, read_yaml
 from epsd.preparing import prepare
 from epsd.registry import choose
-from epsd.runtime import determinism, versions
+from epsd.runtime import versions
 from epsd.tuning import judge, report
 from epsd.tuning.space import Space
 from epsd.tuning.study import Ledger, open_storage

@@ -13,11 +13,12 @@ from epsd.acceleration import keep_freed_memory
 from epsd.architectures import ARCHITECTURES
 from epsd.data import Prepared
 from epsd.detectors import DETECTORS, Picture
+from epsd.devices import pick_device, pick_precision, seed_everything
 from epsd.masks import Mask
 from epsd.params import Params, flatten
 from epsd.pipeline.trained import trained as train_classifier
 from epsd.registry import choose
-from epsd.runtime import mix, pick_device, pick_precision, seed_everything, state_folder
+from epsd.runtime import counted, mix, state_folder
 from epsd.stage import run_stage
 from epsd.tracking import Tracker, track
 from epsd.voc import Detections, VocIndex
@@ -231,7 +232,7 @@ def told(task: Task, report: dict[str, float]) -> str:
     params = task.params
     twin = f" (its {params.detect.beside} twin: {report['beside_map50']:.4f})" if "beside_map50" in report else ""
     return (
-        f"As backbone of `{params.detect.detector['name']}`, trained for {params.detect.epochs} epochs on "
+        f"As backbone of `{params.detect.detector['name']}`, trained for {counted(params.detect.epochs, 'epoch')} on "
         f"`{params.voc['name']}`: mAP@0.5 {report['map50']:.4f}{twin}, COCO mAP {report['map']:.4f} on "
         f"{len(task.voc.scenes['test'])} test scenes."
     )

@@ -6,12 +6,12 @@ from torch import nn
 
 from epsd import artifacts, cards, evaluation, figures, metrics
 from epsd.data import Prepared
+from epsd.devices import pick_device
 from epsd.masks import prunable
 from epsd.params import Params, flatten
 from epsd.pipeline.measured import measured
 from epsd.pipeline.recorded import story
 from epsd.pipeline.served import exported, trained_network
-from epsd.runtime import pick_device
 from epsd.stage import run_stage
 from epsd.tracking import track
 

@@ -5,7 +5,7 @@ from epsd.datasets import DATASETS, DEVKITS
 from epsd.params import Params
 from epsd.preparing import prepare, summary, written_arrays
 from epsd.registry import choose
-from epsd.stage import roots, run_stage
+from epsd.stage import images_read, run_stage
 from epsd.voc import read_index
 
 
@@ -18,7 +18,7 @@ def main(params: Params) -> str:
     sources = devkit(artifacts.VOC, seed=params.seed, images=images, class_names=index["class_names"])
     scenes = read_index(sources, seed=params.seed, **devkit.reading)
     scenes.save(artifacts.VOC_INDEX)
-    listing.remember(roots(params))
+    listing.remember(images_read(params))
     pictures = ", ".join(f"{count['pictures']} {split}" for split, count in scenes.counts().items())
     return f"{summary(index)}; detection: {pictures} scenes of {len(scenes.class_names)} classes"
 

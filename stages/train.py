@@ -10,13 +10,14 @@ from torch import nn
 from epsd import artifacts, checkpoints, parallel
 from epsd.architectures import ARCHITECTURES
 from epsd.data import Prepared
+from epsd.devices import pick_device
 from epsd.masks import Mask
 from epsd.params import Params, flatten
 from epsd.passes import Meter
 from epsd.pipeline.recorded import run_name, story, tags
 from epsd.pipeline.trained import card, trained
 from epsd.registry import choose
-from epsd.runtime import pick_device, state_folder
+from epsd.runtime import counted, state_folder
 from epsd.stage import run_stage
 from epsd.tracking import Tracker, track
 from epsd.training import Record
@@ -43,7 +44,7 @@ def main(params: Params) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     last = history[-1]
     judged = f", validation top-1 {last['val/top1']:.4f}" if "val/top1" in last else ""
-    return f"{len(history)} epochs, train loss {last['train/loss']:.4f}{judged}; run '{run_name(params)}'"
+    return f"{counted(len(history), 'epoch')}, train loss {last['train/loss']:.4f}{judged}; run '{run_name(params)}'"
 
 
 def fingerprint(params: Params) -> str:

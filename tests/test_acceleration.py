@@ -158,7 +158,7 @@ def test_training_a_step_does_not_import_the_compiler():
     code = """
 import sys, torch
 from epsd.acceleration import sgd
-from epsd.runtime import determinism
+from epsd.devices import determinism
 determinism()
 model = torch.nn.Linear(3, 2)
 optimiser = sgd(model, "fused", lr=0.1, momentum=0.9)

@@ -43,6 +43,46 @@ def test_apply_writes_and_says_where_the_copy_is(project: Path, capsys: pytest.C
     assert copy.name in capsys.readouterr().out
 
 
+def test_apply_is_of_the_project_wherever_one_is_in_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "stages").mkdir()
+    monkeypatch.chdir(project / "stages")
+    assert main(["preset", "digits", "--apply"]) == 0
+    assert capsys.readouterr().out.startswith("../params.yaml is now the preset 'digits'")
+    assert (project / "params.yaml").exists() and not any((project / "stages").iterdir())
+    (project / "dvc.yaml").unlink()
+    assert main(["preset", "digits", "--apply"]) == 1
+    assert "belongs to no project" in capsys.readouterr().err
+    assert main(["preset", "--apply"]) == 1
+    assert "--apply needs a NAME. Valid: cifar10-quick, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tune", "--apply", "x"], "'x' is no number of a trial: these count from 0"),
+        (["tune", "--trials", "0"], "'0' is no whole number from 1 on"),
+        (["study", "digits", "--minutes", "soon"], "'soon' is no number above 0"),
+    ],
+)
+def test_wrong_numbers_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("epsd.presets.names", interrupted)
+    assert main(["preset", "--list"]) == 130
+    assert capsys.readouterr().err == "epsd: interrupted.\n"
+
+
 def test_an_unknown_preset_is_one_line_and_changes_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "params.yaml").write_text("mine: 1\n")
     assert main(["preset", "cifar10-resnet", "--apply"]) == 1

@@ -17,21 +17,21 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_nothing_remembered_is_nothing_changed(photos: Path) -> None:
-    assert listing.changed([photos]) == []
-    listing.remember([photos])
-    assert listing.changed([photos]) == []
-    assert listing.changed([photos.parent]) == []
+    assert listing.changed({photos: "d"}) == []
+    listing.remember({photos: "d"})
+    assert listing.changed({photos: "d"}) == []
+    assert listing.changed({photos.parent: "d"}) == []
 
 
 def test_added_removed_renamed_and_edited_images_are_noticed(photos: Path) -> None:
     (photos.parent / "other.zip").write_bytes(b"zip")
 
     def noticed() -> bool:
-        found = listing.changed([photos, photos.parent / "other.zip"]) == [photos]
-        listing.remember([photos])
+        found = listing.changed({photos: "d", photos.parent / "other.zip": "d"}) == [photos]
+        listing.remember({photos: "d"})
         return found
 
-    listing.remember([photos, photos.parent / "other.zip"])
+    listing.remember({photos: "d", photos.parent / "other.zip": "d"})
     (photos / "dog/2.png").write_bytes(b"new")
     assert noticed()
     (photos / "dog/2.png").unlink()
@@ -45,37 +45,47 @@ def test_added_removed_renamed_and_edited_images_are_noticed(photos: Path) -> No
     assert not noticed()
 
 
+def test_what_counts_is_how_the_images_looked_when_the_present_data_was_made(photos: Path) -> None:
+    """DVC may bring back from its cache what an earlier state of the images gave."""
+    listing.remember({photos: "before"})
+    (photos / "dog/2.png").write_bytes(b"new")
+    listing.remember({photos: "after"})
+    assert listing.changed({photos: "after"}) == []
+    assert listing.changed({photos: "before"}) == [photos]
+    assert listing.changed({photos: "of another machine"}) == []
+
+
 def test_what_a_file_manager_leaves_is_no_change(photos: Path) -> None:
-    listing.remember([photos])
+    listing.remember({photos: "d"})
     (photos / ".DS_Store").write_bytes(b"x")
     (photos / ".thumbnails").mkdir()
     (photos / ".thumbnails/1.png").write_bytes(b"x")
-    assert listing.changed([photos]) == []
+    assert listing.changed({photos: "d"}) == []
 
 
 def test_what_a_link_leads_to_is_looked_at(photos: Path) -> None:
     elsewhere = photos.parent / "birds"
     elsewhere.mkdir()
     (photos / "bird").symlink_to(elsewhere)
-    listing.remember([photos])
+    listing.remember({photos: "d"})
     (elsewhere / "1.png").write_bytes(b"x")
-    assert listing.changed([photos]) == [photos]
+    assert listing.changed({photos: "d"}) == [photos]
 
 
 def test_an_archive_is_looked_at_as_one_file(photos: Path) -> None:
     archive = photos.parent / "photos.zip"
     archive.write_bytes(b"one")
-    listing.remember([archive])
+    listing.remember({archive: "d"})
     archive.write_bytes(b"another")
-    assert listing.changed([archive]) == [archive]
+    assert listing.changed({archive: "d"}) == [archive]
     archive.unlink()
-    assert listing.changed([archive]) == [], "that it is gone, reading it tells better"
+    assert listing.changed({archive: "d"}) == [], "that it is gone, reading it tells better"
     assert listing.glance(archive) is None
 
 
 def test_a_damaged_memory_is_an_empty_one(photos: Path) -> None:
-    listing.remember([photos])
+    listing.remember({photos: "d"})
     (photos.parent / ".epsd/read.json").write_text("{")
-    assert listing.changed([photos]) == []
-    listing.remember([photos])
-    assert listing.changed([photos]) == []
+    assert listing.changed({photos: "d"}) == []
+    listing.remember({photos: "d"})
+    assert listing.changed({photos: "d"}) == []

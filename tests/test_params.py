@@ -61,6 +61,14 @@ def test_a_wrong_value_names_its_key(tree: dict[str, Any], key: str, value: Any,
         (lambda tree: tree["train"].pop("lr"), r"train\.lr: field required"),
         (lambda tree: tree.pop("voc"), "voc: field required"),
         (lambda tree: tree.update(train=3), "train"),
+        (lambda tree: tree.update({1: 2}), r"params\.yaml: unknown '1'\. Valid: seed, "),
+        (lambda tree: tree["train"].update({None: 2}), r"train: unknown 'None'\. Valid: epochs, "),
+        (lambda tree: tree["launch"].update(processes=0), r"launch\.processes: .* 1, or .*'auto' \(given: 0\)$"),
+        (
+            lambda tree: tree["tune"]["space"].update({"a.b": {"floats": [0, 1]}}),
+            r"tune\.space\.a\.b: unknown 'floats'\. Did you mean 'float'\? Valid: float, int, choice, ",
+        ),
+        (lambda tree: tree["tune"].update(constraints={"x": {"at_last": 1}}), r"x: unknown 'at_last'\. Did .*at_least"),
     ],
 )
 def test_unknown_and_missing_keys(

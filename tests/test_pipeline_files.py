@@ -27,7 +27,7 @@ REGISTRIES = {  # name of the registry -> (package, dotted key of the choice in 
 }
 CHOICES = {package for package, _ in REGISTRIES.values()}
 TOP = {"stage", "cli", "pipeline", "tuning", "presets", "studies", "analysis"}
-GROUND = {"types", "registry", "params", "runtime", "masks", "metagradients", "losses", "metrics", "passes"}
+GROUND = {"types", "registry", "params", "runtime", "devices", "masks", "metagradients", "losses", "metrics", "passes"}
 GROUND |= {"derivatives", "lookahead", "memory"}
 GROUND |= {"parallel", "jointly"}  # several processes as one
 GROUND |= {"archives", "downloads", "images", "sources"}  # how files are read: data sets and machinery both stand on it
@@ -279,6 +279,11 @@ def test_start_is_light():
     code += f"print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["False", "set()"]
+
+
+def test_commands_that_train_nothing_start_without_torch():
+    code = "import sys, epsd.cli, epsd.presets, epsd.params, epsd.artifacts; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 # --- the lock and the presets ---------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """choose(): from a mapping to an object, or one error that lists what is valid."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import BaseModel, Field, ValidationError
 
-from epsd.registry import ParamsError, choose, settings_of, stateful_variant, variant
+from epsd.registry import ParamsError, choose, explain, settings_of, stateful_variant, variant
 
 
 @variant
@@ -52,6 +52,25 @@ def test_the_choice_itself_is_left_as_it_is() -> None:
 def test_mistakes(choice: dict[str, object], message: str) -> None:
     with pytest.raises(ParamsError, match=message):
         choose(SHAPES, choice, "shape")
+
+
+def test_a_value_of_several_kinds_says_what_each_wants() -> None:
+    """And nothing of how pydantic names them; a mapping that lacks a key is not printed whole."""
+
+    class Inner(BaseModel):
+        wanted: int
+
+    class Several(BaseModel):
+        count: Annotated[int, Field(ge=1)] | Literal["auto"]
+        inner: Inner
+
+    with pytest.raises(ValidationError) as caught:
+        Several.model_validate({"count": 0, "inner": {"other": 1}})
+    said = str(explain("section", caught.value))
+    assert said == (
+        "section.count: input should be greater than or equal to 1, or input should be 'auto' (given: 0); "
+        "section.inner.wanted: field required"
+    )
 
 
 def test_variants_are_values_and_stateful_ones_are_not() -> None:

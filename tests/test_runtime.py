@@ -1,16 +1,13 @@
 import os
-import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from epsd import runtime
-from epsd.types import EpsdError
 
 
 def test_mix_is_the_same_on_every_machine():
@@ -25,72 +22,6 @@ def test_mix_tells_parts_apart():
     seeds = {runtime.mix(*call) for call in calls}
     assert len(seeds) == len(calls)
     assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-def draws() -> tuple:
-    return random.random(), float(np.random.rand()), float(torch.rand(()))
-
-
-def test_seed_everything_repeats_all_three():
-    runtime.seed_everything(7)
-    first = draws()
-    runtime.seed_everything(7)
-    assert draws() == first
-    runtime.seed_everything(8)
-    assert not set(draws()) & set(first)
-
-
-def test_seed_everything_takes_what_mix_gives():
-    runtime.seed_everything(runtime.mix(0, "train"))
-    runtime.seed_everything(2**63 - 1)
-
-
-def test_auto_takes_the_best_device_there_is(monkeypatch):
-    monkeypatch.setattr(runtime, "devices", lambda: ["mps", "cpu"])
-    assert runtime.pick_device("auto") == torch.device("mps")
-    assert runtime.pick_device("cpu") == torch.device("cpu")
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "CPU", ""])
-def test_unknown_device_lists_those_of_the_machine(name):
-    with pytest.raises(EpsdError, match=r"device: '.*' is not on this machine. Valid here: auto, .*cpu"):
-        runtime.pick_device(name)
-
-
-def test_precision():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert runtime.pick_precision("fp32", cpu) is None
-    assert runtime.pick_precision("fp32", cuda) is None
-    assert runtime.pick_precision("bf16", cpu) is torch.bfloat16
-    assert runtime.pick_precision("fp16", cuda) is torch.float16
-
-
-def test_precision_auto_follows_the_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert runtime.pick_precision("auto", torch.device("cuda")) is torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert runtime.pick_precision("auto", torch.device("cuda")) is None
-
-
-@pytest.mark.parametrize("avx, amx", [(False, False), (True, False), (False, True)])
-def test_precision_auto_follows_the_processor(monkeypatch, avx, amx):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert runtime.pick_precision("auto", torch.device("cpu")) is (torch.bfloat16 if avx or amx else None)
-    assert runtime.pick_precision("auto", torch.device("mps")) is None
-
-
-def test_memory_format():
-    assert runtime.pick_memory_format("auto") is runtime.pick_memory_format("channels_last") is torch.channels_last
-    assert runtime.pick_memory_format("contiguous") is torch.contiguous_format
-    with pytest.raises(EpsdError, match=r"memory_format: unknown 'nhwc'. Valid: auto, channels_last, contiguous"):
-        runtime.pick_memory_format("nhwc")
-
-
-@pytest.mark.parametrize("name, device", [("fp16", "cpu"), ("int8", "cpu"), ("half", "cuda")])
-def test_precision_that_is_not_there(name, device):
-    with pytest.raises(EpsdError, match="precision"):
-        runtime.pick_precision(name, torch.device(device))
 
 
 def test_root_is_where_dvc_says(monkeypatch, tmp_path):
@@ -121,18 +52,6 @@ def test_root_without_dvc_is_the_folder_of_dvc_yaml(monkeypatch, tmp_path):
     assert runtime.project_root() == inner.resolve()
     (tmp_path / "dvc.yaml").touch()
     assert runtime.project_root() == tmp_path.resolve()
-
-
-def test_determinism_gives_the_same_bits(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    runtime.determinism()
-    try:
-        assert torch.are_deterministic_algorithms_enabled()
-        assert torch.is_deterministic_algorithms_warn_only_enabled()
-        assert not torch.backends.cudnn.benchmark
-    finally:
-        runtime.determinism(False)
-    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_versions_say_what_made_a_result():

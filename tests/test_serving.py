@@ -101,6 +101,17 @@ def test_answers_are_the_most_probable_first(tmp_path: Path) -> None:
     assert [len(answer.predictions) for answer in answers(served, COLOUR, paths[:2], top=1)] == [1, 1]
 
 
+def test_files_that_cannot_be_read_keep_no_other_from_its_answer(tmp_path: Path) -> None:
+    write(tmp_path, {f"{i:02}.png": b"broken" if i in (1, 3, 5, 7) else picture(i, 32) for i in range(70)})
+    served, given = Servable(flat(COLOUR), COLOUR), []
+    with pytest.raises(ImageError, match=r"^4 of 70 images cannot be read: \S*01\.png: .*05\.png: .* \.\.\.$"):
+        for answer in answers(served, COLOUR, find_images([str(tmp_path)]), top=1):
+            given.append(answer.image)
+    assert len(given) == 66
+    with pytest.raises(ImageError, match=r"^\S*01\.png: "):
+        list(answers(served, COLOUR, [tmp_path / "01.png"], top=1))
+
+
 def test_nearly_black_files_are_read_as_what_they_are(tmp_path: Path) -> None:
     """Not as if their levels 0 and 1 stood for black and white."""
     paths = []

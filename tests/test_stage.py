@@ -15,9 +15,9 @@ import torch
 
 from conftest import ROOT
 from epsd import listing, runtime, stage
+from epsd.devices import determinism
 from epsd.params import load, parse, read_yaml
 from epsd.registry import ParamsError
-from epsd.runtime import determinism
 from epsd.types import EpsdError
 
 SCRIPT = """
@@ -226,6 +226,11 @@ def test_all_findings_at_once():
             "detect.detector.name: unknown 'faster_rcn'. Did you mean 'faster_rcnn'?",
         ),
         ("device: auto", "device: cuda:99", "train: device: 'cuda:99' is not on this machine."),
+        (
+            "precision: fp32             # as train.precision",
+            "precision: fp16",
+            "train: detect.precision: fp16 needs a GPU; on the CPU use auto, fp32 or bf16.",
+        ),
         ("sparsity: 0.95", "sparsity: 1.0", "prune.sparsity"),
         ("epochs: 60", "epoch: 60", "train: unknown 'epoch'. Did you mean 'epochs'?"),
     ],
@@ -259,7 +264,10 @@ def test_changed_images_are_read_again(folder, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", lambda command, **_: asked.append(command) or SimpleNamespace(returncode=3))
     monkeypatch.setattr(sys, "argv", ["epsd.stage", "--reread"])
     assert stage._check_only() == 0
-    listing.remember(stage.roots(load(folder / "params.yaml")))
+    (folder / "artifacts/data").mkdir(parents=True)
+    (folder / "artifacts/data/data.json").write_text('{"digest": "d"}')
+    assert stage._check_only() == 0
+    listing.remember(stage.images_read(load(folder / "params.yaml")))
     assert stage._check_only() == 0
     (folder / "photos/2.png").touch()
     assert stage._check_only() == 3

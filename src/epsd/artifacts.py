@@ -55,6 +55,7 @@ DETECT_HISTORY = DETECT / "history.csv"
 DETECT_PICTURES = DETECT / "pictures"
 DETECT_GALLERY = DETECT_PICTURES / "detections.png"
 DETECTOR = DETECT / "model.safetensors"
+DETECTOR_CARD = DETECT / "model.json"
 
 
 _NAMES = "surrogateescape"

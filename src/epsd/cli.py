@@ -1,9 +1,12 @@
 """`epsd ...`: what make, dvc and mlflow do not cover. Thin: each command calls one module, imported when it is run."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+
+from epsd.types import EpsdError
 
 Command = Callable[[argparse.Namespace], int | None]
 
@@ -11,13 +14,20 @@ Command = Callable[[argparse.Namespace], int | None]
 def preset(arguments: argparse.Namespace) -> None:
     """List, show or apply a preset."""
     from epsd import presets
+    from epsd.registry import ParamsError
 
+    if arguments.apply and arguments.name is None:
+        raise ParamsError(f"preset: --apply needs a NAME. Valid: {', '.join(presets.names())}.")
     if arguments.list or arguments.name is None:
         for name in presets.names():
             print(f"{name:24}{presets.summary(name)}")
     elif arguments.apply:
-        copy = presets.apply(arguments.name)
-        print(f"params.yaml is now the preset '{arguments.name}'." + (f" What was there: {copy}" if copy else ""))
+        target = presets.current()
+        copy = presets.apply(arguments.name, target)
+        print(
+            f"{os.path.relpath(target)} is now the preset '{arguments.name}'."
+            + (f" What was there: {copy}" if copy else "")
+        )
         print("Next: dvc repro")
     else:
         print(presets.find(arguments.name).read_text(encoding="utf-8"), end="")
@@ -52,10 +62,10 @@ def study(arguments: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> float:
-    number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{number} is not above 0")
-    return number
+    with contextlib.suppress(ValueError):
+        if (number := float(text)) > 0:
+            return number
+    raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
 
 
 def analyse(arguments: argparse.Namespace) -> int:
@@ -84,17 +94,17 @@ def promote(arguments: argparse.Namespace) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) >= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 on")
 
 
 def _trial(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"there is no trial {number}")
-    return number
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) >= 0:
+            return number
+    raise argparse.ArgumentTypeError(f"'{text}' is no number of a trial: these count from 0")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -200,8 +210,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.quiet:
         os.environ["EPSD_QUIET"] = "1"
-    from epsd.types import EpsdError  # after the usage has been dealt with: it brings torch
-
     command: Command = arguments.command
     try:
         return command(arguments) or 0
@@ -210,6 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # `epsd preset NAME | head`
         sys.stderr.close()
+    except KeyboardInterrupt:  # most commands deal with it themselves, once they are at work
+        print("epsd: interrupted.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from epsd import parallel
-from epsd.runtime import mix, reseed
+from epsd.devices import reseed
+from epsd.runtime import mix
 
 _DRAWN = {"rpn": ("loss_objectness", "loss_rpn_box_reg"), "roi_heads": ("loss_classifier", "loss_box_reg")}
 """The parts of Faster R-CNN that draw samples, and the losses that are divided by their number."""

@@ -7,7 +7,7 @@ params.yaml only; so `make repro` asks here before it asks DVC.
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from epsd.archives import open_tree
@@ -16,6 +16,9 @@ from epsd.runtime import state_folder
 
 _SEEN = "read.json"
 """Beside the checkpoints, not among the artifacts: times differ between copies of the same images."""
+
+Read = Mapping[Path, str]
+"""Folder or archive -> digest of what was made from it."""
 
 
 def glance(root: Path) -> str | None:
@@ -34,17 +37,28 @@ def glance(root: Path) -> str | None:
     return digest.hexdigest()
 
 
-def remember(roots: Iterable[Path]) -> None:
-    """Note how these folders and archives look now."""
-    seen = _remembered() | {str(root): found for root in roots if (found := glance(root))}
+def remember(read: Read) -> None:
+    """Note how these folders and archives look now, as what was made from them."""
+    seen = _remembered()
+    for root, digest in read.items():
+        if found := glance(root):
+            seen[_key(root, digest)] = found
     state_folder().mkdir(exist_ok=True)
     write_json(state_folder(_SEEN), seen)
 
 
-def changed(roots: Iterable[Path]) -> list[Path]:
-    """Those that look otherwise than when they were remembered. What nobody remembers is not among them."""
+def changed(read: Read) -> list[Path]:
+    """Those that look otherwise than when this was made from them. What nobody remembers is not among them.
+
+    By what was made, as DVC may have brought back from its cache what an earlier state of the images gave.
+    """
     seen = _remembered()
-    return [root for root in roots if str(root) in seen and glance(root) not in (None, seen[str(root)])]
+    known = {root: seen[key] for root, digest in read.items() if (key := _key(root, digest)) in seen}
+    return [root for root, before in known.items() if glance(root) not in (None, before)]
+
+
+def _key(root: Path, digest: str) -> str:
+    return f"{root} {digest}"
 
 
 def _remembered() -> dict[str, str]:

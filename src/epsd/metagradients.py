@@ -35,9 +35,9 @@ from torch.func import functional_call
 
 from epsd import parallel
 from epsd.derivatives import TwiceDifferentiable, laid_out, weights_laid_out
+from epsd.devices import to_device
 from epsd.jointly import together
 from epsd.losses import no_such_class
-from epsd.runtime import to_device
 from epsd.types import Batch, EpsdError, Forward, Loss, Objective, Scores
 
 Reading = Literal["full", "first_order", "local"]

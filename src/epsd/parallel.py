@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from epsd.runtime import pick_device
+from epsd.devices import pick_device
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError
 
 

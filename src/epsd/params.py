@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from epsd.registry import ParamsError, explain, unknown
+from epsd.registry import ParamsError, explain, not_known, unknown
 
 DEFAULT_PATH = Path("params.yaml")
 
@@ -35,6 +35,15 @@ class Section(BaseModel):
     """A mapping of params.yaml: unknown keys, wrong types and out-of-range numbers are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, content: Any) -> Any:
+        valid = [field.alias or name for name, field in cls.model_fields.items()]
+        for key in content if isinstance(content, Mapping) else ():
+            if key not in valid:
+                raise ValueError(not_known(key, valid))
+        return content
 
 
 class LaunchParams(Section):
@@ -293,15 +302,6 @@ def override(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 def parse(tree: Mapping[str, Any]) -> Params:
     """Check a plain mapping. Raises ParamsError with every finding in one line."""
-    unknown_keys = [key for key in tree if key not in Params.model_fields]
-    if unknown_keys:
-        raise unknown("params.yaml", unknown_keys[0], Params.model_fields)
-    for key, value in tree.items():
-        section = Params.model_fields[key].annotation
-        if isinstance(section, type) and issubclass(section, Section) and isinstance(value, Mapping):
-            for inner in value:
-                if inner not in section.model_fields:
-                    raise unknown(key, inner, section.model_fields)
     try:
         return Params.model_validate(tree)
     except ValidationError as error:

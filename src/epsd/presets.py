@@ -38,8 +38,18 @@ def summary(name: str) -> str:
     return first.lstrip("# ").removeprefix(f"{name}: ")
 
 
-def apply(name: str, target: Path = DEFAULT_PATH) -> Path | None:
-    """Make the preset the current parameters, comments included. Returns the copy of what was there before.
+def current() -> Path:
+    """params.yaml of the project that the current folder belongs to. Raises ParamsError outside of one."""
+    root = project_root()
+    if not (root / "dvc.yaml").is_file():
+        raise ParamsError(
+            f"{root}: belongs to no project (there is no dvc.yaml here or above). Go to the project's folder."
+        )
+    return root / DEFAULT_PATH
+
+
+def apply(name: str, target: Path) -> Path | None:
+    """Make the preset the parameters in `target`, comments included. Returns the copy of what was there before.
 
     The copy is `<target>.<date>-<time>`; None where there was nothing to lose (no file, or these very parameters).
     Raises ParamsError for an unknown or unfit preset, ArtifactError where a file cannot be written; `target` then

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, cast, dataclass_transform
 
@@ -35,21 +36,36 @@ def settings_of(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls) if field.init]
 
 
-def unknown(where: str, given: str, valid: Iterable[str]) -> ParamsError:
+def unknown(where: str, given: object, valid: Iterable[str]) -> ParamsError:
     """The error for a name that does not exist: says which do, and which was probably meant."""
+    return ParamsError(f"{where}: {not_known(given, valid)}")
+
+
+def not_known(given: object, valid: Iterable[str]) -> str:
+    """What `unknown` says. `given`: a key of a YAML file may be a number."""
     valid = list(valid)
-    near = difflib.get_close_matches(given, valid, n=1)
+    near = difflib.get_close_matches(str(given), valid, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    return ParamsError(f"{where}: unknown '{given}'.{hint} Valid: {', '.join(valid) or '(none)'}.")
+    return f"unknown '{given}'.{hint} Valid: {', '.join(valid) or '(none)'}."
 
 
 def explain(where: str, error: ValidationError) -> ParamsError:
-    """pydantic's findings as one line with dotted keys."""
-    findings = []
+    """pydantic's findings as one line with dotted keys. Of a value that may be of several kinds, what each wants."""
+    findings: dict[str, tuple[list[str], str]] = {}
     for item in error.errors(include_url=False):
-        key = ".".join([where, *(str(part) for part in item["loc"])]).strip(".")
-        findings.append(f"{key}: {item['msg'][0].lower()}{item['msg'][1:]} (given: {item['input']!r})")
-    return ParamsError("; ".join(findings))
+        parts = [str(part) for part in item["loc"] if not _KIND.fullmatch(str(part))]
+        given = "" if item["type"] == "missing" or isinstance(item["input"], Mapping) else repr(item["input"])
+        messages, _ = findings.setdefault(".".join([where, *parts]).strip(".") or "params.yaml", ([], given))
+        messages.append(item["msg"].removeprefix("Value error, "))
+    told = []
+    for key, (messages, given) in findings.items():
+        said = ", or ".join(f"{message[0].lower()}{message[1:]}" for message in messages)
+        told.append(f"{key}: {said}" + (f" (given: {given})" if given else ""))
+    return ParamsError("; ".join(told))
+
+
+_KIND = re.compile(r"constrained-\w+|literal\[.*\]|function-[\w-]+\[.*\]")
+"""How pydantic names the kinds of a value that may be of several, among the keys on the way to it."""
 
 
 def choose(registry: Mapping[str, type[T]], choice: Mapping[str, Any], where: str = "") -> T:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from epsd import checkpoints
+from epsd.devices import pick_precision
 from epsd.distillation import Distillation
 from epsd.loaders import as_batches
 from epsd.losses import cross_entropy
 from epsd.masks import Mask, Scope, check_fits, prunable
 from epsd.passes import Meter
 from epsd.registry import settings_of, variant
-from epsd.runtime import mix, pick_precision
+from epsd.runtime import mix
 from epsd.training import Recipe, Record, fit
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError, Objective
 

@@ -1,35 +1,22 @@
-"""Seed, device, precision, determinism, the project's folder, and the versions recorded with every run."""
+"""The project's folder, what is said and to whom, signals, seeds by name, and the versions recorded with every run."""
 
 import contextlib
 import functools
 import hashlib
 import os
 import platform
-import random
 import re
 import signal
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
 
-import torch
-
-from epsd.types import Batch, EpsdError
-
 STATE = ".epsd"
 """Folder (git-ignored) under the project's root for locks, checkpoints and the spool of the tracker."""
-
-_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MEMORY_FORMATS = {
-    "auto": torch.channels_last,
-    "channels_last": torch.channels_last,
-    "contiguous": torch.contiguous_format,
-}
 
 
 def project_root() -> Path:
@@ -119,97 +106,6 @@ def mix(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def reseed(seed: int) -> None:
-    """Seed torch on the CPU and on the GPU in use, as `torch.manual_seed` does, within a microsecond.
-
-    That function tells every backend there is, and notes for each from where it was called.
-    """
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed(seed)
-    if torch.backends.mps.is_available():
-        torch.mps.manual_seed(seed)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch (every device) from one number in [0, 2^63)."""
-    import numpy as np
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def determinism(enabled: bool = True) -> None:
-    """Ask torch for the same bits each time where an operator can (the others run, without a warning each)."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
-    # not `use_deterministic_algorithms`: that one also imports the compiler, a second of start-up for nothing here
-    torch.set_deterministic_debug_mode("warn" if enabled else "default")
-    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (costs time, changes nothing)
-    torch.backends.cudnn.benchmark = not enabled
-
-
-def devices() -> list[str]:
-    """The devices of this machine, best first: `cuda` (`cuda:0` ...), `mps`, `cpu`."""
-    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    mps = torch.backends.mps.is_available()
-    names = ["cuda", *(f"cuda:{index}" for index in range(cuda))] if cuda else []
-    return [*names, *(["mps"] if mps else []), "cpu"]
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device that `name` asks for; `auto` is the best one here (cuda, mps, cpu).
-
-    Raises EpsdError for a device that this machine does not have, listing those it has.
-    """
-    found = devices()
-    if name == "auto":
-        return torch.device(found[0])
-    if name not in found:
-        raise EpsdError(f"device: '{name}' is not on this machine. Valid here: auto, {', '.join(found)}.")
-    return torch.device(name)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """`batch` on `device`; no copy where it is there already."""
-    partner = None if batch.partner is None else batch.partner.to(device)
-    return Batch(batch.images.to(device), batch.labels.to(device), batch.indices.to(device), partner)
-
-
-def _computes_in_bf16(device: torch.device) -> bool:
-    """Whether bf16 is faster than fp32 there: on a processor only with instructions of its own (AVX-512 BF16, AMX)."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def pick_memory_format(name: str) -> torch.memory_format:
-    """The layout of images and convolution weights in memory for `auto | channels_last | contiguous`.
-
-    `auto` is channels_last: the convolutions of every device run faster on it, or as fast. Raises EpsdError for another
-    name.
-    """
-    if name not in _MEMORY_FORMATS:
-        raise EpsdError(f"memory_format: unknown '{name}'. Valid: {', '.join(_MEMORY_FORMATS)}.")
-    return _MEMORY_FORMATS[name]
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype for `auto | fp32 | bf16 | fp16`; None means plain fp32.
-
-    `auto` is bf16 on a GPU or processor that computes in it, else fp32. Raises EpsdError where the device has not the
-    type.
-    """
-    if name == "auto":
-        return torch.bfloat16 if _computes_in_bf16(device) else None
-    if name not in _PRECISIONS:
-        raise EpsdError(f"precision: unknown '{name}'. Valid: auto, {', '.join(_PRECISIONS)}.")
-    if name == "fp16" and device.type == "cpu":
-        raise EpsdError("precision: fp16 needs a GPU; on the CPU use auto, fp32 or bf16.")
-    return _PRECISIONS[name]
-
-
 def _git(*arguments: str) -> str | None:
     """What git says about the project's folder, or None without git or repository."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -236,6 +132,8 @@ def _installed(package: str) -> str:
 
 @functools.cache
 def _versions() -> dict[str, str]:
+    import torch  # not above: commands that train nothing start without it
+
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     found |= {package: _installed(package) for package in ("epsd", "torch", "torchvision", "dvc", "mlflow")}
     found |= {"cpu": f"{_cpu()} x{os.cpu_count()}", "threads": str(torch.get_num_threads())}
@@ -255,6 +153,11 @@ def versions() -> dict[str, str]:
 def note(text: str) -> None:
     """One line on stderr, at once (stdout may be a pipe that is read late)."""
     print(" ".join(text.split()), file=sys.stderr, flush=True)
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 epoch", "2 epochs"."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def brief(error: BaseException) -> str:

@@ -170,14 +170,33 @@ def find_images(places: Sequence[str]) -> list[Path]:
 def answers(model: nn.Module, intake: Intake, paths: Sequence[Path], top: int) -> Iterator[Answer]:
     """The `top` most probable classes of each image. `model`: a `Servable`, or one loaded back from an export.
 
-    Raises ImageError at the first file that cannot be read.
+    Raises ImageError, after the answers to all others, where files cannot be read; it names some of them.
     """
+    broken: list[ImageError] = []
     for start in range(0, len(paths), BATCH):
-        part = paths[start : start + BATCH]
-        # as 0 to 1, which every image is: of 0 to 255, one that is nearly black would be taken for one of 0 to 1
-        images = torch.from_numpy(np.stack([intake.read(path) for path in part])).float().div(255)
-        with torch.no_grad():
-            best = model(images).topk(min(top, len(intake.class_names)), dim=1)
-        for path, shares, places in zip(part, best.values.tolist(), best.indices.tolist(), strict=True):
-            names = [intake.class_names[place] for place in places]
-            yield Answer(str(path), list(zip(names, shares, strict=True)))
+        images: dict[Path, NDArray[np.uint8]] = {}
+        for path in paths[start : start + BATCH]:
+            try:
+                images[path] = intake.read(path)
+            except ImageError as error:
+                broken.append(error)
+        if images:
+            yield from _answered(model, intake, images, top)
+    if broken:
+        count = f"{len(broken)} of {len(paths)} images cannot be read: " if len(paths) > 1 else ""
+        more = " ..." if len(broken) > _NAMED else ""
+        raise ImageError(count + " ".join(map(str, broken[:_NAMED])) + more)
+
+
+_NAMED = 3
+"""Files that cannot be read that are named."""
+
+
+def _answered(model: nn.Module, intake: Intake, images: Mapping[Path, NDArray[np.uint8]], top: int) -> Iterator[Answer]:
+    # as 0 to 1, which every image is: of 0 to 255, one that is nearly black would be taken for one of 0 to 1
+    given = torch.from_numpy(np.stack(list(images.values()))).float().div(255)
+    with torch.no_grad():
+        best = model(given).topk(min(top, len(intake.class_names)), dim=1)
+    for path, shares, places in zip(images, best.values.tolist(), best.indices.tolist(), strict=True):
+        names = [intake.class_names[place] for place in places]
+        yield Answer(str(path), list(zip(names, shares, strict=True)))

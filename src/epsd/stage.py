@@ -24,21 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from epsd import launch, listing, parallel
+from epsd import artifacts, launch, listing, parallel
+from epsd.devices import determinism, pick_device, pick_precision, seed_everything
 from epsd.fitting import is_shortage
 from epsd.params import DEFAULT_PATH, Params, load
 from epsd.registry import ParamsError, choose
-from epsd.runtime import (
-    STATE,
-    determinism,
-    hush,
-    located,
-    no_telemetry,
-    note,
-    pick_device,
-    quiet,
-    seed_everything,
-)
+from epsd.runtime import STATE, counted, hush, located, no_telemetry, note, quiet
 from epsd.types import EpsdError
 
 Main = Callable[[Params], str | None]
@@ -165,7 +156,8 @@ def _use_this_copy() -> None:
 
 
 def check(params: Params) -> None:
-    """Check every chosen name and its settings, so that a typo fails before any work. Builds nothing heavy.
+    """Check every chosen name and its settings, and what this machine can compute in, so that a mistake fails before
+    any work. Builds nothing heavy.
 
     Raises ParamsError with all findings, each with the valid choices, in one line.
     """
@@ -175,6 +167,12 @@ def check(params: Params) -> None:
             choose(registry, choice, where)
         except ParamsError as error:
             findings.append(str(error))
+    try:
+        device = pick_device(params.device)
+        for section in ("prune", "train", "detect"):
+            pick_precision(getattr(params, section).precision, device, f"{section}.precision")
+    except EpsdError as error:
+        findings.append(str(error))
     if findings:
         raise ParamsError(" ".join(findings))
 
@@ -195,12 +193,17 @@ def _choices(params: Params) -> Iterator[tuple[str, Mapping[str, type[Any]], Map
     yield "detect.detector", DETECTORS, params.detect.detector
 
 
-def roots(params: Params) -> list[Path]:
-    """The folders and archives that images are read from, where params.yaml names any."""
+def images_read(params: Params) -> dict[Path, str]:
+    """The folders and archives that params.yaml has images read from -> digest of what `prepare` made of them."""
     from epsd.datasets import DATASETS, DEVKITS
 
-    chosen = choose(DATASETS, params.dataset, "dataset"), choose(DEVKITS, params.voc, "voc")
-    return [located(variant.root) for variant in chosen if hasattr(variant, "root")]
+    dataset, devkit = choose(DATASETS, params.dataset, "dataset"), choose(DEVKITS, params.voc, "voc")
+    made = {artifacts.DATA_INDEX: dataset, artifacts.VOC_INDEX: devkit}
+    return {
+        located(variant.root): artifacts.read_json(index)["digest"]
+        for index, variant in made.items()
+        if hasattr(variant, "root") and index.exists()
+    }
 
 
 def warn_of_detection(params: Params, model: nn.Module) -> None:
@@ -221,12 +224,13 @@ def describe(params: Params, name: str) -> str:
     """What the stage does and on what data, in a few words."""
     data, scenes, network = params.dataset["name"], params.voc["name"], params.architecture["name"]
     objective, sparsity = params.objective["name"], f"{params.prune.sparsity:g}"
+    train_epochs, detect_epochs = (counted(section.epochs, "epoch") for section in (params.train, params.detect))
     doing = {
         "prepare": f"reading {data}, and {scenes} for detection",
         "prune": f"{network} on {data} to sparsity {sparsity} by {params.prune.score['name']} under {objective}",
-        "train": f"{network} at sparsity {sparsity} on {data} by {objective}, {params.train.epochs} epochs",
+        "train": f"{network} at sparsity {sparsity} on {data} by {objective}, {train_epochs}",
         "evaluate": f"{network} on the test images of {data}",
-        "detect": f"{params.detect.detector['name']} around {network} on {scenes}, {params.detect.epochs} epochs",
+        "detect": f"{params.detect.detector['name']} around {network} on {scenes}, {detect_epochs}",
     }
     return f"{doing.get(name, f'{network} on {data}')}, seed {params.seed}"
 
@@ -379,7 +383,7 @@ def _check_only() -> int:
     try:
         params = load(DEFAULT_PATH)
         check(params)
-        found = listing.changed(roots(params)) if reread else []
+        found = listing.changed(images_read(params)) if reread else []
     except EpsdError as error:
         note(str(error))
         return 1

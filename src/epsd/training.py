@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader
 from epsd import checkpoints, fitting, jointly, parallel
 from epsd.acceleration import Compile, Update, align_, compiled, lay_out_, pick_update, sgd
 from epsd.console import Progress
+from epsd.devices import pick_memory_format, pick_precision, to_device
 from epsd.loaders import as_batches
 from epsd.losses import as_objective, cross_entropy, no_such_class
 from epsd.masks import Mask, MaskHolder
 from epsd.passes import Meter
 from epsd.registry import variant
-from epsd.runtime import mix, note, pick_memory_format, pick_precision, to_device
+from epsd.runtime import mix, note
 from epsd.types import Batch, Batches, EpsdError, Loss, Objective
 
 Record = dict[str, float]

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+if TYPE_CHECKING:  # these words are on the start-up path of commands that need no torch
+    from torch import Tensor, nn
 
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[["Tensor"], "Tensor"]
 """Images (B, C, H, W) -> logits (B, K). A module is one; so is a module called with other weights."""
 
-Scores = dict[str, Tensor]
+Scores = dict[str, "Tensor"]
 """Parameter name -> saliency of the parameter's shape. Higher = keep."""
 
 Purpose = Literal["score", "train"]
@@ -24,10 +25,10 @@ class Batch(NamedTuple):
     ("view") or one random image of the same class each ("same_class"), None where nobody asked.
     """
 
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    partner: Tensor | None = None
+    images: "Tensor"
+    labels: "Tensor"
+    indices: "Tensor"
+    partner: "Tensor | None" = None
 
 
 class BatchNeeds(NamedTuple):
@@ -43,10 +44,10 @@ class Loss(NamedTuple):
     ("supervised", "distillation"), from which the prune report takes their gradient norms.
     """
 
-    total: Tensor
-    terms: dict[str, Tensor]
-    logits: Tensor
-    parts: Mapping[str, Tensor] = MappingProxyType({})
+    total: "Tensor"
+    terms: "dict[str, Tensor]"
+    logits: "Tensor"
+    parts: "Mapping[str, Tensor]" = MappingProxyType({})
 
 
 class Objective(Protocol):
@@ -80,7 +81,7 @@ class Score(Protocol):
     entropy alone is then known to be the same.
     """
 
-    def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
+    def __call__(self, model: "nn.Module", batches: Iterable[Batch], objective: Objective) -> Scores:
         """Draws from `batches` what it needs; `objective` has begun with purpose "score"."""
 
 

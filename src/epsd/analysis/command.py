@@ -10,10 +10,11 @@ from epsd.analysis import AnalysisError
 from epsd.analysis.measuring import MEASURES, Finding, examine, with_score
 from epsd.analysis.report import FOLDER, Report
 from epsd.data import Prepared
+from epsd.devices import determinism, pick_device
 from epsd.objectives import OBJECTIVES
 from epsd.params import DEFAULT_PATH, Params, flatten, load
 from epsd.registry import choose, unknown
-from epsd.runtime import determinism, no_telemetry, note, pick_device, quiet
+from epsd.runtime import no_telemetry, note, quiet
 from epsd.scores import SCORES
 from epsd.stage import check
 from epsd.tracking import Tracker, track

@@ -9,13 +9,14 @@ from epsd.analysis import features, landscape
 from epsd.analysis.distillation import QUANTITIES, Probe
 from epsd.analysis.trainability import gradient_norms
 from epsd.data import Augmentation, Prepared
+from epsd.devices import pick_device
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
 from epsd.params import Params
 from epsd.pipeline.pruned import pruned
 from epsd.pipeline.trained import batches, trained
 from epsd.registry import choose, settings_of
-from epsd.runtime import mix, pick_device
+from epsd.runtime import mix
 from epsd.scores import SCORES
 from epsd.training import Record
 from epsd.types import Batches

@@ -13,6 +13,7 @@ from torch import nn
 
 from epsd.architectures import ARCHITECTURES
 from epsd.data import Prepared
+from epsd.devices import seed_everything
 from epsd.masks import Mask
 from epsd.params import Choice, Params
 from epsd.passes import Meter
@@ -20,7 +21,6 @@ from epsd.pipeline.pruned import network, pruned
 from epsd.pipeline.trained import batches, recipe
 from epsd.registry import ParamsError, choose, settings_of
 from epsd.rewinding import Outcome, Rewinding, prune_then_distill
-from epsd.runtime import seed_everything
 from epsd.training import Record
 
 StudentKind = Literal["narrow", "rewound", "scored"]

@@ -10,6 +10,7 @@ from epsd import pruning
 from epsd.acceleration import keep_freed_memory
 from epsd.architectures import ARCHITECTURES
 from epsd.data import Augmentation, Prepared
+from epsd.devices import pick_device, pick_precision, seed_everything
 from epsd.losses import PlainLoss, cross_entropy
 from epsd.masks import Mask
 from epsd.memory import GIB
@@ -18,7 +19,7 @@ from epsd.objectives import OBJECTIVES
 from epsd.params import Params
 from epsd.passes import Meter
 from epsd.registry import choose
-from epsd.runtime import mix, pick_device, pick_precision, seed_everything
+from epsd.runtime import mix
 from epsd.sampling import naming
 from epsd.scores import SCORES
 from epsd.types import Batches, Objective, Score, Scores

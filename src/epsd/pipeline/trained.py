@@ -8,12 +8,13 @@ from torch import nn
 
 from epsd.acceleration import keep_freed_memory
 from epsd.data import Augmentation, Prepared
+from epsd.devices import pick_device
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
 from epsd.params import Params
 from epsd.passes import Meter
 from epsd.registry import choose
-from epsd.runtime import mix, pick_device
+from epsd.runtime import mix
 from epsd.sampling import naming
 from epsd.training import Recipe, Record, fit
 from epsd.types import Batches

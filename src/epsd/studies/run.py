@@ -17,7 +17,8 @@ import torch
 
 from epsd import artifacts
 from epsd.console import Progress
-from epsd.runtime import determinism, no_telemetry, note, pick_device, quiet
+from epsd.devices import determinism, pick_device
+from epsd.runtime import no_telemetry, note, quiet
 from epsd.studies import StudyError, outcome, plan
 from epsd.studies.plan import Cell, Plan
 from epsd.studies.work import Place, Result, Session, mark, work

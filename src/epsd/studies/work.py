@@ -23,13 +23,14 @@ from filelock import FileLock, Timeout
 from epsd import artifacts, checkpoints, evaluation
 from epsd.data import Prepared
 from epsd.datasets import DATASETS
+from epsd.devices import pick_device
 from epsd.params import Params
 from epsd.pipeline import recorded
 from epsd.pipeline.measured import measured
 from epsd.pipeline.trained import card
 from epsd.preparing import prepare
 from epsd.registry import choose
-from epsd.runtime import pick_device, state_folder
+from epsd.runtime import state_folder
 from epsd.stage import one_line
 from epsd.studies.plan import Cell, Plan
 from epsd.studies.procedures import Desk, Trained

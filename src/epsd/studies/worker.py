@@ -15,7 +15,8 @@ from types import FrameType
 
 import torch
 
-from epsd.runtime import determinism, no_telemetry, note
+from epsd.devices import determinism
+from epsd.runtime import no_telemetry, note
 from epsd.studies import plan
 from epsd.studies.run import INTERRUPTED, Stopped
 from epsd.studies.work import Place, Session, work

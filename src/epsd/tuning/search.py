@@ -19,8 +19,9 @@ from optuna.trial import FrozenTrial, TrialState
 from epsd import artifacts
 from epsd.console import Progress
 from epsd.data import Prepared
+from epsd.devices import pick_device
 from epsd.params import DEFAULT_PATH, Params, load
-from epsd.runtime import no_telemetry, note, pick_device, quiet
+from epsd.runtime import no_telemetry, note, quiet
 from epsd.stage import check
 from epsd.tracking import Tracker, track
 from epsd.tuning import TuningError, report

@@ -19,8 +19,9 @@ import torch
 
 from epsd import artifacts
 from epsd.data import Prepared
+from epsd.devices import determinism
 from epsd.params import LimitParams, Params, flatten, parse
-from epsd.runtime import determinism, mix, no_telemetry, note
+from epsd.runtime import mix, no_telemetry, note
 from epsd.tracking import Tracker, track
 from epsd.training import Record
 from epsd.tuning import judge

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from epsd.data import Prepared
+from epsd.devices import seed_everything
 from epsd.masks import Mask
 from epsd.params import Params
 from epsd.passes import Meter
@@ -12,7 +13,6 @@ from epsd.pipeline import recorded
 from epsd.pipeline.pruned import Pruned, network, pruned, scored, scoring_key
 from epsd.pipeline.trained import trained
 from epsd.registry import variant
-from epsd.runtime import seed_everything
 from epsd.studies.procedures.types import Desk, Trained
 
 
