@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,29 @@ def test_a_second_signal_does_not_wait(raising):
         done.append(2)
     assert done == [1]
     assert signal.getsignal(signal.SIGTERM) is raising
+
+
+class StopsInItsDestructor:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_stop_that_python_drops_comes_once_more(raising, capsys):
+    """In a destructor an exception of a signal's handler is printed and forgotten: the process would go on."""
+    with pytest.raises(Asked), runtime.stops_arrive(Asked):
+        StopsInItsDestructor()
+        for _ in range(1000):
+            time.sleep(0.01)
+    assert capsys.readouterr().err == ""
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_other_exceptions_that_python_drops_are_told_as_ever(raising, monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_value))
+    with runtime.stops_arrive(KeyboardInterrupt):
+        StopsInItsDestructor()
+    assert [type(value) for value in told] == [Asked]
 
 
 def test_what_a_signal_does_by_default_is_left_as_it_is():

@@ -81,6 +81,36 @@ def signals_wait() -> Iterator[None]:
             before[signal.Signals(came[0][0])](*came[0])
 
 
+@contextlib.contextmanager
+def stops_arrive(*kinds: type[BaseException]) -> Iterator[None]:
+    """An exception of these kinds that a signal's handler raises is not lost, wherever the signal comes.
+
+    Python prints and drops what is raised while a destructor or the callback of a weak reference happens to run; the
+    request to stop would be gone. Here it is raised once more, a moment later. For the main thread.
+    """
+    dropped: list[BaseException] = []
+    before = sys.unraisablehook
+
+    def keep(unraisable: "sys.UnraisableHookArgs") -> None:
+        if isinstance(unraisable.exc_value, kinds):
+            dropped.append(unraisable.exc_value)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            before(unraisable)
+
+    def again(number: int, frame: FrameType | None) -> None:
+        if dropped:
+            raise dropped.pop().with_traceback(None)
+
+    alarm, sys.unraisablehook = signal.signal(signal.SIGALRM, again), keep
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = before
+        signal.signal(signal.SIGALRM, alarm)
+
+
 def hush() -> None:
     """Be quiet from now on, the processes started from here too."""
     os.environ["EPSD_QUIET"] = "1"

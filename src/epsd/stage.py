@@ -29,7 +29,7 @@ from epsd.devices import determinism, pick_device, pick_precision, seed_everythi
 from epsd.fitting import is_shortage
 from epsd.params import DEFAULT_PATH, Params, load
 from epsd.registry import ParamsError, choose
-from epsd.runtime import STATE, counted, hush, located, no_telemetry, note, quiet
+from epsd.runtime import STATE, counted, hush, located, no_telemetry, note, quiet, stops_arrive
 from epsd.types import EpsdError
 
 Main = Callable[[Params], str | None]
@@ -304,7 +304,8 @@ def _signals() -> Iterator[None]:
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        with stops_arrive(KeyboardInterrupt, Terminated):
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -18,7 +18,7 @@ import torch
 from epsd import artifacts
 from epsd.console import Progress
 from epsd.devices import determinism, pick_device
-from epsd.runtime import no_telemetry, note, quiet
+from epsd.runtime import no_telemetry, note, quiet, stops_arrive
 from epsd.studies import StudyError, outcome, plan
 from epsd.studies.plan import Cell, Plan
 from epsd.studies.work import Place, Result, Session, mark, work
@@ -210,7 +210,8 @@ def _signals() -> Iterator[None]:
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        with stops_arrive(KeyboardInterrupt, Stopped):
+            yield
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -16,7 +16,7 @@ from types import FrameType
 import torch
 
 from epsd.devices import determinism
-from epsd.runtime import no_telemetry, note
+from epsd.runtime import no_telemetry, note, stops_arrive
 from epsd.studies import plan
 from epsd.studies.run import INTERRUPTED, Stopped
 from epsd.studies.work import Place, Session, work
@@ -46,8 +46,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_watch, args=(job["parent"],), daemon=True).start()
     try:
-        study = plan.load(Path(job["file"]))
-        work(study, Place(study.study.name), Session(**job["session"]))
+        with stops_arrive(Stopped):
+            study = plan.load(Path(job["file"]))
+            work(study, Place(study.study.name), Session(**job["session"]))
     except Stopped:
         return INTERRUPTED
     except EpsdError as error:

@@ -21,7 +21,7 @@ from epsd import artifacts
 from epsd.data import Prepared
 from epsd.devices import determinism
 from epsd.params import LimitParams, Params, flatten, parse
-from epsd.runtime import mix, no_telemetry, note
+from epsd.runtime import mix, no_telemetry, note, stops_arrive
 from epsd.tracking import Tracker, track
 from epsd.training import Record
 from epsd.tuning import judge
@@ -340,7 +340,8 @@ def main() -> int:
     determinism()
     with Interrupts() as interrupts:
         try:
-            Worker(job, interrupts).work()
+            with stops_arrive(Stopped):
+                Worker(job, interrupts).work()
         except Stopped:
             return INTERRUPTED
         except EpsdError as error:
