@@ -264,11 +264,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("analysis")
     tree = read_yaml(ROOT / "params.yaml")
     small = {"train.epochs": 3, "train.batch_size": 16, "prune.batch_size": 16, "architecture.width": 0.5}
-    for key, value in (small | {"prune.sparsity": 0.8, "prune.score.steps": 1, "threads": 1}).items():
+    small |= {"data.limit": 20, "data.validation": 0.2}
+    for key, value in (
+        small | {"prune.sparsity": 0.8, "prune.score.steps": 1, "threads": 1, "data.limit": 20, "data.validation": 0.2}
+    ).items():
         override(tree, key, value)
     (folder / "params.yaml").write_text(json.dumps(parse(tree).model_dump()))
     (folder / "dvc.yaml").touch()
-    prepare(Digits()(), folder / artifacts.DATA, seed=0, limit=20, validation=0.2, test=0.2)
+    prepare(Digits()(), folder / artifacts.DATA, limit=20, validation=0.2, test=0.2, dataset={"name": "digits"})
     for kind in ("images", "labels"):
         (folder / artifacts.DATA / f"test_{kind}.npy").unlink()
     with pytest.MonkeyPatch.context() as patch:
@@ -386,6 +389,25 @@ def test_no_validation_split_is_an_error_and_no_reason_to_read_the_test_split(
     try:
         artifacts.write_json(project / artifacts.DATA_INDEX, without)
         assert "no validation split" in refused([], capsys)
+    finally:
+        artifacts.write_json(project / artifacts.DATA_INDEX, index)
+
+
+@pytest.mark.parametrize("note", [{"name": "cifar10"}, None])
+def test_data_made_from_something_else_are_refused(
+    note: dict[str, str] | None, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None: what `prepare` wrote before it noted where the images came from."""
+    index = artifacts.read_json(project / artifacts.DATA_INDEX)
+    settings = {key: value for key, value in index["settings"].items() if key != "dataset"}
+    try:
+        artifacts.write_json(
+            project / artifacts.DATA_INDEX, {**index, "settings": settings | ({"dataset": note} if note else {})}
+        )
+        line = refused([], capsys)
+        assert (
+            f"made with dataset.name {note['name'] if note else 'unset'}, not digits. Run `dvc repro prepare`" in line
+        )
     finally:
         artifacts.write_json(project / artifacts.DATA_INDEX, index)
 

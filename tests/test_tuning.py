@@ -952,7 +952,10 @@ def test_a_search_that_always_fails_stops_and_shows_the_first_error(project: Pat
     [
         ({"tune.space": {"train.lrr": {"float": [0, 1]}}}, "unknown 'train.lrr'"),
         ({"tune.storage": "/proc/nowhere/x"}, "cannot be used"),
-        ({"data.validation": 0.3}, ""),
+        ({"data.validation": 0.3}, "data.json: made with data.validation 0.1, not 0.3. Run `dvc repro prepare` first."),
+        ({"dataset": {"name": "image_folder", "root": "mine"}}, "made with dataset.name digits, not image_folder. Run"),
+        ({"seed": 7}, "made with seed 0, not 7. Run"),
+        ({}, ""),
     ],
 )
 def test_mistakes_are_one_line(

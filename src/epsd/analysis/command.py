@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 
-from epsd import artifacts
 from epsd.analysis import AnalysisError
 from epsd.analysis.measuring import MEASURES, Finding, examine, with_score
 from epsd.analysis.report import FOLDER, Report
@@ -13,6 +12,7 @@ from epsd.data import Prepared
 from epsd.devices import determinism, pick_device
 from epsd.objectives import OBJECTIVES
 from epsd.params import DEFAULT_PATH, Params, flatten, load
+from epsd.pipeline.opened import opened
 from epsd.registry import choose, unknown
 from epsd.runtime import no_telemetry, note, quiet
 from epsd.scores import SCORES
@@ -41,12 +41,13 @@ class Request(NamedTuple):
 def command(request: Request) -> int:
     """Run the analysis that `request` describes on params.yaml. The exit status.
 
-    Raises ParamsError and AnalysisError before any work: unknown score, no prepared data, no validation split.
+    Raises ParamsError, AnalysisError and ArtifactError before any work: unknown score, `points` without a middle, and
+    see `opened`.
     """
     no_telemetry()
     params = load(DEFAULT_PATH)
     plan = _plan(params, request)
-    data = _data()
+    data = opened(params)
     print(f"analyse: {_described(params, request, plan)}", flush=True)
     try:
         report = _run(params, request, plan, data)
@@ -75,18 +76,6 @@ def _plan(params: Params, request: Request) -> list[Params]:
     choose(OBJECTIVES, params.objective, "objective")
     seeds = range(params.seed, params.seed + request.seeds)
     return [each.model_copy(update={"seed": seed, "train": train}) for seed in seeds for each in methods]
-
-
-def _data() -> Prepared:
-    if not artifacts.DATA_INDEX.is_file():
-        raise AnalysisError(f"{artifacts.DATA_INDEX}: missing. Run `dvc repro prepare` first.")
-    data = Prepared.load(artifacts.DATA)
-    if not data.sizes.get("validation"):
-        raise AnalysisError(
-            "there is no validation split, and the test split is not read here: set data.validation above 0 and run "
-            "`dvc repro prepare`."
-        )
-    return data
 
 
 def _described(params: Params, request: Request, plan: list[Params]) -> str:

@@ -97,7 +97,8 @@ class Place:
             folder, settings = self.folder / "data" / key, params.data.model_dump(include=_SPLITTING)
             with self.lock(f"data-{key}", wait=True):
                 if not self.prepared(params, split_seed):
-                    prepare(choose(DATASETS, params.dataset, "dataset")(), folder, seed=split_seed, **settings)
+                    source = choose(DATASETS, params.dataset, "dataset")()
+                    prepare(source, folder, seed=split_seed, dataset=params.dataset, **settings)
             self._data[key] = Prepared.load(folder)
         return self._data[key]
 

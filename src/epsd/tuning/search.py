@@ -16,11 +16,10 @@ from typing import NamedTuple
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from epsd import artifacts
 from epsd.console import Progress
-from epsd.data import Prepared
 from epsd.devices import pick_device
 from epsd.params import DEFAULT_PATH, Params, load
+from epsd.pipeline.opened import opened
 from epsd.runtime import no_telemetry, note, quiet
 from epsd.stage import check
 from epsd.tracking import Tracker, track
@@ -48,15 +47,13 @@ def search(params: Params, *, trials: int | None = None, workers: int | None = N
     Raises
     ------
     ParamsError, TuningError : see `Space`, `open_storage` and `begin`; every trial fails; workers cannot be kept alive.
-    ArtifactError : no prepared data.
+    ArtifactError : see `opened`.
     """
     no_telemetry()
     check(params)
     pick_device(params.device)
     space = Space(params)
-    data = Prepared.load(artifacts.DATA)
-    if not data.sizes.get("validation"):
-        raise TuningError("trials are judged on validation: set data.validation above 0 and run `dvc repro prepare`.")
+    data = opened(params)
     since = time.time()
     try:
         ledger, made = begin(open_storage(params.tune), space, data.digest, trials or params.tune.trials, resume)
