@@ -172,6 +172,10 @@ LR = {"train.lr": {"float": [0.01, 0.5]}}
         ({"space": LR, "sampler": "cma"}, r"tune\.sampler"),
         ({"space": LR, "trials": 0}, r"tune\.trials"),
         ({"space": LR, "repeats": 0}, r"tune\.repeats"),
+        (
+            {"space": LR, "sampler": "gp", "pruner": "median", "constraints": {"val/nll": {"at_most": 1.0}}},
+            r"tune\.sampler: 'gp' learns .* set tune\.pruner to none",
+        ),
         ({"space": LR, "pruner": "race"}, r"tune\.pruner: 'race' .* set tune\.repeats to 2 or more"),
         ({"space": {"train.lr": {"float": [0.01, 0.5], "when": {"objective.nam": "x"}}}}, r"unknown 'objective\.nam'"),
     ],
@@ -592,6 +596,33 @@ class TestTrial:
         assert all(trial.user_attrs["figures"]["val/top1"] == 0.1 for trial in pruned)
         assert all(len(trial.intermediate_values) < 26 for trial in pruned)
 
+    @pytest.mark.parametrize("pruner", ["race", "hyperband", "median"])
+    def test_no_trial_outlives_another_by_breaking_a_limit(
+        self, pruner: str, project: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The odd ones are larger than allowed and all the more accurate."""
+        seen: list[int] = []
+
+        def once(params: Any, data: Prepared, watch: Any) -> judge.Figures:
+            trial = next(trial.number for trial in ledger_of().trials() if trial.state == TrialState.RUNNING)
+            seen.append(trial)
+            odd = trial % 2
+            top1 = 0.5 + 0.3 * odd + 0.01 * trial
+            told = dict.fromkeys(judge.FIGURES, 0.5) | {"val/top1": top1, "model/bytes_sparse": 100.0 + odd}
+            for epoch in range(1, 28):
+                watch({"epoch": float(epoch), "val/top1": top1}, lambda: told)
+            return told
+
+        monkeypatch.setattr(judge, "run", once)
+        monkeypatch.setitem(QUICK, "train.epochs", 27)
+        limits = {"model/bytes_sparse": {"at_most": 100.0}}
+        ledger = self.work(repeats=2, trials=12, pruner=pruner, sampler="random", constraints=limits)
+        odd, even = ([trial for trial in ledger.trials()[4:] if trial.number % 2 == rest] for rest in (1, 0))
+        whole = [sum(trial.state == TrialState.COMPLETE for trial in some) for some in (odd, even)]
+        assert whole[0] < whole[1]
+        assert all(trial.constraints == {"model/bytes_sparse at most 100": 1.0} for trial in odd)
+        assert all(report.feasible(trial) for trial in report.best(ledger.study))
+
     def test_the_same_values_are_not_run_twice(self, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         runs = []
 
@@ -610,6 +641,18 @@ class TestTrial:
         assert states(ledger) == ["COMPLETE"] * 8
         assert len(runs) == 2
         assert {trial.values[0] for trial in ledger.trials()} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_figures_within_the_limits_have_more_merit_than_all_others(direction: str) -> None:
+    limits = {"val/top1": {"at_least": 0.9}}
+    tune = parse(tree(objectives={"model/bytes_sparse": direction}, constraints=limits)).tune
+    sign = 1 if direction == "maximize" else -1
+    merits = [
+        sign * worker.merit(tune, {"val/top1": top1, "model/bytes_sparse": size})
+        for top1, size in ((0.3, 1e8), (0.5, 5.0), (0.89, 1e8), (0.9, 1e9 if sign < 0 else 0.0), (0.95, 3e5))
+    ]
+    assert merits == sorted(merits)
 
 
 def test_a_request_to_stop_waits_for_the_storage() -> None:

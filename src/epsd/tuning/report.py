@@ -226,7 +226,7 @@ def _plots(study: optuna.Study, objectives: list[str]) -> Iterator[Plot]:
         yield Plot(f"parallel{tail}", f"Parallel coordinates{of}", "plot_parallel_coordinate", target)
         yield Plot(f"slice{tail}", f"Each parameter by itself{of}", "plot_slice", target)
     if not many:
-        yield Plot("curves", "What was reported of each trial while it ran", "plot_intermediate_values", {})
+        yield Plot("curves", "What the pruner was told of each trial while it ran", "plot_intermediate_values", {})
     elif len(objectives) <= 3:
         yield Plot("pareto", "Pareto front", "plot_pareto_front", {"target_names": objectives})
 
