@@ -16,6 +16,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+import pictures
 from conftest import ROOT
 from epsd import evaluation
 from epsd.cli import main
@@ -538,6 +539,18 @@ def test_trials_of_a_search_are_no_results(finished: Path, monkeypatch: pytest.M
     assert sum(len(cell.values) for row in seen.rows for cell in row.cells.values()) == 9
     asked = compare.compared(compare.Request(("epsd",), where=("kind=trial",)))
     assert sum(len(cell.values) for row in asked.rows for cell in row.cells.values()) == 10
+
+
+def test_images_that_changed_are_other_data(project: Path) -> None:
+    photos = pictures.write(project / "photos", pictures.classes(10))
+    path = write(project / "grid.yaml", set={**QUICK, "dataset": {"name": "image_folder", "root": "photos"}})
+    made = plan.load(path)
+    before, again = (Place("grid").data(made.cells[0].params, made.split_seed) for _ in range(2))
+    assert again.folder == before.folder
+    next(photos.glob("*/*.png")).unlink()
+    assert not Place("grid").prepared(made.cells[0].params, made.split_seed)
+    after = Place("grid").data(made.cells[0].params, made.split_seed)
+    assert sum(after.sizes.values()) == sum(before.sizes.values()) - 1
 
 
 def test_shared_data_is_written_once(finished: Path) -> None:
