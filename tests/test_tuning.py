@@ -418,6 +418,30 @@ def test_a_grid_is_laid_down_as_waiting_trials(folder: Path) -> None:
     assert len({json.dumps(point, sort_keys=True) for point in points}) == 4
 
 
+def test_a_grid_goes_on_with_the_points_that_are_left(folder: Path) -> None:
+    axes = {"train.weight_decay": {"choice": [0.0, 5e-4]}, "train.epochs": {"int": [2, 3]}}
+    of = space(sampler="grid", space=axes)
+    grid = list(of.grid())
+    for asked in (2, 3, 3, 20, 20):
+        ledger = begin(of, trials=asked, resume=True)
+        while (trial := take(ledger, of)) is not None:
+            ledger.study.tell(trial.number, 0.5)
+    done = [trial.params for trial in ledger.trials()]
+    assert len(done) == ledger.target == len(grid) and all(point in done for point in grid)
+
+
+def test_a_grid_ends_with_params_yaml_and_all_its_points(folder: Path) -> None:
+    of = space(sampler="grid", space={"train.lr": {"float": [0.03, 0.13], "step": 0.05}})
+    for _ in range(2):
+        ledger = begin(of, trials=20, resume=True)
+        assert ledger.target == 4 and of.current() not in list(of.grid())
+    taken = [take(ledger, of) for _ in range(2)]
+    ledger.study.tell(taken[0].number, 0.5)
+    ledger.give_up(ledger.trials()[1], "killed")
+    assert begin(of, trials=20, resume=True).target == 4
+    assert sorted(states(ledger)) == ["COMPLETE", "FAIL", "WAITING", "WAITING", "WAITING"]
+
+
 # --- one worker, in this process ------------------------------------------------------------------------------------
 
 
