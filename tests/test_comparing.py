@@ -245,6 +245,52 @@ def test_best_and_what_is_not_told_apart_from_it() -> None:
     assert "lowest mean" in single.notes[-1] and "1 cells have too few seeds" in single.notes[-1]
 
 
+# --- timings --------------------------------------------------------------------------------------------------------
+
+
+def timed(value: float, machine: dict[str, str] | None = None, **params: Any) -> Entry:
+    whole = entry(value, **{"device": "cpu", "train__precision": "fp32", **params})
+    metrics = {"time/train": value, "model/latency_pruned_ms": value, "test/top1": value}
+    return Entry(whole.params, metrics, machine=machine or {"versions.cpu": "A x2"})
+
+
+def test_a_table_of_timings_says_what_they_were_taken_with() -> None:
+    made = table([timed(1.0), timed(2.0, prune__score__name="random")], "time/train")
+    assert made.notes == ["Timed with device cpu, threads 2, train.precision fp32, versions.cpu A x2."]
+    assert [row.label for row in made.rows] == ["epsd", "random"]
+    assert table([timed(1.0)], "test/top1").notes == []
+
+
+@pytest.mark.parametrize(
+    "other, label",
+    [
+        ({"threads": 1}, "threads=1"),
+        ({"train__precision": "bf16"}, "train.precision=bf16"),
+        ({"device": "cuda"}, "device=cuda"),
+        ({"machine": {"versions.cpu": "B x8"}}, "versions.cpu=B x8"),
+        ({"machine": {"threads": "7", "versions.cpu": "A x2"}}, "threads=7"),
+    ],
+)
+def test_timings_taken_otherwise_are_other_rows_and_not_compared(other: dict[str, Any], label: str) -> None:
+    same = [timed(t + 1.0, seed=s) for s, t in enumerate((0.0, 0.1, 0.3))]
+    slow = [timed(t + 5.0, seed=s, prune__score__name="random", **other) for s, t in enumerate((0.0, 0.2, 0.1))]
+    both = [timed(t + 2.0, seed=s, prune__score__name="snip") for s, t in enumerate((0.0, 0.2, 0.3))]
+    made = table([*same, *slow, *both], "time/train")
+    assert made.rows[1].label == f"random ({label})"
+    comparing.against(made, f"{made.rows[0].label}+cskd")
+    assert [row.cells[0.9].against is not None for row in made.rows] == [False, False, True]
+    assert any(note.startswith("1 rows were timed otherwise than") for note in made.notes)
+    comparing.mark_best(made)
+    assert [row.cells[0.9].best for row in made.rows] == [True, True, False]
+
+
+def test_one_seed_timed_twice_in_different_ways_is_two_rows() -> None:
+    assert len(table([timed(1.0), timed(2.0, threads=1)], "model/latency_pruned_ms").rows) == 2
+    assert len(table([timed(1.0), timed(2.0, threads=1)], "test/top1").rows) == 1
+    assert len(table([timed(1.0), timed(2.0, evaluate__latency_batch_size=8)], "model/latency_pruned_ms").rows) == 2
+    assert len(table([timed(1.0), timed(2.0, evaluate__latency_batch_size=8)], "time/train").rows) == 1
+
+
 # --- written down ---------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ Pure: from results (parameters as text, seed, metrics) to a table of numbers. Wh
 writes a table down is elsewhere.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,14 +31,31 @@ LOWER = (
 )
 """Parts of the last word of a metric's name that make a smaller value the better one; so does the prefix `time/`."""
 
-WITHOUT_EFFECT = (
-    "device", "threads", "data.workers", "tracking.", "tune.", "prune.compare", "prune.score.graphs_kept",
-    "dataset.download", "evaluate.batch_size", "evaluate.latency_", "train.memory_format", "train.update",
-    "train.compile",
-)  # fmt: skip
-"""Parameters that change no result but by rounding (or only its timing)."""
+WITHOUT_EFFECT = ("tracking.", "tune.", "dataset.download")
+"""Parameters that change no result."""
 
-ONLY_OF = {"evaluate.": ("test/ece",), "voc.": ("detect/",), "detect.": ("detect/",)}
+ONLY_TIMING = (
+    "device", "threads", "versions.", "data.workers", "prune.compare", "prune.score.graphs_kept", "evaluate.batch_size",
+    "evaluate.latency_", "train.memory_format", "train.update", "train.compile",
+)  # fmt: skip
+"""Parameters, and facts about the machine, that change nothing but how long it takes (and the last bits)."""
+
+MACHINE = ("threads", "versions.cpu", "versions.gpu")
+"""Tags of a run that say what it was timed on."""
+
+TIMED_WITH = (
+    "device", "threads", "versions.", "data.workers", "evaluate.batch_size", "evaluate.latency_", "train.memory_format",
+    "train.update", "train.compile", "train.precision",
+)  # fmt: skip
+"""What two timings must have in common to be compared at all."""
+
+ONLY_OF = {
+    "evaluate.batch_size": ("time/evaluate",),
+    "evaluate.latency_": ("model/latency_", "time/evaluate"),
+    "evaluate.ece_bins": ("test/ece",),
+    "voc.": ("detect/", "time/detect"),
+    "detect.": ("detect/", "time/detect"),
+}
 """Parameters that matter to metrics that begin like this, and to no other."""
 
 OF_THE_METHOD = ("prune.", "procedure.", "objective.")
@@ -54,7 +72,7 @@ class Entry:
 
     params : dotted name -> value as text, as MLflow has them.  metrics : name -> last value.
     began : when, in any unit; of two runs of one configuration and seed the later one counts.
-    digest : of the data it saw.  variant : a name for its method, "" for none.
+    digest : of the data it saw.  variant : a name for its method, "" for none.  machine : its tags that MACHINE names.
     """
 
     params: Mapping[str, str]
@@ -62,6 +80,7 @@ class Entry:
     began: float = 0
     digest: str = ""
     variant: str = ""
+    machine: Mapping[str, str] = field(default_factory=dict)
 
 
 class Summary(NamedTuple):
@@ -148,6 +167,11 @@ def lower_is_better(metric: str) -> bool:
     return metric.startswith("time/") or any(part in word for part in LOWER)
 
 
+def is_timing(metric: str) -> bool:
+    """By the metric's name."""
+    return metric.startswith("time/") or any(part in metric.rpartition("/")[2] for part in ("seconds", "latency"))
+
+
 def summarise(values: Sequence[float]) -> Summary:
     """Mean, sample standard deviation, count."""
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
@@ -222,11 +246,12 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
 
 def configuration(entry: Entry, metric: str) -> dict[str, str]:
     """Every parameter but the seed that can bear on `metric`."""
-    params, dense = entry.params, _number(entry.params.get("prune.sparsity", "")) == 0
+    params, dense = {**entry.params, **entry.machine}, _number(entry.params.get("prune.sparsity", "")) == 0
     return {
         key: value
         for key, value in sorted(params.items())
         if key != "seed" and not key.startswith(WITHOUT_EFFECT) and _bears(key, metric)
+        and (is_timing(metric) or not key.startswith(ONLY_TIMING))
         and not (dense and key.startswith("prune.") and key != "prune.sparsity" and "procedure.name" not in params)
         and not (key in ("train.milestones", "train.gamma") and params.get("train.schedule", "step") != "step")
     }  # fmt: skip
@@ -256,7 +281,7 @@ def table(entries: Iterable[Entry], metric: str) -> Table:
     """Rows (method and objective) by sparsity, one value per seed. Raises ComparisonError: see `_with_metric`.
 
     What no result depends on is left out of a configuration. Configurations that differ in more than sparsity are
-    different rows, and their labels say in what.
+    different rows, and their labels say in what. A note says what all timings were taken with.
     """
     usable, notes = _with_metric(list(entries), metric)
     groups, superseded = _groups(usable, metric)
@@ -271,6 +296,9 @@ def table(entries: Iterable[Entry], metric: str) -> Table:
     found = list(rows.values())
     _tell_apart(found)
     columns = sorted({sparsity for row in found for sparsity in row.cells})
+    timed, differing = _timed_with(found[0], metric), _differing(found)
+    if shared := [f"{key} {value}" for key, value in timed.items() if key not in differing]:
+        notes.append(f"Timed with {', '.join(shared)}.")
     return Table(metric, found, columns, notes=notes)
 
 
@@ -354,6 +382,15 @@ def _implied(key: str, rows: list[Row]) -> bool:
     )  # fmt: skip
 
 
+def _timed_with(row: Row, metric: str) -> dict[str, str]:
+    """What its timings were taken with; nothing where the metric is no timing."""
+    return {key: value for key, value in row.keys.items() if is_timing(metric) and key.startswith(TIMED_WITH)}
+
+
+def _timed_alike(row: Row, other: Row, metric: str) -> bool:
+    return _identity(_timed_with(row, metric)) == _identity(_timed_with(other, metric))
+
+
 def _differing(rows: list[Row]) -> list[str]:
     keys = dict.fromkeys(key for row in rows for key in row.keys)
     return [key for key in keys if len({_number(row.keys.get(key, "")) for row in rows}) > 1]
@@ -370,9 +407,13 @@ def against(table: Table, baseline: str) -> None:
         every sparsity.
     Raises ComparisonError for a baseline that is not there or not one row, listing the rows.
     """
+    otherwise = 0
     compared: list[tuple[Cell, Difference]] = []
     for row in table.rows:
         base = _baseline(table, row, baseline)
+        if base is not None and not _timed_alike(base, row, table.metric):
+            otherwise += 1
+            continue
         for sparsity, cell in row.cells.items():
             other = _cell_of(base, sparsity) if base is not None and base is not row else None
             if other is not None:
@@ -380,6 +421,8 @@ def against(table: Table, baseline: str) -> None:
     for (cell, _), found in zip(compared, corrected([found for _, found in compared]), strict=True):
         cell.against = found
     table.baseline = baseline
+    if otherwise:
+        table.notes.append(f"{otherwise} rows were timed otherwise than {baseline} and are not compared with it.")
     _note_tests(table, [found for _, found in compared])
 
 
@@ -419,19 +462,32 @@ def _note_tests(table: Table, found: list[Difference]) -> None:
         table.notes.append(f"No p for {count} comparisons with {table.baseline}: {reason}.")
 
 
+def _ways_timed(table: Table) -> list[list[Row]]:
+    """The rows, those together that were timed alike: all of them where the metric is no timing."""
+    ways: dict[str, list[Row]] = {}
+    for row in table.rows:
+        ways.setdefault(_identity(_timed_with(row, table.metric)), []).append(row)
+    return list(ways.values())
+
+
 def mark_best(table: Table) -> None:
     """Mark in each column the best mean and the cells that are not significantly different from it (Holm within the
-    column). With fewer than two seeds nothing can be said of a cell, and it is not marked.
+    column). With fewer than two seeds nothing can be said of a cell, and it is not marked. Timings have a best among
+    those taken alike.
     """
     sign, untold = -1 if lower_is_better(table.metric) else 1, 0
-    for sparsity in table.columns:
-        column = [row.cells[sparsity] for row in table.rows if sparsity in row.cells]
+    for sparsity, timed in itertools.product(table.columns, _ways_timed(table)):
+        column = [row.cells[sparsity] for row in timed if sparsity in row.cells]
+        if not column:
+            continue
         first = max(column, key=lambda cell: sign * cell.summary.mean)
         others = [cell for cell in column if cell is not first]
         first.best = True
         for cell, found in zip(others, corrected([difference(c.values, first.values) for c in others]), strict=True):
             cell.best = not math.isnan(found.p) and not found.significant
             untold += math.isnan(found.p)
+    if len(_ways_timed(table)) > 1:
+        table.notes.append("Rows that were timed otherwise than each other have a best of their own.")
     way = "lowest" if sign < 0 else "highest"
     note = f"Bold: the {way} mean of a column and what is not significantly different from it (p ≥ {LEVEL:g})"
     table.notes.append(f"{note}; {untold} cells have too few seeds or no spread to tell." if untold else f"{note}.")

@@ -84,6 +84,7 @@ def _entry(row: Mapping[str, Any]) -> Entry:
         began=float(row["began"]),
         digest=str(digest) if _text(digest) else "",
         variant=str(variant) if _text(variant) else "",
+        machine={name: str(row[f"tags.{name}"]) for name in comparing.MACHINE if _text(row.get(f"tags.{name}"))},
     )
 
 

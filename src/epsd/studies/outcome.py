@@ -43,8 +43,8 @@ def conclude(plan: Plan, place: Place) -> list[Path]:
 
 def entry(cell: Cell, result: Result) -> Entry:
     """A cell as what `epsd compare` reads of its run. The variant's name is the plan's: a renamed one is no other."""
-    digest = result.tags["data.digest"]
-    return Entry(result.params, result.metrics, result.began, digest, cell.variant)
+    machine = {name: value for name, value in result.tags.items() if name in comparing.MACHINE}
+    return Entry(result.params, result.metrics, result.began, result.tags["data.digest"], cell.variant, machine)
 
 
 def table(entries: list[Entry], study: StudyParams) -> Table:

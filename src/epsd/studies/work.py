@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-from epsd import artifacts, checkpoints, evaluation, listing
+from epsd import artifacts, checkpoints, comparing, evaluation, listing
 from epsd.data import Prepared
 from epsd.datasets import DATASETS
 from epsd.devices import pick_device
@@ -30,7 +30,7 @@ from epsd.pipeline.measured import measured
 from epsd.pipeline.trained import card
 from epsd.preparing import prepare
 from epsd.registry import choose
-from epsd.runtime import located, state_folder
+from epsd.runtime import located, state_folder, versions
 from epsd.stage import one_line
 from epsd.studies.plan import Cell, Plan
 from epsd.studies.procedures import Desk, Trained
@@ -295,12 +295,18 @@ def run_cell(plan: Plan, place: Place, own: str, cell: Cell, cache: Cache, key: 
         began=int(1000 * started),
         params={name: as_text(value) for name, value in cell.logged().items()},
         metrics=_finite({**last, **figures}),
-        tags={"data.digest": data.digest, "variant": cell.variant},
+        tags={"data.digest": data.digest, "variant": cell.variant, **_machine()},
         seconds=time.monotonic() - clock,
     )
     place.keep(own, result)
     shutil.rmtree(folder, ignore_errors=True)
     return result
+
+
+def _machine() -> dict[str, str]:
+    """What the timings of a cell depend on beside its parameters."""
+    known = {"threads": str(torch.get_num_threads()), **{f"versions.{name}": of for name, of in versions().items()}}
+    return {name: known[name] for name in comparing.MACHINE if name in known}
 
 
 def _finite(figures: Mapping[str, Any]) -> dict[str, float]:
@@ -314,7 +320,7 @@ def opened(plan: Plan, place: Place, cell: Cell, data: Prepared, folder: Path) -
     params = cell.params
     method = {"method": f"{cell.method}+{params.objective['name']}"}
     method |= {"variant": cell.variant} if cell.variant else {}
-    procedure = {} if cell.procedure["name"] == "pipeline" else {"procedure": cell.procedure["name"]}
+    method |= {} if cell.procedure["name"] == "pipeline" else {"procedure": cell.procedure["name"]}
     return track(
         "study",
         experiment=params.tracking.experiment,
@@ -322,7 +328,7 @@ def opened(plan: Plan, place: Place, cell: Cell, data: Prepared, folder: Path) -
         run_id=begun,
         parent_run_id=place.parent(),
         params=cell.logged(),
-        tags={**recorded.tags(params, data, kind="study"), "study": plan.study.name, **method, **procedure},
+        tags={**recorded.tags(params, data, kind="study"), "study": plan.study.name, **method, **_machine()},
         description=f"{cell.how().story(params, data)} A cell of the study `{plan.study.name}`.",
     )
 
