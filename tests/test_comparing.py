@@ -79,15 +79,27 @@ def test_holm_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "metric, lower",
+    "metric, way",
     [
-        ("test/top1", False), ("test/nll", True), ("test/ece", True), ("detect/map50", False), ("time/train", True),
-        ("mask/seconds", True), ("model/bytes_sparse", True), ("model/compression", False), ("val/top1", False),
-        ("train/loss", True), ("model/latency_pruned_ms", True),
+        ("test/top1", "higher"), ("test/nll", "lower"), ("test/ece", "lower"), ("detect/map50", "higher"),
+        ("time/train", "lower"), ("mask/seconds", "lower"), ("model/bytes_sparse", "lower"),
+        ("model/compression", "higher"), ("val/top1", "higher"), ("train/loss", "lower"),
+        ("model/latency_pruned_ms", "lower"), ("train/cross_entropy", "lower"), ("detect/map50_11point", "higher"),
+        ("detect/train_loss", "lower"), ("mask/peak_memory_mib", "lower"), ("cost/image_passes", "lower"),
+        ("model/prunable_nonzero", "lower"), ("mask/dead_layers", "lower"), ("cost/images_forward", "lower"),
+        ("train/lr", None), ("mask/jaccard_cross_entropy", None), ("model/sparsity", None), ("mask/precedence", None),
     ],
 )  # fmt: skip
-def test_which_way_is_better(metric: str, lower: bool) -> None:
-    assert comparing.lower_is_better(metric) is lower
+def test_which_way_is_better(metric: str, way: str | None) -> None:
+    assert comparing.better(metric) == way
+
+
+def test_of_a_metric_nobody_knows_no_best_is_marked() -> None:
+    made = table([Entry(one.params, {"train/lr": 0.1}) for one in runs([0.7, 0.8])], "train/lr")
+    comparing.mark_best(made)
+    assert not made.rows[0].cells[0.9].best
+    assert made.notes == ["No best is marked: it is not known whether a lower or a higher train/lr is better."]
+    assert tables.written(made, "markdown").startswith("train/lr, mean")
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------

@@ -16,20 +16,15 @@ from epsd.types import EpsdError
 LEVEL = 0.05
 """Below this corrected p a difference is called significant."""
 
-LOWER = (
-    "nll",
-    "ece",
-    "loss",
-    "seconds",
-    "image_passes",
-    "gflops",
-    "bytes",
-    "parameters",
-    "latency",
-    "dead_layers",
-    "_ms",
-)
-"""Parts of the last word of a metric's name that make a smaller value the better one; so does the prefix `time/`."""
+LOWER = {
+    "nll", "ece", "brier", "loss", "cross_entropy", "distillation", "seconds", "ms", "image_passes", "images", "gflops",
+    "bytes", "parameters", "nonzero", "memory", "dead_layers",
+}  # fmt: skip
+"""What a metric's name ends with, or has in it between underscores, where a smaller value is the better one. So it is
+with whatever begins with `time/`.
+"""
+HIGHER = {"top1", "top5", "accuracy", "map", "map50", "map75", "compression"}
+"""Likewise for a greater value."""
 
 WITHOUT_EFFECT = ("tracking.", "tune.", "dataset.download")
 """Parameters that change no result."""
@@ -161,10 +156,13 @@ class Table:
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 
-def lower_is_better(metric: str) -> bool:
-    """By the metric's name: losses, errors, sizes and times."""
-    word = metric.rpartition("/")[2]
-    return metric.startswith("time/") or any(part in word for part in LOWER)
+def better(metric: str) -> Literal["lower", "higher"] | None:
+    """Which values are better, by the metric's name; None where nothing is known of it (`train/lr`)."""
+    group, _, last = metric.rpartition("/")
+    words = {last, *last.split("_")}
+    if group == "time" or words & LOWER:
+        return "lower"
+    return "higher" if words & HIGHER else None
 
 
 def is_timing(metric: str) -> bool:
@@ -473,9 +471,13 @@ def _ways_timed(table: Table) -> list[list[Row]]:
 def mark_best(table: Table) -> None:
     """Mark in each column the best mean and the cells that are not significantly different from it (Holm within the
     column). With fewer than two seeds nothing can be said of a cell, and it is not marked. Timings have a best among
-    those taken alike.
+    those taken alike, a metric of which it is not known which way is better has none.
     """
-    sign, untold = -1 if lower_is_better(table.metric) else 1, 0
+    way = better(table.metric)
+    if way is None:
+        table.notes.append(f"No best is marked: it is not known whether a lower or a higher {table.metric} is better.")
+        return
+    sign, untold = -1 if way == "lower" else 1, 0
     for sparsity, timed in itertools.product(table.columns, _ways_timed(table)):
         column = [row.cells[sparsity] for row in timed if sparsity in row.cells]
         if not column:
@@ -488,6 +490,6 @@ def mark_best(table: Table) -> None:
             untold += math.isnan(found.p)
     if len(_ways_timed(table)) > 1:
         table.notes.append("Rows that were timed otherwise than each other have a best of their own.")
-    way = "lowest" if sign < 0 else "highest"
-    note = f"Bold: the {way} mean of a column and what is not significantly different from it (p ≥ {LEVEL:g})"
+    extreme = f"{way.removesuffix('er')}est"
+    note = f"Bold: the {extreme} mean of a column and what is not significantly different from it (p ≥ {LEVEL:g})"
     table.notes.append(f"{note}; {untold} cells have too few seeds or no spread to tell." if untold else f"{note}.")
