@@ -176,6 +176,31 @@ def test_one_seed_on_two_data_sets_is_two_rows() -> None:
     assert len(split_by_seed.rows) == 1
 
 
+def test_runs_without_the_metric_are_named() -> None:
+    lost = Entry({**BASE, "prune.score.name": "snip"}, {"val/top1": 0.5})
+    made = table([*runs([0.5]), lost, Entry({**lost.params, "seed": "1"}, {"test/top1": math.inf})], "test/top1")
+    assert made.notes == ["2 runs have no test/top1: snip+cskd."]
+
+
+def test_runs_of_somebody_else_are_left_out() -> None:
+    others = [Entry({**BASE, "seed": "random"}, {"test/top1": 0.1}), Entry({"seed": "1"}, {"test/top1": 0.1})]
+    assert [row.cells[0.9].values for row in table([*runs([0.5]), *others], "test/top1").rows] == [{0: 0.5}]
+
+
+def test_seeds_make_pairs_where_they_saw_the_same_data() -> None:
+    """A split by seed, as `dvc repro` makes it, against one split for all, as a study has it."""
+    values = [0.90, 0.92, 0.94]
+    mine = [entry(value, seed=seed, digest=f"split {seed}") for seed, value in enumerate(values)]
+    for digests, test in ((["split 0", "split 1", "split 2"], "paired"), (["split 0"] * 3, "welch")):
+        base = [
+            entry(value - 0.1 * value**2, seed=seed, digest=digest, prune__score__name="random")
+            for seed, (value, digest) in enumerate(zip(values, digests, strict=True))
+        ]
+        made = table([*mine, *base], "test/top1")
+        comparing.against(made, "random")
+        assert made.rows[0].cells[0.9].against.test == test
+
+
 def test_an_unknown_metric_lists_those_there_are() -> None:
     with pytest.raises(ComparisonError, match=r"'test/top5'. There are: test/ece, test/top1\."):
         table(runs([0.5]), "test/top5")

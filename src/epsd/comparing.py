@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from epsd.types import EpsdError
 
@@ -108,9 +108,13 @@ class Difference(NamedTuple):
 
 @dataclass
 class Cell:
-    """A configuration: one value per seed. `best`: the best mean of its column, or not told apart from it."""
+    """A configuration: one value per seed. `best`: the best mean of its column, or not told apart from it.
+
+    data : seed -> digest of the data of that value.
+    """
 
     values: dict[int, float]
+    data: dict[int, str] = field(default_factory=dict)
     against: Difference | None = None
     best: bool = False
 
@@ -118,6 +122,11 @@ class Cell:
     def summary(self) -> Summary:
         """Mean, deviation, seeds."""
         return summarise(list(self.values.values()))
+
+    @property
+    def runs(self) -> dict[tuple[int, str], float]:
+        """The values by what makes a pair of two: the seed and the data."""
+        return {(seed, self.data.get(seed, "")): value for seed, value in self.values.items()}
 
 
 @dataclass
@@ -176,10 +185,10 @@ def summarise(values: Sequence[float]) -> Summary:
     return Summary(statistics.fmean(values), deviation, len(values))
 
 
-def difference(mine: Mapping[int, float], other: Mapping[int, float]) -> Difference:
-    """`mine` minus `other` (seed -> value), with a two-sided t-test.
+def difference(mine: Mapping[Any, float], other: Mapping[Any, float]) -> Difference:
+    """`mine` minus `other` (seed, or `Cell.runs`), with a two-sided t-test.
 
-    Paired over the seeds that both have, where there are two or more; else Welch's test (unequal variances) on all
+    Paired over the keys that both have, where there are two or more; else Welch's test (unequal variances) on all
     values. No p, and the reason, for fewer than two values on a side and where nothing varies.
     """
     pairs = sorted(mine.keys() & other.keys())
@@ -273,6 +282,7 @@ class _Group(NamedTuple):
     config: dict[str, str]
     variant: str
     values: dict[int, float]
+    data: dict[int, str]
 
 
 def table(entries: Iterable[Entry], metric: str) -> Table:
@@ -288,9 +298,10 @@ def table(entries: Iterable[Entry], metric: str) -> Table:
     rows: dict[str, Row] = {}
     for group in groups:
         keys = {key: value for key, value in group.config.items() if key != "prune.sparsity"}
-        mark = repr((_method(group), sorted((key, _number(value)) for key, value in keys.items())))
-        row = rows.setdefault(mark, Row(_method(group), keys.get("objective.name", "?"), keys=keys))
-        row.cells[float(group.config["prune.sparsity"])] = Cell(group.values)
+        method = _method(group.config, group.variant)
+        mark = repr((method, sorted((key, _number(value)) for key, value in keys.items())))
+        row = rows.setdefault(mark, Row(method, keys.get("objective.name", "?"), keys=keys))
+        row.cells[float(group.config["prune.sparsity"])] = Cell(group.values, group.data)
     found = list(rows.values())
     _tell_apart(found)
     columns = sorted({sparsity for row in found for sparsity in row.cells})
@@ -302,15 +313,19 @@ def table(entries: Iterable[Entry], metric: str) -> Table:
 
 def _with_metric(entries: list[Entry], metric: str) -> tuple[list[Entry], list[str]]:
     """Those that have the metric, a seed and a sparsity. Raises ComparisonError where none has, with the valid ones."""
-    trained = [e for e in entries if "seed" in e.params and "prune.sparsity" in e.params]
+    numbers = ("seed", "prune.sparsity")
+    trained = [e for e in entries if all(isinstance(_number(e.params.get(key, "")), float) for key in numbers)]
     if not trained:
         raise ComparisonError(f"no finished run of a trained model among {len(entries)} runs.")
-    usable = [e for e in trained if metric in e.metrics and math.isfinite(e.metrics[metric])]
+    usable: list[Entry] = []
+    without: list[Entry] = []
+    for entry in trained:
+        (usable if math.isfinite(entry.metrics.get(metric, math.nan)) else without).append(entry)
     if not usable:
         names = sorted({name for entry in trained for name in entry.metrics})
         raise ComparisonError(f"--metric: none of {len(trained)} runs has '{metric}'. There are: {', '.join(names)}.")
-    without = len(trained) - len(usable)
-    return usable, [f"{without} runs have no {metric}."] if without else []
+    rows = dict.fromkeys(f"{_method(e.params, e.variant)}+{e.params.get('objective.name', '?')}" for e in without)
+    return usable, [f"{len(without)} runs have no {metric}: {', '.join(rows)}."] if without else []
 
 
 def _groups(entries: list[Entry], metric: str) -> tuple[list[_Group], int]:
@@ -327,7 +342,8 @@ def _groups(entries: list[Entry], metric: str) -> tuple[list[_Group], int]:
             values = {int(run.params["seed"]): run.metrics[metric] for run in part}
             superseded += len(part) - len(values)
             variant = next((run.variant for run in reversed(part) if run.variant), "")
-            groups.append(_Group(config, variant, values))
+            data = {int(run.params["seed"]): run.digest for run in part}
+            groups.append(_Group(config, variant, values, data))
     return groups, superseded
 
 
@@ -345,10 +361,9 @@ def _by_data(runs: list[Entry]) -> list[list[Entry]]:
     return [[run for run in runs if run.digest == digest] for digest in dict.fromkeys(run.digest for run in runs)]
 
 
-def _method(group: _Group) -> str:
-    if group.variant:
-        return group.variant
-    config = group.config
+def _method(config: Mapping[str, str], variant: str) -> str:
+    if variant:
+        return variant
     if "procedure.name" in config:
         return config["procedure.name"]
     if _number(config["prune.sparsity"]) == 0:
@@ -415,7 +430,7 @@ def against(table: Table, baseline: str) -> None:
         for sparsity, cell in row.cells.items():
             other = _cell_of(base, sparsity) if base is not None and base is not row else None
             if other is not None:
-                compared.append((cell, difference(cell.values, other.values)))
+                compared.append((cell, difference(cell.runs, other.runs)))
     for (cell, _), found in zip(compared, corrected([found for _, found in compared]), strict=True):
         cell.against = found
     table.baseline = baseline
@@ -485,7 +500,7 @@ def mark_best(table: Table) -> None:
         first = max(column, key=lambda cell: sign * cell.summary.mean)
         others = [cell for cell in column if cell is not first]
         first.best = True
-        for cell, found in zip(others, corrected([difference(c.values, first.values) for c in others]), strict=True):
+        for cell, found in zip(others, corrected([difference(c.runs, first.runs) for c in others]), strict=True):
             cell.best = not math.isnan(found.p) and not found.significant
             untold += math.isnan(found.p)
     if len(_ways_timed(table)) > 1:
