@@ -830,6 +830,17 @@ class TestApply:
 
         assert yaml.safe_load(after)["train"]["lr"] == 1e-05  # other readers hold to YAML 1.1
 
+    @pytest.mark.parametrize(
+        "path", [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))], ids=lambda p: p.stem
+    )
+    def test_no_other_line_of_a_shipped_file_changes(self, path: Path, tmp_path: Path) -> None:
+        before, target = path.read_text(), tmp_path / "params.yaml"
+        target.write_text(before)
+        report._rewrite(target, {"train.lr": 0.123, "objective.name": "dlb", "train.clip_norm": None})
+        lines = zip(before.splitlines(), target.read_text().splitlines(), strict=True)
+        changed = [after for line, after in lines if line != after]
+        assert {line.split(":")[0].strip() for line in changed} <= {"lr", "name", "clip_norm"} and len(changed) <= 3
+
     def test_another_variant_brings_its_settings_alone(self, folder: Path) -> None:
         _, after, _ = self.applied(folder, {"objective.name": "pskd"})
         assert load().objective == {"name": "pskd"}
