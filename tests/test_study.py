@@ -311,6 +311,14 @@ def test_again_trains_nothing_and_more_seeds_train_only_those(
     assert not trainings
 
 
+def test_quiet_says_nothing(finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPSD_QUIET", "0")
+    assert main(["study", "grid.yaml", "--quiet"]) == 0
+    assert capfd.readouterr() == ("", "")
+    assert main(["study", "none.yaml", "--quiet"]) == 1
+    assert capfd.readouterr().err.count("\n") == 1
+
+
 def test_another_parameter_is_another_cell(finished: Path) -> None:
     place, made = Place("grid"), plan.load(finished / "grid.yaml")
     data = place.data(made.cells[0].params, made.split_seed)
@@ -420,14 +428,20 @@ def test_ctrl_c_ends_in_order(workers: str, project: Path) -> None:
     assert client.search_runs(["1"], "attributes.status = 'FAILED' and tags.kind = 'study'")
 
 
-def test_no_cell_begins_after_the_minutes(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_cell_begins_after_the_minutes(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EPSD_QUIET", "0")
     write(project / "grid.yaml", sparsities=[0.5], seeds=1)
     assert main(["study", "grid.yaml", "--minutes", "1e-9"]) == 1
     said = capsys.readouterr().out
     assert "2 of 2 models to train" in said and "0 of 2 cells are done. `epsd study grid.yaml` goes on." in said
 
 
-def test_a_cell_that_cannot_be_trained_stops_no_other(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cell_that_cannot_be_trained_stops_no_other(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EPSD_QUIET", "0")
     write(project / "grid.yaml", sparsities=[0.5], seeds=1, vary={"train.lr": [0.1, 1e30]}, scores=["random"])
     assert main(["study", "grid.yaml"]) == 1
     said = capsys.readouterr()
