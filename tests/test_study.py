@@ -186,8 +186,13 @@ def test_a_variant_has_the_last_word(project: Path) -> None:
         ({"variants": [{"name": "x", "set": {"prune.contrl": "none"}}]}, "Did you mean 'control'"),
         ({"variants": [{"name": "x"}, {"name": "x"}]}, "'x' is given twice"),
         ({"procedure": "pipelin"}, "procedure.name: unknown 'pipelin'. Did you mean 'pipeline'"),
-        ({"base": "digit"}, "preset: unknown 'digit'. Did you mean 'digits'"),
-        ({"base": "there.yaml"}, "there.yaml: no such file"),
+        ({"base": "digit"}, "grid.yaml: base: preset: unknown 'digit'. Did you mean 'digits'"),
+        ({"base": "there.yaml"}, "grid.yaml: base: .*there.yaml: no such file"),
+        (
+            {"seeds": "many"},
+            "grid.yaml: seeds: input should be a valid list, or input should be a valid integer .given",
+        ),
+        ({"vary": {"prune": [1]}}, "prune: input should be a valid dictionary"),
         ({"name": "../x"}, "name: string should match pattern"),
         ({"scores": []}, "nothing to train"),
     ],
@@ -526,6 +531,7 @@ def test_filters_of_mlflow(finished: Path) -> None:
         (["compare", "--where", "params.x ="], "MLflow does not understand"),
         (["compare", "--where", "study=other"], "no finished runs in epsd that are study=other"),
         (["compare", "--metric", "test/top2"], "none of 10 runs has 'test/top2'. There are: .*test/top1"),
+        (["compare", "--out", "t.pdf"], r"--out: ending: unknown '.pdf'. Valid: .md, .csv, .tex, .txt"),
         (["compare", "--baseline", "snip"], r"there is no row 'snip'. Rows: dense\+cskd, epsd\+cskd, random\+cskd"),
     ],
 )
