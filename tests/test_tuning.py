@@ -1049,9 +1049,19 @@ def test_mistakes_are_one_line(
     assert not (project / "mlflow.db").exists()
 
 
-def test_apply_without_a_study_says_so(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", "--apply"]) == 1
-    assert "there is no study 'quick'" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments", [["--apply"], ["--export", "trials.csv"]])
+def test_what_needs_a_study_or_trials_says_so(
+    arguments: list[str], project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(space(study="other"))
+    assert main(["tune", *arguments]) == 1
+    line = capsys.readouterr().err
+    assert "tune.study: there is no study 'quick'" in line and line.endswith("Studies: other.\n")
+    begin(space())
+    assert main(["tune", *arguments]) == 1
+    line = capsys.readouterr().err
+    assert "study 'quick'" in line and ("no finished trial" in line or "no trial has begun" in line)
+    assert not Path("trials.csv").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--trials", "0"], ["--workers", "-1"], ["--apply", "x"], ["--export"]])

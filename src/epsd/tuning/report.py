@@ -167,10 +167,15 @@ def table(study: optuna.Study, objectives: list[str]) -> str:
 
 
 def export(study: optuna.Study, path: Path) -> int:
-    """Every trial that has begun as one line of CSV: number, state, times, values, parameters, figures. Their count."""
+    """Every trial that has begun as one line of CSV: number, state, times, values, parameters, figures. Their count.
+
+    Raises TuningError where none has, ArtifactError where `path` cannot be written.
+    """
     import pandas as pd
 
     rows = [_row(study, trial) for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+    if not rows:
+        raise TuningError(f"study '{study.study_name}': no trial has begun yet: nothing to write to {path}.")
     with replacing(path) as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False)
     return len(rows)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
@@ -362,13 +363,16 @@ def command(request: Request) -> int:
 
 
 def _existing(params: Params) -> Ledger:
+    storage = open_storage(params.tune)
     try:
-        ledger = Ledger(open_storage(params.tune), params.tune.study)
+        ledger = Ledger(storage, params.tune.study)
         ledger.facts["epsd"]
         return ledger
     except KeyError:
+        known = ", ".join(optuna.get_all_study_names(storage)) or "(none)"
         raise TuningError(
-            f"there is no study '{params.tune.study}' of `epsd tune` in {shown(params.tune.storage)} yet."
+            f"tune.study: there is no study '{params.tune.study}' of `epsd tune` in {shown(params.tune.storage)} yet. "
+            f"Studies: {known}."
         ) from None
 
 
