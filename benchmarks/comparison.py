@@ -80,8 +80,7 @@ def data(tree: dict[str, Any], folder: Path) -> Prepared:
     """The images, prepared once for all models (split by seed 0, so that every model sees the same test split)."""
     params = parse(tree)
     dataset = choose(DATASETS, params.dataset, "dataset")
-    shares = {"validation": params.data.validation, "test": params.data.test}
-    prepare(dataset(), folder, seed=0, limit=params.data.limit, **shares)
+    prepare(dataset(), folder, seed=0, **params.data.model_dump(include={"validation", "test", "limit"}))
     return Prepared.load(folder)
 
 

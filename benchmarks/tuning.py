@@ -51,8 +51,8 @@ def project(folder: Path, seed: int, changes: dict[str, Any]) -> Params:
         YAML().dump(tree, file)
     (folder / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     dataset = choose(DATASETS, params.dataset, "dataset")
-    shares = {"validation": params.data.validation, "test": params.data.test}
-    prepare(dataset(), folder / artifacts.DATA, seed=seed, limit=params.data.limit, **shares)
+    shares = params.data.model_dump(include={"validation", "test", "limit"})
+    prepare(dataset(), folder / artifacts.DATA, seed=seed, dataset=params.dataset, **shares)
     return params
 
 

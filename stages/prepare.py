@@ -12,8 +12,8 @@ from epsd.voc import read_index
 def main(params: Params) -> str:
     """Read the chosen data set and devkit; carve the splits that the data set does not bring."""
     dataset, devkit = choose(DATASETS, params.dataset, "dataset"), choose(DEVKITS, params.voc, "voc")
-    shares = {"validation": params.data.validation, "test": params.data.test}
-    index = prepare(dataset(), artifacts.DATA, seed=params.seed, limit=params.data.limit, **shares)
+    shares = params.data.model_dump(include={"validation", "test", "limit"})
+    index = prepare(dataset(), artifacts.DATA, seed=params.seed, dataset=params.dataset, **shares)
     images = written_arrays(artifacts.DATA, index)
     sources = devkit(artifacts.VOC, seed=params.seed, images=images, class_names=index["class_names"])
     scenes = read_index(sources, seed=params.seed, **devkit.reading)

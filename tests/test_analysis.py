@@ -1,7 +1,11 @@
 """`epsd analyse` and what it measures: against hand-made numbers, and once as a user runs it, without a test split."""
 
 import copy
+import functools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +17,7 @@ from torch import nn
 
 from conftest import ROOT
 from epsd import artifacts, cli, metrics
-from epsd.analysis import distillation, features, landscape, overlap, trainability
+from epsd.analysis import AnalysisError, distillation, features, landscape, overlap, report, trainability
 from epsd.analysis.measuring import with_score
 from epsd.losses import cross_entropy, kl_divergence
 from epsd.masks import Mask, prunable
@@ -264,11 +268,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("analysis")
     tree = read_yaml(ROOT / "params.yaml")
     small = {"train.epochs": 3, "train.batch_size": 16, "prune.batch_size": 16, "architecture.width": 0.5}
-    for key, value in (small | {"prune.sparsity": 0.8, "prune.score.steps": 1, "threads": 1}).items():
+    small |= {"data.limit": 20, "data.validation": 0.2}
+    for key, value in (
+        small | {"prune.sparsity": 0.8, "prune.score.steps": 1, "threads": 1, "data.limit": 20, "data.validation": 0.2}
+    ).items():
         override(tree, key, value)
     (folder / "params.yaml").write_text(json.dumps(parse(tree).model_dump()))
     (folder / "dvc.yaml").touch()
-    prepare(Digits()(), folder / artifacts.DATA, seed=0, limit=20, validation=0.2, test=0.2)
+    prepare(Digits()(), folder / artifacts.DATA, limit=20, validation=0.2, test=0.2, dataset={"name": "digits"})
     for kind in ("images", "labels"):
         (folder / artifacts.DATA / f"test_{kind}.npy").unlink()
     with pytest.MonkeyPatch.context() as patch:
@@ -367,6 +374,45 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return said.err
 
 
+def test_what_another_analysis_left_goes(
+    done: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("landscape.csv", "features.png", "mine.csv", "summary.csv"):
+        (tmp_path / name).write_text("old")
+    short = ["analyse", "--with", "random", "--epochs", "1", "--points", "0"]
+    monkeypatch.setattr(report.Report, "write", functools.partialmethod(report.Report.write, tmp_path))
+    assert cli.main(short) == 0
+    assert {"landscape.csv", "features.png"}.isdisjoint(path.name for path in tmp_path.iterdir())
+    assert (tmp_path / "mine.csv").read_text() == "old" != (tmp_path / "summary.csv").read_text()
+
+
+def test_no_method_pays_for_the_first_call(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def examine(*_: object, **__: object) -> None:
+        calls.append("examine")
+        raise AnalysisError("enough")
+
+    monkeypatch.setattr("epsd.analysis.command.pruned", lambda *_: calls.append("warm up"))
+    monkeypatch.setattr("epsd.analysis.command.examine", examine)
+    assert cli.main(["analyse"]) == 1
+    assert calls == ["warm up", "examine"]
+
+
+def test_sigterm_ends_in_order(project: Path) -> None:
+    command = [sys.executable, "-m", "epsd.cli", "analyse", "--with", "random", "--epochs", "500"]
+    environment = {**os.environ, "EPSD_QUIET": "0", "PYTHONPATH": str(ROOT / "src")}
+    with subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # it is at work
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "analyse: interrupted; nothing was written."
+
+
 def test_an_unknown_score_is_named_with_the_valid_ones(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(["--with", "prospr,snipp"], capsys)
     assert "unknown 'snipp'" in line and "Did you mean 'snip'" in line
@@ -386,6 +432,33 @@ def test_no_validation_split_is_an_error_and_no_reason_to_read_the_test_split(
     try:
         artifacts.write_json(project / artifacts.DATA_INDEX, without)
         assert "no validation split" in refused([], capsys)
+    finally:
+        artifacts.write_json(project / artifacts.DATA_INDEX, index)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_any_work(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "in the way").write_text("")
+    monkeypatch.setattr("epsd.analysis.command.FOLDER", Path("in the way"))
+    assert "in the way: cannot be written" in refused([], capsys)
+
+
+@pytest.mark.parametrize("note", [{"name": "cifar10"}, None])
+def test_data_made_from_something_else_are_refused(
+    note: dict[str, str] | None, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None: what `prepare` wrote before it noted where the images came from."""
+    index = artifacts.read_json(project / artifacts.DATA_INDEX)
+    settings = {key: value for key, value in index["settings"].items() if key != "dataset"}
+    try:
+        artifacts.write_json(
+            project / artifacts.DATA_INDEX, {**index, "settings": settings | ({"dataset": note} if note else {})}
+        )
+        line = refused([], capsys)
+        assert (
+            f"made with dataset.name {note['name'] if note else 'unset'}, not digits. Run `dvc repro prepare`" in line
+        )
     finally:
         artifacts.write_json(project / artifacts.DATA_INDEX, index)
 

@@ -79,15 +79,27 @@ def test_holm_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "metric, lower",
+    "metric, way",
     [
-        ("test/top1", False), ("test/nll", True), ("test/ece", True), ("detect/map50", False), ("time/train", True),
-        ("mask/seconds", True), ("model/bytes_sparse", True), ("model/compression", False), ("val/top1", False),
-        ("train/loss", True), ("model/latency_pruned_ms", True),
+        ("test/top1", "higher"), ("test/nll", "lower"), ("test/ece", "lower"), ("detect/map50", "higher"),
+        ("time/train", "lower"), ("mask/seconds", "lower"), ("model/bytes_sparse", "lower"),
+        ("model/compression", "higher"), ("val/top1", "higher"), ("train/loss", "lower"),
+        ("model/latency_pruned_ms", "lower"), ("train/cross_entropy", "lower"), ("detect/map50_11point", "higher"),
+        ("detect/train_loss", "lower"), ("mask/peak_memory_mib", "lower"), ("cost/image_passes", "lower"),
+        ("model/prunable_nonzero", "lower"), ("mask/dead_layers", "lower"), ("cost/images_forward", "lower"),
+        ("train/lr", None), ("mask/jaccard_cross_entropy", None), ("model/sparsity", None), ("mask/precedence", None),
     ],
 )  # fmt: skip
-def test_which_way_is_better(metric: str, lower: bool) -> None:
-    assert comparing.lower_is_better(metric) is lower
+def test_which_way_is_better(metric: str, way: str | None) -> None:
+    assert comparing.better(metric) == way
+
+
+def test_of_a_metric_nobody_knows_no_best_is_marked() -> None:
+    made = table([Entry(one.params, {"train/lr": 0.1}) for one in runs([0.7, 0.8])], "train/lr")
+    comparing.mark_best(made)
+    assert not made.rows[0].cells[0.9].best
+    assert made.notes == ["No best is marked: it is not known whether a lower or a higher train/lr is better."]
+    assert tables.written(made, "markdown").startswith("train/lr, mean")
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -162,6 +174,31 @@ def test_one_seed_on_two_data_sets_is_two_rows() -> None:
     assert [row.label for row in made.rows] == ["epsd (data.digest=a)", "epsd (data.digest=b)"]
     split_by_seed = table([entry(0.9, digest="a"), entry(0.1, digest="b", seed=1)], "test/top1")
     assert len(split_by_seed.rows) == 1
+
+
+def test_runs_without_the_metric_are_named() -> None:
+    lost = Entry({**BASE, "prune.score.name": "snip"}, {"val/top1": 0.5})
+    made = table([*runs([0.5]), lost, Entry({**lost.params, "seed": "1"}, {"test/top1": math.inf})], "test/top1")
+    assert made.notes == ["2 runs have no test/top1: snip+cskd."]
+
+
+def test_runs_of_somebody_else_are_left_out() -> None:
+    others = [Entry({**BASE, "seed": "random"}, {"test/top1": 0.1}), Entry({"seed": "1"}, {"test/top1": 0.1})]
+    assert [row.cells[0.9].values for row in table([*runs([0.5]), *others], "test/top1").rows] == [{0: 0.5}]
+
+
+def test_seeds_make_pairs_where_they_saw_the_same_data() -> None:
+    """A split by seed, as `dvc repro` makes it, against one split for all, as a study has it."""
+    values = [0.90, 0.92, 0.94]
+    mine = [entry(value, seed=seed, digest=f"split {seed}") for seed, value in enumerate(values)]
+    for digests, test in ((["split 0", "split 1", "split 2"], "paired"), (["split 0"] * 3, "welch")):
+        base = [
+            entry(value - 0.1 * value**2, seed=seed, digest=digest, prune__score__name="random")
+            for seed, (value, digest) in enumerate(zip(values, digests, strict=True))
+        ]
+        made = table([*mine, *base], "test/top1")
+        comparing.against(made, "random")
+        assert made.rows[0].cells[0.9].against.test == test
 
 
 def test_an_unknown_metric_lists_those_there_are() -> None:
@@ -243,6 +280,52 @@ def test_best_and_what_is_not_told_apart_from_it() -> None:
     comparing.mark_best(single)
     assert [row.cells[0.9].best for row in single.rows] == [False, True]  # the lower one; of the other nothing is known
     assert "lowest mean" in single.notes[-1] and "1 cells have too few seeds" in single.notes[-1]
+
+
+# --- timings --------------------------------------------------------------------------------------------------------
+
+
+def timed(value: float, machine: dict[str, str] | None = None, **params: Any) -> Entry:
+    whole = entry(value, **{"device": "cpu", "train__precision": "fp32", **params})
+    metrics = {"time/train": value, "model/latency_pruned_ms": value, "test/top1": value}
+    return Entry(whole.params, metrics, machine=machine or {"versions.cpu": "A x2"})
+
+
+def test_a_table_of_timings_says_what_they_were_taken_with() -> None:
+    made = table([timed(1.0), timed(2.0, prune__score__name="random")], "time/train")
+    assert made.notes == ["Timed with device cpu, threads 2, train.precision fp32, versions.cpu A x2."]
+    assert [row.label for row in made.rows] == ["epsd", "random"]
+    assert table([timed(1.0)], "test/top1").notes == []
+
+
+@pytest.mark.parametrize(
+    "other, label",
+    [
+        ({"threads": 1}, "threads=1"),
+        ({"train__precision": "bf16"}, "train.precision=bf16"),
+        ({"device": "cuda"}, "device=cuda"),
+        ({"machine": {"versions.cpu": "B x8"}}, "versions.cpu=B x8"),
+        ({"machine": {"threads": "7", "versions.cpu": "A x2"}}, "threads=7"),
+    ],
+)
+def test_timings_taken_otherwise_are_other_rows_and_not_compared(other: dict[str, Any], label: str) -> None:
+    same = [timed(t + 1.0, seed=s) for s, t in enumerate((0.0, 0.1, 0.3))]
+    slow = [timed(t + 5.0, seed=s, prune__score__name="random", **other) for s, t in enumerate((0.0, 0.2, 0.1))]
+    both = [timed(t + 2.0, seed=s, prune__score__name="snip") for s, t in enumerate((0.0, 0.2, 0.3))]
+    made = table([*same, *slow, *both], "time/train")
+    assert made.rows[1].label == f"random ({label})"
+    comparing.against(made, f"{made.rows[0].label}+cskd")
+    assert [row.cells[0.9].against is not None for row in made.rows] == [False, False, True]
+    assert any(note.startswith("1 rows were timed otherwise than") for note in made.notes)
+    comparing.mark_best(made)
+    assert [row.cells[0.9].best for row in made.rows] == [True, True, False]
+
+
+def test_one_seed_timed_twice_in_different_ways_is_two_rows() -> None:
+    assert len(table([timed(1.0), timed(2.0, threads=1)], "model/latency_pruned_ms").rows) == 2
+    assert len(table([timed(1.0), timed(2.0, threads=1)], "test/top1").rows) == 1
+    assert len(table([timed(1.0), timed(2.0, evaluate__latency_batch_size=8)], "model/latency_pruned_ms").rows) == 2
+    assert len(table([timed(1.0), timed(2.0, evaluate__latency_batch_size=8)], "time/train").rows) == 1
 
 
 # --- written down ---------------------------------------------------------------------------------------------------

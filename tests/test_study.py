@@ -16,6 +16,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+import pictures
 from conftest import ROOT
 from epsd import evaluation
 from epsd.cli import main
@@ -185,8 +186,13 @@ def test_a_variant_has_the_last_word(project: Path) -> None:
         ({"variants": [{"name": "x", "set": {"prune.contrl": "none"}}]}, "Did you mean 'control'"),
         ({"variants": [{"name": "x"}, {"name": "x"}]}, "'x' is given twice"),
         ({"procedure": "pipelin"}, "procedure.name: unknown 'pipelin'. Did you mean 'pipeline'"),
-        ({"base": "digit"}, "preset: unknown 'digit'. Did you mean 'digits'"),
-        ({"base": "there.yaml"}, "there.yaml: no such file"),
+        ({"base": "digit"}, "grid.yaml: base: preset: unknown 'digit'. Did you mean 'digits'"),
+        ({"base": "there.yaml"}, "grid.yaml: base: .*there.yaml: no such file"),
+        (
+            {"seeds": "many"},
+            "grid.yaml: seeds: input should be a valid list, or input should be a valid integer .given",
+        ),
+        ({"vary": {"prune": [1]}}, "prune: input should be a valid dictionary"),
         ({"name": "../x"}, "name: string should match pattern"),
         ({"scores": []}, "nothing to train"),
     ],
@@ -310,6 +316,14 @@ def test_again_trains_nothing_and_more_seeds_train_only_those(
     assert not trainings
 
 
+def test_quiet_says_nothing(finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPSD_QUIET", "0")
+    assert main(["study", "grid.yaml", "--quiet"]) == 0
+    assert capfd.readouterr() == ("", "")
+    assert main(["study", "none.yaml", "--quiet"]) == 1
+    assert capfd.readouterr().err.count("\n") == 1
+
+
 def test_another_parameter_is_another_cell(finished: Path) -> None:
     place, made = Place("grid"), plan.load(finished / "grid.yaml")
     data = place.data(made.cells[0].params, made.split_seed)
@@ -419,14 +433,20 @@ def test_ctrl_c_ends_in_order(workers: str, project: Path) -> None:
     assert client.search_runs(["1"], "attributes.status = 'FAILED' and tags.kind = 'study'")
 
 
-def test_no_cell_begins_after_the_minutes(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_cell_begins_after_the_minutes(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EPSD_QUIET", "0")
     write(project / "grid.yaml", sparsities=[0.5], seeds=1)
     assert main(["study", "grid.yaml", "--minutes", "1e-9"]) == 1
     said = capsys.readouterr().out
     assert "2 of 2 models to train" in said and "0 of 2 cells are done. `epsd study grid.yaml` goes on." in said
 
 
-def test_a_cell_that_cannot_be_trained_stops_no_other(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cell_that_cannot_be_trained_stops_no_other(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EPSD_QUIET", "0")
     write(project / "grid.yaml", sparsities=[0.5], seeds=1, vary={"train.lr": [0.1, 1e30]}, scores=["random"])
     assert main(["study", "grid.yaml"]) == 1
     said = capsys.readouterr()
@@ -511,6 +531,7 @@ def test_filters_of_mlflow(finished: Path) -> None:
         (["compare", "--where", "params.x ="], "MLflow does not understand"),
         (["compare", "--where", "study=other"], "no finished runs in epsd that are study=other"),
         (["compare", "--metric", "test/top2"], "none of 10 runs has 'test/top2'. There are: .*test/top1"),
+        (["compare", "--out", "t.pdf"], r"--out: ending: unknown '.pdf'. Valid: .md, .csv, .tex, .txt"),
         (["compare", "--baseline", "snip"], r"there is no row 'snip'. Rows: dense\+cskd, epsd\+cskd, random\+cskd"),
     ],
 )
@@ -538,6 +559,18 @@ def test_trials_of_a_search_are_no_results(finished: Path, monkeypatch: pytest.M
     assert sum(len(cell.values) for row in seen.rows for cell in row.cells.values()) == 9
     asked = compare.compared(compare.Request(("epsd",), where=("kind=trial",)))
     assert sum(len(cell.values) for row in asked.rows for cell in row.cells.values()) == 10
+
+
+def test_images_that_changed_are_other_data(project: Path) -> None:
+    photos = pictures.write(project / "photos", pictures.classes(10))
+    path = write(project / "grid.yaml", set={**QUICK, "dataset": {"name": "image_folder", "root": "photos"}})
+    made = plan.load(path)
+    before, again = (Place("grid").data(made.cells[0].params, made.split_seed) for _ in range(2))
+    assert again.folder == before.folder
+    next(photos.glob("*/*.png")).unlink()
+    assert not Place("grid").prepared(made.cells[0].params, made.split_seed)
+    after = Place("grid").data(made.cells[0].params, made.split_seed)
+    assert sum(after.sizes.values()) == sum(before.sizes.values()) - 1
 
 
 def test_shared_data_is_written_once(finished: Path) -> None:

@@ -172,6 +172,10 @@ LR = {"train.lr": {"float": [0.01, 0.5]}}
         ({"space": LR, "sampler": "cma"}, r"tune\.sampler"),
         ({"space": LR, "trials": 0}, r"tune\.trials"),
         ({"space": LR, "repeats": 0}, r"tune\.repeats"),
+        (
+            {"space": LR, "sampler": "gp", "pruner": "median", "constraints": {"val/nll": {"at_most": 1.0}}},
+            r"tune\.sampler: 'gp' learns .* set tune\.pruner to none",
+        ),
         ({"space": LR, "pruner": "race"}, r"tune\.pruner: 'race' .* set tune\.repeats to 2 or more"),
         ({"space": {"train.lr": {"float": [0.01, 0.5], "when": {"objective.nam": "x"}}}}, r"unknown 'objective\.nam'"),
     ],
@@ -414,6 +418,30 @@ def test_a_grid_is_laid_down_as_waiting_trials(folder: Path) -> None:
     assert len({json.dumps(point, sort_keys=True) for point in points}) == 4
 
 
+def test_a_grid_goes_on_with_the_points_that_are_left(folder: Path) -> None:
+    axes = {"train.weight_decay": {"choice": [0.0, 5e-4]}, "train.epochs": {"int": [2, 3]}}
+    of = space(sampler="grid", space=axes)
+    grid = list(of.grid())
+    for asked in (2, 3, 3, 20, 20):
+        ledger = begin(of, trials=asked, resume=True)
+        while (trial := take(ledger, of)) is not None:
+            ledger.study.tell(trial.number, 0.5)
+    done = [trial.params for trial in ledger.trials()]
+    assert len(done) == ledger.target == len(grid) and all(point in done for point in grid)
+
+
+def test_a_grid_ends_with_params_yaml_and_all_its_points(folder: Path) -> None:
+    of = space(sampler="grid", space={"train.lr": {"float": [0.03, 0.13], "step": 0.05}})
+    for _ in range(2):
+        ledger = begin(of, trials=20, resume=True)
+        assert ledger.target == 4 and of.current() not in list(of.grid())
+    taken = [take(ledger, of) for _ in range(2)]
+    ledger.study.tell(taken[0].number, 0.5)
+    ledger.give_up(ledger.trials()[1], "killed")
+    assert begin(of, trials=20, resume=True).target == 4
+    assert sorted(states(ledger)) == ["COMPLETE", "FAIL", "WAITING", "WAITING", "WAITING"]
+
+
 # --- one worker, in this process ------------------------------------------------------------------------------------
 
 
@@ -592,6 +620,33 @@ class TestTrial:
         assert all(trial.user_attrs["figures"]["val/top1"] == 0.1 for trial in pruned)
         assert all(len(trial.intermediate_values) < 26 for trial in pruned)
 
+    @pytest.mark.parametrize("pruner", ["race", "hyperband", "median"])
+    def test_no_trial_outlives_another_by_breaking_a_limit(
+        self, pruner: str, project: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The odd ones are larger than allowed and all the more accurate."""
+        seen: list[int] = []
+
+        def once(params: Any, data: Prepared, watch: Any) -> judge.Figures:
+            trial = next(trial.number for trial in ledger_of().trials() if trial.state == TrialState.RUNNING)
+            seen.append(trial)
+            odd = trial % 2
+            top1 = 0.5 + 0.3 * odd + 0.01 * trial
+            told = dict.fromkeys(judge.FIGURES, 0.5) | {"val/top1": top1, "model/bytes_sparse": 100.0 + odd}
+            for epoch in range(1, 28):
+                watch({"epoch": float(epoch), "val/top1": top1}, lambda: told)
+            return told
+
+        monkeypatch.setattr(judge, "run", once)
+        monkeypatch.setitem(QUICK, "train.epochs", 27)
+        limits = {"model/bytes_sparse": {"at_most": 100.0}}
+        ledger = self.work(repeats=2, trials=12, pruner=pruner, sampler="random", constraints=limits)
+        odd, even = ([trial for trial in ledger.trials()[4:] if trial.number % 2 == rest] for rest in (1, 0))
+        whole = [sum(trial.state == TrialState.COMPLETE for trial in some) for some in (odd, even)]
+        assert whole[0] < whole[1]
+        assert all(trial.constraints == {"model/bytes_sparse at most 100": 1.0} for trial in odd)
+        assert all(report.feasible(trial) for trial in report.best(ledger.study))
+
     def test_the_same_values_are_not_run_twice(self, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         runs = []
 
@@ -610,6 +665,18 @@ class TestTrial:
         assert states(ledger) == ["COMPLETE"] * 8
         assert len(runs) == 2
         assert {trial.values[0] for trial in ledger.trials()} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_figures_within_the_limits_have_more_merit_than_all_others(direction: str) -> None:
+    limits = {"val/top1": {"at_least": 0.9}}
+    tune = parse(tree(objectives={"model/bytes_sparse": direction}, constraints=limits)).tune
+    sign = 1 if direction == "maximize" else -1
+    merits = [
+        sign * worker.merit(tune, {"val/top1": top1, "model/bytes_sparse": size})
+        for top1, size in ((0.3, 1e8), (0.5, 5.0), (0.89, 1e8), (0.9, 1e9 if sign < 0 else 0.0), (0.95, 3e5))
+    ]
+    assert merits == sorted(merits)
 
 
 def test_a_request_to_stop_waits_for_the_storage() -> None:
@@ -762,6 +829,17 @@ class TestApply:
         import yaml
 
         assert yaml.safe_load(after)["train"]["lr"] == 1e-05  # other readers hold to YAML 1.1
+
+    @pytest.mark.parametrize(
+        "path", [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))], ids=lambda p: p.stem
+    )
+    def test_no_other_line_of_a_shipped_file_changes(self, path: Path, tmp_path: Path) -> None:
+        before, target = path.read_text(), tmp_path / "params.yaml"
+        target.write_text(before)
+        report._rewrite(target, {"train.lr": 0.123, "objective.name": "dlb", "train.clip_norm": None})
+        lines = zip(before.splitlines(), target.read_text().splitlines(), strict=True)
+        changed = [after for line, after in lines if line != after]
+        assert {line.split(":")[0].strip() for line in changed} <= {"lr", "name", "clip_norm"} and len(changed) <= 3
 
     def test_another_variant_brings_its_settings_alone(self, folder: Path) -> None:
         _, after, _ = self.applied(folder, {"objective.name": "pskd"})
@@ -952,7 +1030,10 @@ def test_a_search_that_always_fails_stops_and_shows_the_first_error(project: Pat
     [
         ({"tune.space": {"train.lrr": {"float": [0, 1]}}}, "unknown 'train.lrr'"),
         ({"tune.storage": "/proc/nowhere/x"}, "cannot be used"),
-        ({"data.validation": 0.3}, ""),
+        ({"data.validation": 0.3}, "data.json: made with data.validation 0.1, not 0.3. Run `dvc repro prepare` first."),
+        ({"dataset": {"name": "image_folder", "root": "mine"}}, "made with dataset.name digits, not image_folder. Run"),
+        ({"seed": 7}, "made with seed 0, not 7. Run"),
+        ({}, ""),
     ],
 )
 def test_mistakes_are_one_line(
@@ -968,9 +1049,19 @@ def test_mistakes_are_one_line(
     assert not (project / "mlflow.db").exists()
 
 
-def test_apply_without_a_study_says_so(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", "--apply"]) == 1
-    assert "there is no study 'quick'" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments", [["--apply"], ["--export", "trials.csv"]])
+def test_what_needs_a_study_or_trials_says_so(
+    arguments: list[str], project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(space(study="other"))
+    assert main(["tune", *arguments]) == 1
+    line = capsys.readouterr().err
+    assert "tune.study: there is no study 'quick'" in line and line.endswith("Studies: other.\n")
+    begin(space())
+    assert main(["tune", *arguments]) == 1
+    line = capsys.readouterr().err
+    assert "study 'quick'" in line and ("no finished trial" in line or "no trial has begun" in line)
+    assert not Path("trials.csv").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--trials", "0"], ["--workers", "-1"], ["--apply", "x"], ["--export"]])

@@ -93,6 +93,16 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Before hours of work for what goes there. Makes the folder. Raises ArtifactError where no file can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ArtifactError(f"{folder}: cannot be written ({error.strerror or error}).") from None
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """`content` as indented JSON. NaN and infinity are refused: they are not JSON."""
     text = json.dumps(content, indent=2, allow_nan=False, default=str) + "\n"

@@ -135,8 +135,9 @@ def parser() -> argparse.ArgumentParser:
     _comparisons(commands)
     _analysis(commands)
     _models(commands)
-    for one in commands.choices.values():
-        one.add_argument("--quiet", action="store_true", help="results and mistakes only, no progress")
+    for name, one in commands.choices.items():
+        said = "mistakes only; results are in files" if name == "study" else "results and mistakes only, no progress"
+        one.add_argument("--quiet", action="store_true", help=said)
     return top
 
 

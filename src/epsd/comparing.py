@@ -4,40 +4,53 @@ Pure: from results (parameters as text, seed, metrics) to a table of numbers. Wh
 writes a table down is elsewhere.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from epsd.types import EpsdError
 
 LEVEL = 0.05
 """Below this corrected p a difference is called significant."""
 
-LOWER = (
-    "nll",
-    "ece",
-    "loss",
-    "seconds",
-    "image_passes",
-    "gflops",
-    "bytes",
-    "parameters",
-    "latency",
-    "dead_layers",
-    "_ms",
-)
-"""Parts of the last word of a metric's name that make a smaller value the better one; so does the prefix `time/`."""
+LOWER = {
+    "nll", "ece", "brier", "loss", "cross_entropy", "distillation", "seconds", "ms", "image_passes", "images", "gflops",
+    "bytes", "parameters", "nonzero", "memory", "dead_layers",
+}  # fmt: skip
+"""What a metric's name ends with, or has in it between underscores, where a smaller value is the better one. So it is
+with whatever begins with `time/`.
+"""
+HIGHER = {"top1", "top5", "accuracy", "map", "map50", "map75", "compression"}
+"""Likewise for a greater value."""
 
-WITHOUT_EFFECT = (
-    "device", "threads", "data.workers", "tracking.", "tune.", "prune.compare", "prune.score.graphs_kept",
-    "dataset.download", "evaluate.batch_size", "evaluate.latency_", "train.memory_format", "train.update",
-    "train.compile",
+WITHOUT_EFFECT = ("tracking.", "tune.", "dataset.download")
+"""Parameters that change no result."""
+
+ONLY_TIMING = (
+    "device", "threads", "versions.", "data.workers", "prune.compare", "prune.score.graphs_kept", "evaluate.batch_size",
+    "evaluate.latency_", "train.memory_format", "train.update", "train.compile",
 )  # fmt: skip
-"""Parameters that change no result but by rounding (or only its timing)."""
+"""Parameters, and facts about the machine, that change nothing but how long it takes (and the last bits)."""
 
-ONLY_OF = {"evaluate.": ("test/ece",), "voc.": ("detect/",), "detect.": ("detect/",)}
+MACHINE = ("threads", "versions.cpu", "versions.gpu")
+"""Tags of a run that say what it was timed on."""
+
+TIMED_WITH = (
+    "device", "threads", "versions.", "data.workers", "evaluate.batch_size", "evaluate.latency_", "train.memory_format",
+    "train.update", "train.compile", "train.precision",
+)  # fmt: skip
+"""What two timings must have in common to be compared at all."""
+
+ONLY_OF = {
+    "evaluate.batch_size": ("time/evaluate",),
+    "evaluate.latency_": ("model/latency_", "time/evaluate"),
+    "evaluate.ece_bins": ("test/ece",),
+    "voc.": ("detect/", "time/detect"),
+    "detect.": ("detect/", "time/detect"),
+}
 """Parameters that matter to metrics that begin like this, and to no other."""
 
 OF_THE_METHOD = ("prune.", "procedure.", "objective.")
@@ -54,7 +67,7 @@ class Entry:
 
     params : dotted name -> value as text, as MLflow has them.  metrics : name -> last value.
     began : when, in any unit; of two runs of one configuration and seed the later one counts.
-    digest : of the data it saw.  variant : a name for its method, "" for none.
+    digest : of the data it saw.  variant : a name for its method, "" for none.  machine : its tags that MACHINE names.
     """
 
     params: Mapping[str, str]
@@ -62,6 +75,7 @@ class Entry:
     began: float = 0
     digest: str = ""
     variant: str = ""
+    machine: Mapping[str, str] = field(default_factory=dict)
 
 
 class Summary(NamedTuple):
@@ -94,9 +108,13 @@ class Difference(NamedTuple):
 
 @dataclass
 class Cell:
-    """A configuration: one value per seed. `best`: the best mean of its column, or not told apart from it."""
+    """A configuration: one value per seed. `best`: the best mean of its column, or not told apart from it.
+
+    data : seed -> digest of the data of that value.
+    """
 
     values: dict[int, float]
+    data: dict[int, str] = field(default_factory=dict)
     against: Difference | None = None
     best: bool = False
 
@@ -104,6 +122,11 @@ class Cell:
     def summary(self) -> Summary:
         """Mean, deviation, seeds."""
         return summarise(list(self.values.values()))
+
+    @property
+    def runs(self) -> dict[tuple[int, str], float]:
+        """The values by what makes a pair of two: the seed and the data."""
+        return {(seed, self.data.get(seed, "")): value for seed, value in self.values.items()}
 
 
 @dataclass
@@ -142,10 +165,18 @@ class Table:
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 
-def lower_is_better(metric: str) -> bool:
-    """By the metric's name: losses, errors, sizes and times."""
-    word = metric.rpartition("/")[2]
-    return metric.startswith("time/") or any(part in word for part in LOWER)
+def better(metric: str) -> Literal["lower", "higher"] | None:
+    """Which values are better, by the metric's name; None where nothing is known of it (`train/lr`)."""
+    group, _, last = metric.rpartition("/")
+    words = {last, *last.split("_")}
+    if group == "time" or words & LOWER:
+        return "lower"
+    return "higher" if words & HIGHER else None
+
+
+def is_timing(metric: str) -> bool:
+    """By the metric's name."""
+    return metric.startswith("time/") or any(part in metric.rpartition("/")[2] for part in ("seconds", "latency"))
 
 
 def summarise(values: Sequence[float]) -> Summary:
@@ -154,10 +185,10 @@ def summarise(values: Sequence[float]) -> Summary:
     return Summary(statistics.fmean(values), deviation, len(values))
 
 
-def difference(mine: Mapping[int, float], other: Mapping[int, float]) -> Difference:
-    """`mine` minus `other` (seed -> value), with a two-sided t-test.
+def difference(mine: Mapping[Any, float], other: Mapping[Any, float]) -> Difference:
+    """`mine` minus `other` (seed, or `Cell.runs`), with a two-sided t-test.
 
-    Paired over the seeds that both have, where there are two or more; else Welch's test (unequal variances) on all
+    Paired over the keys that both have, where there are two or more; else Welch's test (unequal variances) on all
     values. No p, and the reason, for fewer than two values on a side and where nothing varies.
     """
     pairs = sorted(mine.keys() & other.keys())
@@ -222,11 +253,12 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
 
 def configuration(entry: Entry, metric: str) -> dict[str, str]:
     """Every parameter but the seed that can bear on `metric`."""
-    params, dense = entry.params, _number(entry.params.get("prune.sparsity", "")) == 0
+    params, dense = {**entry.params, **entry.machine}, _number(entry.params.get("prune.sparsity", "")) == 0
     return {
         key: value
         for key, value in sorted(params.items())
         if key != "seed" and not key.startswith(WITHOUT_EFFECT) and _bears(key, metric)
+        and (is_timing(metric) or not key.startswith(ONLY_TIMING))
         and not (dense and key.startswith("prune.") and key != "prune.sparsity" and "procedure.name" not in params)
         and not (key in ("train.milestones", "train.gamma") and params.get("train.schedule", "step") != "step")
     }  # fmt: skip
@@ -250,13 +282,14 @@ class _Group(NamedTuple):
     config: dict[str, str]
     variant: str
     values: dict[int, float]
+    data: dict[int, str]
 
 
 def table(entries: Iterable[Entry], metric: str) -> Table:
     """Rows (method and objective) by sparsity, one value per seed. Raises ComparisonError: see `_with_metric`.
 
     What no result depends on is left out of a configuration. Configurations that differ in more than sparsity are
-    different rows, and their labels say in what.
+    different rows, and their labels say in what. A note says what all timings were taken with.
     """
     usable, notes = _with_metric(list(entries), metric)
     groups, superseded = _groups(usable, metric)
@@ -265,26 +298,34 @@ def table(entries: Iterable[Entry], metric: str) -> Table:
     rows: dict[str, Row] = {}
     for group in groups:
         keys = {key: value for key, value in group.config.items() if key != "prune.sparsity"}
-        mark = repr((_method(group), sorted((key, _number(value)) for key, value in keys.items())))
-        row = rows.setdefault(mark, Row(_method(group), keys.get("objective.name", "?"), keys=keys))
-        row.cells[float(group.config["prune.sparsity"])] = Cell(group.values)
+        method = _method(group.config, group.variant)
+        mark = repr((method, sorted((key, _number(value)) for key, value in keys.items())))
+        row = rows.setdefault(mark, Row(method, keys.get("objective.name", "?"), keys=keys))
+        row.cells[float(group.config["prune.sparsity"])] = Cell(group.values, group.data)
     found = list(rows.values())
     _tell_apart(found)
     columns = sorted({sparsity for row in found for sparsity in row.cells})
+    timed, differing = _timed_with(found[0], metric), _differing(found)
+    if shared := [f"{key} {value}" for key, value in timed.items() if key not in differing]:
+        notes.append(f"Timed with {', '.join(shared)}.")
     return Table(metric, found, columns, notes=notes)
 
 
 def _with_metric(entries: list[Entry], metric: str) -> tuple[list[Entry], list[str]]:
     """Those that have the metric, a seed and a sparsity. Raises ComparisonError where none has, with the valid ones."""
-    trained = [e for e in entries if "seed" in e.params and "prune.sparsity" in e.params]
+    numbers = ("seed", "prune.sparsity")
+    trained = [e for e in entries if all(isinstance(_number(e.params.get(key, "")), float) for key in numbers)]
     if not trained:
         raise ComparisonError(f"no finished run of a trained model among {len(entries)} runs.")
-    usable = [e for e in trained if metric in e.metrics and math.isfinite(e.metrics[metric])]
+    usable: list[Entry] = []
+    without: list[Entry] = []
+    for entry in trained:
+        (usable if math.isfinite(entry.metrics.get(metric, math.nan)) else without).append(entry)
     if not usable:
         names = sorted({name for entry in trained for name in entry.metrics})
         raise ComparisonError(f"--metric: none of {len(trained)} runs has '{metric}'. There are: {', '.join(names)}.")
-    without = len(trained) - len(usable)
-    return usable, [f"{without} runs have no {metric}."] if without else []
+    rows = dict.fromkeys(f"{_method(e.params, e.variant)}+{e.params.get('objective.name', '?')}" for e in without)
+    return usable, [f"{len(without)} runs have no {metric}: {', '.join(rows)}."] if without else []
 
 
 def _groups(entries: list[Entry], metric: str) -> tuple[list[_Group], int]:
@@ -301,7 +342,8 @@ def _groups(entries: list[Entry], metric: str) -> tuple[list[_Group], int]:
             values = {int(run.params["seed"]): run.metrics[metric] for run in part}
             superseded += len(part) - len(values)
             variant = next((run.variant for run in reversed(part) if run.variant), "")
-            groups.append(_Group(config, variant, values))
+            data = {int(run.params["seed"]): run.digest for run in part}
+            groups.append(_Group(config, variant, values, data))
     return groups, superseded
 
 
@@ -319,10 +361,9 @@ def _by_data(runs: list[Entry]) -> list[list[Entry]]:
     return [[run for run in runs if run.digest == digest] for digest in dict.fromkeys(run.digest for run in runs)]
 
 
-def _method(group: _Group) -> str:
-    if group.variant:
-        return group.variant
-    config = group.config
+def _method(config: Mapping[str, str], variant: str) -> str:
+    if variant:
+        return variant
     if "procedure.name" in config:
         return config["procedure.name"]
     if _number(config["prune.sparsity"]) == 0:
@@ -354,6 +395,15 @@ def _implied(key: str, rows: list[Row]) -> bool:
     )  # fmt: skip
 
 
+def _timed_with(row: Row, metric: str) -> dict[str, str]:
+    """What its timings were taken with; nothing where the metric is no timing."""
+    return {key: value for key, value in row.keys.items() if is_timing(metric) and key.startswith(TIMED_WITH)}
+
+
+def _timed_alike(row: Row, other: Row, metric: str) -> bool:
+    return _identity(_timed_with(row, metric)) == _identity(_timed_with(other, metric))
+
+
 def _differing(rows: list[Row]) -> list[str]:
     keys = dict.fromkeys(key for row in rows for key in row.keys)
     return [key for key in keys if len({_number(row.keys.get(key, "")) for row in rows}) > 1]
@@ -370,16 +420,22 @@ def against(table: Table, baseline: str) -> None:
         every sparsity.
     Raises ComparisonError for a baseline that is not there or not one row, listing the rows.
     """
+    otherwise = 0
     compared: list[tuple[Cell, Difference]] = []
     for row in table.rows:
         base = _baseline(table, row, baseline)
+        if base is not None and not _timed_alike(base, row, table.metric):
+            otherwise += 1
+            continue
         for sparsity, cell in row.cells.items():
             other = _cell_of(base, sparsity) if base is not None and base is not row else None
             if other is not None:
-                compared.append((cell, difference(cell.values, other.values)))
+                compared.append((cell, difference(cell.runs, other.runs)))
     for (cell, _), found in zip(compared, corrected([found for _, found in compared]), strict=True):
         cell.against = found
     table.baseline = baseline
+    if otherwise:
+        table.notes.append(f"{otherwise} rows were timed otherwise than {baseline} and are not compared with it.")
     _note_tests(table, [found for _, found in compared])
 
 
@@ -419,19 +475,36 @@ def _note_tests(table: Table, found: list[Difference]) -> None:
         table.notes.append(f"No p for {count} comparisons with {table.baseline}: {reason}.")
 
 
+def _ways_timed(table: Table) -> list[list[Row]]:
+    """The rows, those together that were timed alike: all of them where the metric is no timing."""
+    ways: dict[str, list[Row]] = {}
+    for row in table.rows:
+        ways.setdefault(_identity(_timed_with(row, table.metric)), []).append(row)
+    return list(ways.values())
+
+
 def mark_best(table: Table) -> None:
     """Mark in each column the best mean and the cells that are not significantly different from it (Holm within the
-    column). With fewer than two seeds nothing can be said of a cell, and it is not marked.
+    column). With fewer than two seeds nothing can be said of a cell, and it is not marked. Timings have a best among
+    those taken alike, a metric of which it is not known which way is better has none.
     """
-    sign, untold = -1 if lower_is_better(table.metric) else 1, 0
-    for sparsity in table.columns:
-        column = [row.cells[sparsity] for row in table.rows if sparsity in row.cells]
+    way = better(table.metric)
+    if way is None:
+        table.notes.append(f"No best is marked: it is not known whether a lower or a higher {table.metric} is better.")
+        return
+    sign, untold = -1 if way == "lower" else 1, 0
+    for sparsity, timed in itertools.product(table.columns, _ways_timed(table)):
+        column = [row.cells[sparsity] for row in timed if sparsity in row.cells]
+        if not column:
+            continue
         first = max(column, key=lambda cell: sign * cell.summary.mean)
         others = [cell for cell in column if cell is not first]
         first.best = True
-        for cell, found in zip(others, corrected([difference(c.values, first.values) for c in others]), strict=True):
+        for cell, found in zip(others, corrected([difference(c.runs, first.runs) for c in others]), strict=True):
             cell.best = not math.isnan(found.p) and not found.significant
             untold += math.isnan(found.p)
-    way = "lowest" if sign < 0 else "highest"
-    note = f"Bold: the {way} mean of a column and what is not significantly different from it (p ≥ {LEVEL:g})"
+    if len(_ways_timed(table)) > 1:
+        table.notes.append("Rows that were timed otherwise than each other have a best of their own.")
+    extreme = f"{way.removesuffix('er')}est"
+    note = f"Bold: the {extreme} mean of a column and what is not significantly different from it (p ≥ {LEVEL:g})"
     table.notes.append(f"{note}; {untold} cells have too few seeds or no spread to tell." if untold else f"{note}.")

@@ -273,7 +273,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ParamsError(f"{path}: expected a mapping of sections, found {type(content).__name__}.")
+        found = "nothing" if content is None else type(content).__name__
+        raise ParamsError(f"{path}: expected a mapping of sections, found {found}.")
     return content
 
 

@@ -81,6 +81,7 @@ def prepare(
     validation: float = 0.1,
     test: float = 0.2,
     limit: int | None = None,
+    dataset: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `source` below `out` and return data.json.
 
@@ -88,6 +89,7 @@ def prepare(
     ----------
     validation, test : shares of train held out, class by class, where the source brings no such split; 0: none.
     limit : images per class and split, drawn by `seed`; None: all.
+    dataset : the choice that gave `source`, only noted: who reads the data can tell what it was made from.
 
     Raises
     ------
@@ -101,7 +103,8 @@ def prepare(
     writer = Writer(out, source, shape, in_memory)
     for split, labelled in splits.items():
         writer.write(split, labelled)
-    return writer.finish({"seed": seed, "validation": validation, "test": test, "limit": limit, "carved": drawn})
+    settings = {"dataset": dataset, "seed": seed, "validation": validation, "test": test, "limit": limit}
+    return writer.finish({**settings, "carved": drawn})
 
 
 def carved(source: Source, validation: float, test: float, seed: int) -> dict[Split, Labelled]:

@@ -64,7 +64,7 @@ def explain(where: str, error: ValidationError) -> ParamsError:
     return ParamsError("; ".join(told))
 
 
-_KIND = re.compile(r"constrained-\w+|literal\[.*\]|function-[\w-]+\[.*\]")
+_KIND = re.compile(r"constrained-\w+|list\[.*\]|literal\[.*\]|function-[\w-]+\[.*\]")
 """How pydantic names the kinds of a value that may be of several, among the keys on the way to it."""
 
 

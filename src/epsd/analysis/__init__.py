@@ -8,4 +8,4 @@ from epsd.types import EpsdError
 
 
 class AnalysisError(EpsdError):
-    """Nothing to analyse: data that are not prepared, no validation split, an unknown score."""
+    """What was asked for cannot be analysed."""

@@ -1,6 +1,7 @@
 """`epsd analyse`: EPSD beside simple combinations, trained and measured in one go; table, files, one MLflow run."""
 
 import contextlib
+import signal
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from epsd.data import Prepared
 from epsd.devices import determinism, pick_device
 from epsd.objectives import OBJECTIVES
 from epsd.params import DEFAULT_PATH, Params, flatten, load
+from epsd.pipeline.opened import opened
+from epsd.pipeline.pruned import pruned
 from epsd.registry import choose, unknown
 from epsd.runtime import no_telemetry, note, quiet
 from epsd.scores import SCORES
@@ -41,18 +44,23 @@ class Request(NamedTuple):
 def command(request: Request) -> int:
     """Run the analysis that `request` describes on params.yaml. The exit status.
 
-    Raises ParamsError and AnalysisError before any work: unknown score, no prepared data, no validation split.
+    Raises ParamsError, AnalysisError and ArtifactError before any work: unknown score, `points` without a middle, and
+    see `opened` and `check_writable`.
     """
     no_telemetry()
     params = load(DEFAULT_PATH)
     plan = _plan(params, request)
-    data = _data()
-    print(f"analyse: {_described(params, request, plan)}", flush=True)
+    data = opened(params)
+    artifacts.check_writable(FOLDER)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves in order, as Ctrl-C does
     try:
+        print(f"analyse: {_described(params, request, plan)}", flush=True)
         report = _run(params, request, plan, data)
     except KeyboardInterrupt:
         note("analyse: interrupted; nothing was written.")
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     _print(report)
     return 0
 
@@ -77,18 +85,6 @@ def _plan(params: Params, request: Request) -> list[Params]:
     return [each.model_copy(update={"seed": seed, "train": train}) for seed in seeds for each in methods]
 
 
-def _data() -> Prepared:
-    if not artifacts.DATA_INDEX.is_file():
-        raise AnalysisError(f"{artifacts.DATA_INDEX}: missing. Run `dvc repro prepare` first.")
-    data = Prepared.load(artifacts.DATA)
-    if not data.sizes.get("validation"):
-        raise AnalysisError(
-            "there is no validation split, and the test split is not read here: set data.validation above 0 and run "
-            "`dvc repro prepare`."
-        )
-    return data
-
-
 def _described(params: Params, request: Request, plan: list[Params]) -> str:
     names = ", ".join(dict.fromkeys(str(each.prune.score["name"]) for each in plan))
     return (
@@ -103,6 +99,7 @@ def _run(params: Params, request: Request, plan: list[Params], data: Prepared) -
         torch.set_num_threads(params.threads)
     determinism()
     with _tracked(params, request, plan) as tracker:
+        _warm_up(plan[0], data)
         findings = []
         for number, each in enumerate(plan):
             first = each.seed == params.seed
@@ -117,6 +114,11 @@ def _run(params: Params, request: Request, plan: list[Params], data: Prepared) -
         tracker.artifact(DEFAULT_PATH)
         tracker.dataset(params.dataset["name"], data.digest, str(data.index.get("source", "")), data.sizes)
     return report
+
+
+def _warm_up(params: Params, data: Prepared) -> None:
+    """Score once for nothing: what libraries do at their first call is in no method's seconds."""
+    pruned(params.model_copy(update={"prune": params.prune.model_copy(update={"rounds": 1})}), data)
 
 
 def _say(finding: Finding, number: int, total: int) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FOLDER = artifacts.ROOT / "analysis"
+OPTIONAL = ("landscape.csv", "landscape.png", "features.png")
+"""What an analysis without a loss slice does not write."""
 
 
 class Report:
@@ -93,7 +95,12 @@ class Report:
     # --- files ---
 
     def write(self, folder: Path = FOLDER) -> list[Path]:
-        """Every table and figure; the paths. Raises ArtifactError: cannot be written."""
+        """Every table and figure; the paths. What an earlier analysis left of others goes first.
+
+        Raises ArtifactError: cannot be written.
+        """
+        for name in OPTIONAL:
+            (folder / name).unlink(missing_ok=True)
         tables = {
             "summary": self.summary,
             "history": self.history,

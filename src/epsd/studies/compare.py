@@ -9,6 +9,7 @@ from epsd import comparing
 from epsd.artifacts import replacing
 from epsd.comparing import Entry, Table
 from epsd.params import DEFAULT_PATH, load
+from epsd.registry import unknown
 from epsd.studies import StudyError, tables
 from epsd.studies.tables import ENDINGS, Format
 from epsd.tracking.runs import read_runs
@@ -30,8 +31,14 @@ class Request(NamedTuple):
 
 
 def command(request: Request) -> None:
-    """`epsd compare`: print the table, or write it to a file. Raises RunsError, ComparisonError, ArtifactError."""
-    style = request.style or ENDINGS.get(request.out.suffix if request.out else "", "terminal")
+    """`epsd compare`: print the table, or write it to a file.
+
+    Raises RunsError, ComparisonError, ArtifactError; StudyError for a file of no known kind, before the runs are read.
+    """
+    ending = request.out.suffix if request.out else ".txt"
+    if request.style is None and ending not in ENDINGS:
+        raise StudyError(f"--out: {unknown('ending', ending, ENDINGS)} Or say what it is to be: --format.")
+    style = request.style or ENDINGS[ending]
     text = tables.written(compared(request), style)
     if request.out is None:
         print(text)
@@ -84,6 +91,7 @@ def _entry(row: Mapping[str, Any]) -> Entry:
         began=float(row["began"]),
         digest=str(digest) if _text(digest) else "",
         variant=str(variant) if _text(variant) else "",
+        machine={name: str(row[f"tags.{name}"]) for name in comparing.MACHINE if _text(row.get(f"tags.{name}"))},
     )
 
 

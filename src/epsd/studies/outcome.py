@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from epsd import artifacts, comparing
 from epsd.artifacts import replacing
 from epsd.comparing import ComparisonError, Entry, Table
-from epsd.runtime import note
+from epsd.runtime import note, quiet
 from epsd.studies import tables
 from epsd.studies.plan import Cell, Plan, StudyParams
 from epsd.studies.work import Place, Result, results
@@ -22,7 +22,7 @@ FOLDER = artifacts.ROOT / "studies"
 
 
 def conclude(plan: Plan, place: Place) -> list[Path]:
-    """Print the table, write table, cells and figure; the files. Cells that are not finished are simply not there."""
+    """Print the table (unless quiet), write table, cells and figure; the files. Unfinished cells are not there."""
     done = list(results(plan, place))
     study, folder = plan.study, FOLDER / plan.study.name
     files = [folder / "cells.csv"]
@@ -32,19 +32,21 @@ def conclude(plan: Plan, place: Place) -> list[Path]:
     except ComparisonError as error:
         note(f"study: no table: {error}")
         return files
-    print(tables.written(found, "terminal"))
+    if not quiet():
+        print(tables.written(found, "terminal"))
     for name, style in (("table.md", "markdown"), ("table.csv", "csv"), ("table.tex", "latex")):
         _write(folder / name, tables.written(found, style))  # type: ignore[arg-type]
         files.append(folder / name)
     files += figure(found, folder) + cost_figure(done, study.metric, folder)
-    print(f"study: written to {folder}: {', '.join(path.name for path in files)}")
+    if not quiet():
+        print(f"study: written to {folder}: {', '.join(path.name for path in files)}")
     return files
 
 
 def entry(cell: Cell, result: Result) -> Entry:
     """A cell as what `epsd compare` reads of its run. The variant's name is the plan's: a renamed one is no other."""
-    digest = result.tags["data.digest"]
-    return Entry(result.params, result.metrics, result.began, digest, cell.variant)
+    machine = {name: value for name, value in result.tags.items() if name in comparing.MACHINE}
+    return Entry(result.params, result.metrics, result.began, result.tags["data.digest"], cell.variant, machine)
 
 
 def table(entries: list[Entry], study: StudyParams) -> Table:

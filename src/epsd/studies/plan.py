@@ -142,7 +142,10 @@ def load(path: Path) -> Plan:
     """
     content = {"name": path.stem, **read_yaml(path)}
     study = _checked(path, content)
-    tree = _base(path, study)
+    try:
+        tree = _base(path, study)
+    except ParamsError as error:
+        raise ParamsError(f"{path}: base: {error}") from None
     try:
         return plan(study, tree)
     except ParamsError as error:
@@ -258,7 +261,7 @@ class _Grid:
                 choice[setting] = value
 
     def _check(self, tree: dict[str, Any], procedure: Mapping[str, Any], variant: str) -> Cell:
-        if tree["prune"].get("sparsity") == 0 and procedure.get("name") == "pipeline":
+        if _at(tree, "prune.sparsity") == 0 and procedure.get("name") == "pipeline":
             tree = _dense(tree, self.base)
             variant = ""
         where = variant or _at(tree, "prune.score.name")

@@ -89,7 +89,8 @@ class _Study:
         name, left = self.study.study.name, len(self.marks) - len(self.seen)
         with self._tracked() as tracker:
             artifacts.write_json(self.place.folder / "run.json", {"run_id": tracker.run_id})
-            print(f"study: '{name}': {self._plan(left)}", flush=True)
+            if not quiet():
+                print(f"study: '{name}': {self._plan(left)}", flush=True)
             interrupted = self._work() if left else False
             left = len(self.marks) - len(self.seen)
             tracker.tags({"study.state": "unfinished" if left else "complete"})
@@ -99,7 +100,7 @@ class _Study:
         if self.failed:
             own, reason = next(iter(self.failed.items()))
             note(f"study: {len(self.failed)} cells failed, the first one {self.marks[own]}: {reason}")
-        if left:
+        if left and not quiet():
             print(f"study: {len(self.seen)} of {len(self.marks)} cells are done. `epsd study {self.path}` goes on.")
         return INTERRUPTED if interrupted else int(left > 0)
 

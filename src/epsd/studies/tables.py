@@ -6,7 +6,7 @@ import sys
 from io import StringIO
 from typing import Literal
 
-from epsd.comparing import Cell, Difference, Row, Table, lower_is_better
+from epsd.comparing import Cell, Difference, Row, Table, better
 
 Format = Literal["terminal", "markdown", "csv", "latex"]
 ENDINGS: dict[str, Format] = {".md": "markdown", ".csv": "csv", ".tex": "latex", ".txt": "terminal"}
@@ -50,8 +50,8 @@ def _small(cell: Cell) -> str:
 
 
 def _title(table: Table) -> str:
-    way = "lower" if lower_is_better(table.metric) else "higher"
-    return f"{table.metric} ({way} is better), mean ± standard deviation over n seeds"
+    way = better(table.metric)
+    return f"{table.metric}{f' ({way} is better)' if way else ''}, mean ± standard deviation over n seeds"
 
 
 def _header(table: Table) -> list[str]:

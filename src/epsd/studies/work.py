@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-from epsd import artifacts, checkpoints, evaluation
+from epsd import artifacts, checkpoints, comparing, evaluation, listing
 from epsd.data import Prepared
 from epsd.datasets import DATASETS
 from epsd.devices import pick_device
@@ -30,7 +30,7 @@ from epsd.pipeline.measured import measured
 from epsd.pipeline.trained import card
 from epsd.preparing import prepare
 from epsd.registry import choose
-from epsd.runtime import state_folder
+from epsd.runtime import located, state_folder, versions
 from epsd.stage import one_line
 from epsd.studies.plan import Cell, Plan
 from epsd.studies.procedures import Desk, Trained
@@ -41,8 +41,8 @@ from epsd.training import Record
 
 APART = {
     "__init__.py", "__main__.py", "analysis", "artifacts.py", "checkpoints.py", "cli.py", "comparing.py", "console.py",
-    "detection.py", "detectors", "downloads.py", "params.py", "pictures.py", "presets.py", "registry.py", "spool.py",
-    "stage.py", "studies", "tracking", "tuning", "types.py", "voc.py",
+    "detection.py", "detectors", "downloads.py", "listing.py", "params.py", "pictures.py", "presets.py", "registry.py",
+    "spool.py", "stage.py", "studies", "tracking", "tuning", "types.py", "voc.py",
 }  # fmt: skip
 """Rooms of the package that no cell's result depends on: an edit there makes no cell stale. Nor do figures."""
 
@@ -77,6 +77,7 @@ class Place:
 
     name: str
     _data: dict[str, Prepared] = field(default_factory=dict)
+    _seen: dict[Path, str | None] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -85,21 +86,33 @@ class Place:
 
     def prepared(self, params: Params, split_seed: int) -> bool:
         """Whether `data` would find what it needs."""
-        return (self.folder / "data" / _data_key(params, split_seed) / "data.json").exists()
+        return (self.folder / "data" / self._key(params, split_seed) / "data.json").exists()
 
     def data(self, params: Params, split_seed: int) -> Prepared:
         """The images of a cell, prepared once: the same splits for every seed, so that all read the same test images.
 
         Raises what `epsd.preparing.prepare` raises.
         """
-        key = _data_key(params, split_seed)
+        key = self._key(params, split_seed)
         if key not in self._data:
             folder, settings = self.folder / "data" / key, params.data.model_dump(include=_SPLITTING)
             with self.lock(f"data-{key}", wait=True):
                 if not self.prepared(params, split_seed):
-                    prepare(choose(DATASETS, params.dataset, "dataset")(), folder, seed=split_seed, **settings)
+                    source = choose(DATASETS, params.dataset, "dataset")()
+                    prepare(source, folder, seed=split_seed, dataset=params.dataset, **settings)
             self._data[key] = Prepared.load(folder)
         return self._data[key]
+
+    def _key(self, params: Params, split_seed: int) -> str:
+        """Of all that the images are made from. A user's own are looked at once: a change under way is for the next."""
+        made_from = {"dataset": params.dataset, "seed": split_seed, **params.data.model_dump(include=_SPLITTING)}
+        dataset = choose(DATASETS, params.dataset, "dataset")
+        if hasattr(dataset, "root") and not getattr(dataset, "download", False):  # a download is what it always was
+            root = located(dataset.root)
+            if root not in self._seen:
+                self._seen[root] = listing.glance(root)
+            made_from["images"] = self._seen[root]
+        return _digest(made_from)
 
     def lock(self, name: str, wait: bool = False) -> FileLock:
         """A lock that the system frees when its holder dies."""
@@ -135,10 +148,6 @@ class Place:
 
 
 _SPLITTING = {"validation", "test", "limit"}
-
-
-def _data_key(params: Params, split_seed: int) -> str:
-    return _digest({"dataset": params.dataset, "seed": split_seed, **params.data.model_dump(include=_SPLITTING)})
 
 
 def mark(cell: Cell, data: Prepared) -> str:
@@ -286,12 +295,18 @@ def run_cell(plan: Plan, place: Place, own: str, cell: Cell, cache: Cache, key: 
         began=int(1000 * started),
         params={name: as_text(value) for name, value in cell.logged().items()},
         metrics=_finite({**last, **figures}),
-        tags={"data.digest": data.digest, "variant": cell.variant},
+        tags={"data.digest": data.digest, "variant": cell.variant, **_machine()},
         seconds=time.monotonic() - clock,
     )
     place.keep(own, result)
     shutil.rmtree(folder, ignore_errors=True)
     return result
+
+
+def _machine() -> dict[str, str]:
+    """What the timings of a cell depend on beside its parameters."""
+    known = {"threads": str(torch.get_num_threads()), **{f"versions.{name}": of for name, of in versions().items()}}
+    return {name: known[name] for name in comparing.MACHINE if name in known}
 
 
 def _finite(figures: Mapping[str, Any]) -> dict[str, float]:
@@ -305,7 +320,7 @@ def opened(plan: Plan, place: Place, cell: Cell, data: Prepared, folder: Path) -
     params = cell.params
     method = {"method": f"{cell.method}+{params.objective['name']}"}
     method |= {"variant": cell.variant} if cell.variant else {}
-    procedure = {} if cell.procedure["name"] == "pipeline" else {"procedure": cell.procedure["name"]}
+    method |= {} if cell.procedure["name"] == "pipeline" else {"procedure": cell.procedure["name"]}
     return track(
         "study",
         experiment=params.tracking.experiment,
@@ -313,7 +328,7 @@ def opened(plan: Plan, place: Place, cell: Cell, data: Prepared, folder: Path) -
         run_id=begun,
         parent_run_id=place.parent(),
         params=cell.logged(),
-        tags={**recorded.tags(params, data, kind="study"), "study": plan.study.name, **method, **procedure},
+        tags={**recorded.tags(params, data, kind="study"), "study": plan.study.name, **method, **_machine()},
         description=f"{cell.how().story(params, data)} A cell of the study `{plan.study.name}`.",
     )
 

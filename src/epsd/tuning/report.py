@@ -167,10 +167,15 @@ def table(study: optuna.Study, objectives: list[str]) -> str:
 
 
 def export(study: optuna.Study, path: Path) -> int:
-    """Every trial that has begun as one line of CSV: number, state, times, values, parameters, figures. Their count."""
+    """Every trial that has begun as one line of CSV: number, state, times, values, parameters, figures. Their count.
+
+    Raises TuningError where none has, ArtifactError where `path` cannot be written.
+    """
     import pandas as pd
 
     rows = [_row(study, trial) for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+    if not rows:
+        raise TuningError(f"study '{study.study_name}': no trial has begun yet: nothing to write to {path}.")
     with replacing(path) as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False)
     return len(rows)
@@ -226,7 +231,7 @@ def _plots(study: optuna.Study, objectives: list[str]) -> Iterator[Plot]:
         yield Plot(f"parallel{tail}", f"Parallel coordinates{of}", "plot_parallel_coordinate", target)
         yield Plot(f"slice{tail}", f"Each parameter by itself{of}", "plot_slice", target)
     if not many:
-        yield Plot("curves", "What was reported of each trial while it ran", "plot_intermediate_values", {})
+        yield Plot("curves", "What the pruner was told of each trial while it ran", "plot_intermediate_values", {})
     elif len(objectives) <= 3:
         yield Plot("pareto", "Pareto front", "plot_pareto_front", {"target_names": objectives})
 

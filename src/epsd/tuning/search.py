@@ -13,14 +13,14 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from epsd import artifacts
 from epsd.console import Progress
-from epsd.data import Prepared
 from epsd.devices import pick_device
 from epsd.params import DEFAULT_PATH, Params, load
+from epsd.pipeline.opened import opened
 from epsd.runtime import no_telemetry, note, quiet
 from epsd.stage import check
 from epsd.tracking import Tracker, track
@@ -48,15 +48,13 @@ def search(params: Params, *, trials: int | None = None, workers: int | None = N
     Raises
     ------
     ParamsError, TuningError : see `Space`, `open_storage` and `begin`; every trial fails; workers cannot be kept alive.
-    ArtifactError : no prepared data.
+    ArtifactError : see `opened`.
     """
     no_telemetry()
     check(params)
     pick_device(params.device)
     space = Space(params)
-    data = Prepared.load(artifacts.DATA)
-    if not data.sizes.get("validation"):
-        raise TuningError("trials are judged on validation: set data.validation above 0 and run `dvc repro prepare`.")
+    data = opened(params)
     since = time.time()
     try:
         ledger, made = begin(open_storage(params.tune), space, data.digest, trials or params.tune.trials, resume)
@@ -365,13 +363,16 @@ def command(request: Request) -> int:
 
 
 def _existing(params: Params) -> Ledger:
+    storage = open_storage(params.tune)
     try:
-        ledger = Ledger(open_storage(params.tune), params.tune.study)
+        ledger = Ledger(storage, params.tune.study)
         ledger.facts["epsd"]
         return ledger
     except KeyError:
+        known = ", ".join(optuna.get_all_study_names(storage)) or "(none)"
         raise TuningError(
-            f"there is no study '{params.tune.study}' of `epsd tune` in {shown(params.tune.storage)} yet."
+            f"tune.study: there is no study '{params.tune.study}' of `epsd tune` in {shown(params.tune.storage)} yet. "
+            f"Studies: {known}."
         ) from None
 
 

@@ -157,6 +157,11 @@ class Space:
     def _check_figures(self) -> None:
         if self.tune.pruner == "race" and self.tune.repeats < 2:
             raise ParamsError("tune.pruner: 'race' compares trials seed by seed: set tune.repeats to 2 or more.")
+        if self.tune.sampler == "gp" and self.tune.constraints and self.tune.pruner != "none":
+            raise ParamsError(
+                "tune.sampler: 'gp' learns of whole trials only, so it would never see which limits a stopped one "
+                "broke: with tune.constraints set tune.pruner to none, or tune.sampler to tpe."
+            )
         for where in ("objectives", "constraints"):
             for name in getattr(self.tune, where):
                 if name not in FIGURES:

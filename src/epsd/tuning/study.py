@@ -15,7 +15,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -250,13 +250,16 @@ class Ledger:
         """How many trials are asked for."""
         return int(self.study.user_attrs["trials"])
 
-    def top_up(self, trials: int) -> None:
-        """Ask for `trials` in all: every slot gets a waiting trial that has none, or none that can still finish."""
+    def top_up(self, trials: int, points: Iterable[Values] = ()) -> None:
+        """Ask for `trials` in all: every slot gets a waiting trial that has none, or none that can still finish.
+
+        points : values for the new ones, as long as there are any.
+        """
         self.study.set_user_attr("trials", trials)
-        alive = {slot(trial) for trial in self.trials() if trial.state != TrialState.FAIL}
+        alive, points = {slot(trial) for trial in self.trials() if trial.state != TrialState.FAIL}, iter(points)
         for number in range(trials):
             if number not in alive:
-                self.add(number)
+                self.add(number, next(points, None))
 
     def add(self, number: int, values: Values | None = None, **attributes: Any) -> None:
         """A waiting trial for slot `number`; with `values`, of just these."""
@@ -452,10 +455,19 @@ def _go_on(storage: BaseStorage, space: Space, data: str, trials: int, resume: b
         )
     facts = _facts(ledger)
     _compare(name, facts, space, data)
+    left: list[Values] = []
     if space.tune.sampler == "grid":
-        trials = min(trials, len(list(space.grid())))
-    ledger.top_up(max(trials, _count(ledger)))
+        alive = [trial for trial in ledger.trials() if trial.state != TrialState.FAIL]
+        had = [_values(trial) for trial in (*alive, *(t for t in ledger.trials() if "error" in t.user_attrs))]
+        left = [point for point in space.grid() if point not in had]
+        trials = min(trials, len(alive) + len(left))
+    ledger.top_up(max(trials, _count(ledger)), left)
     return ledger
+
+
+def _values(trial: FrozenTrial) -> Values:
+    """Those it was given, else those that it took."""
+    return dict(trial.system_attrs.get("fixed_params") or trial.params)
 
 
 def _count(ledger: Ledger) -> int:

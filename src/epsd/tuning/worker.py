@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from epsd import artifacts
 from epsd.data import Prepared
 from epsd.devices import determinism
-from epsd.params import LimitParams, Params, flatten, parse
+from epsd.params import LimitParams, Params, TuneParams, flatten, parse
 from epsd.runtime import mix, no_telemetry, note, stops_arrive
 from epsd.tracking import Tracker, track
 from epsd.training import Record
@@ -32,6 +32,8 @@ from epsd.types import EpsdError
 INTERRUPTED = 130
 IDLE = 0.5
 """Seconds between two looks for a slot that another worker may have to give back."""
+BROKEN = 1e10
+"""Worse than every objective that is to be small: bytes, parameters, losses."""
 HOPELESS = 3
 """Failed trials, and none that went well, after which a search is given up."""
 
@@ -198,7 +200,8 @@ class Worker:
             epoch = int(record["epoch"])
             tracker.metrics({name: value for name, value in record.items() if name != "epoch"}, step=epoch)
             if reports and epoch < self.params.train.epochs:
-                self._report(trial, record[first] if first in record else figures()[first], epoch, figures)
+                known = record if first in record and not self.tune.constraints else figures()
+                self._report(trial, known, epoch, figures)
 
         return watch
 
@@ -209,14 +212,14 @@ class Worker:
         tracker.metrics({f"repeat/{name}": value for name, value in done[-1].items()}, step=len(done) - 1)
         if self.tune.pruner == "race" and len(self.tune.objectives) == 1 and len(done) < self.tune.repeats:
             so_far = judge.means(done)
-            self._report(trial, so_far[next(iter(self.tune.objectives))], len(done), lambda: so_far)
+            self._report(trial, so_far, len(done), lambda: so_far)
 
-    def _report(self, trial: Any, value: float, step: int, figures: Callable[[], Figures]) -> None:
+    def _report(self, trial: Any, known: Mapping[str, float], step: int, figures: Callable[[], Figures]) -> None:
         """Tell the pruner. Raises TrialPruned with the figures where it ends the trial."""
         import optuna
 
         with self.interrupts.shield():
-            trial.report(value, step)
+            trial.report(merit(self.tune, known), step)
             stop = trial.should_prune()
         if stop:
             raise optuna.TrialPruned(figures())
@@ -292,6 +295,18 @@ def shown_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)
+
+
+def merit(tune: TuneParams, figures: Mapping[str, float]) -> float:
+    """What the pruner goes by: the one objective, of figures that keep to every limit. Others are worse than all of
+    these, the more the further they break it: no trial outlives another by breaking a limit. No figure is negative.
+    """
+    [(name, direction)] = tune.objectives.items()
+    found = [excesses(key, limit, figures[key]) for key, limit in tune.constraints.items()]
+    broken = sum(max(0.0, excess) for each in found for excess in each.values())
+    if not broken:
+        return figures[name]
+    return -broken if direction == "maximize" else BROKEN + broken
 
 
 def excesses(name: str, limit: LimitParams, value: float) -> dict[str, float]:
