@@ -479,6 +479,47 @@ def test_a_replay_that_is_interrupted_begins_again(away, monkeypatch):
     assert tracking.resolve(tracker.run_id) == run.info.run_id
 
 
+@pytest.mark.parametrize("uri", [None, "sqlite:///other.db"])
+def test_what_was_kept_in_a_folder_that_is_moved_since_is_sent(uri, away, capsys, project, monkeypatch):
+    if uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (project / "late.txt").write_text("at the time")
+    away(True)
+    with session() as tracker:
+        tracker.artifact("late.txt")
+    away(False)
+    moved = project.rename(project.parent / "moved")
+    monkeypatch.chdir(moved)
+    with session("evaluate", tracker.run_id):
+        pass
+    (run,) = all_runs()
+    assert Path(run.info.artifact_uri, "late.txt").read_text() == "at the time"
+    assert spooled() == [] and "refused artifact" not in capsys.readouterr().err
+
+
+def test_what_the_store_will_never_take_does_not_hold_up_the_rest(away, capsys, monkeypatch):
+    away(True)
+    with session(experiment="x" * 600) as refused:
+        refused.artifact("dvc.yaml")
+    with session() as tracker:
+        tracker.tags({"file": "caf\udce9.png"})  # a file's name need not be text
+        tracker.metrics({"train/loss": 1.0}, step=0)
+    spoiled = Path(".epsd/spool/0-spoiled.jsonl")
+    spoiled.write_bytes(b"\xff\xfe\n" + b'{"op": "metrics"}\n')
+    away(False)
+    capsys.readouterr()
+    with session("evaluate", tracker.run_id) as later:
+        later.metrics({"test/top1": 0.5})
+    (run,) = all_runs()
+    assert later.run_id == run.info.run_id
+    assert {"train/loss", "test/top1"} <= set(run.data.metrics)
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if "refused" in line]) == 2, said
+    assert spooled() == [spoiled], "of no store that is known"
+    (aside,) = Path(".epsd/spool").glob("*.refused")
+    assert f"{aside.resolve()}" in "".join(said) and list(aside.with_suffix(".files").rglob("dvc.yaml"))
+
+
 def test_what_was_kept_for_one_server_does_not_go_to_another(away, monkeypatch):
     away(True)
     with session() as tracker:

@@ -21,15 +21,17 @@ from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
-from epsd.runtime import brief, no_telemetry, note, project_root, signals_wait, state_folder, versions
+from epsd.runtime import brief, located, no_telemetry, note, project_root, signals_wait, state_folder, versions
 from epsd.spool import Event, Spool, waiting
 from epsd.tracking import models, pages
 
 LOCAL = "local-"
 """Prefix of the id of a run that began while the store was away."""
 
-_STORE = "store"
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"}
+_REFUSED_FILE = (400, 413)
+"""What a server answers to a file that it will never take (413: too large)."""
+
 _STALE_IF = {"detect/": ("detect.", "voc."), "test/": ("evaluate.",), "model/": ("evaluate.",)}
 """Metric prefix -> the parameters whose change makes that metric of the parent run untrue for its sibling."""
 
@@ -231,8 +233,10 @@ class _Store:
 
     @property
     def name(self) -> str:
-        """As written down in a spool: the project's own store keeps its name when the folder is moved."""
-        return _STORE if self.uri == f"sqlite:///{project_root() / 'mlflow.db'}" else shown(self.uri)
+        """As written down in a spool: a store in the project's folder keeps its name when that is moved."""
+        if self.database and self.database.is_relative_to(project_root()):
+            return str(self.database.relative_to(project_root()))
+        return shown(self.uri)
 
     def reachable(self) -> bool:
         """Whether trying again is worth it, in two seconds at most; any answer of a server counts."""
@@ -397,11 +401,11 @@ class _Store:
             case "tags":
                 self.tags(run_id, event["tags"])
             case "artifact":
-                self.artifact(run_id, Path(event["path"]), event["folder"])
+                self.artifact(run_id, located(event["path"]), event["folder"])
             case "dataset":
                 self.dataset(run_id, event)
             case "model":
-                self.version = models.record(self.client, run_id, Path(event["path"]))
+                self.version = models.record(self.client, run_id, located(event["path"]))
             case "describe":
                 self.describe(run_id, event["label"], event["text"])
             case "end":
@@ -478,6 +482,10 @@ def _code(error: BaseException) -> str:
 
 def _refused(event: Event, error: BaseException) -> bool:
     """Whether the store has answered no, and would again. A server of MLflow 2 has no place for a model."""
+    if isinstance(error.__cause__ or error, UnicodeError | FileNotFoundError):  # text that no store holds, a lost copy
+        return True
+    if getattr(getattr(error, "response", None), "status_code", 0) in _REFUSED_FILE:
+        return True
     return _code(error) in (_REFUSALS | {"ENDPOINT_NOT_FOUND"} if event["op"] == "model" else _REFUSALS)
 
 
@@ -526,7 +534,7 @@ def _replay(store: _Store, events: list[Event]) -> str:
         try:
             store.send(run_id, event)
         except Exception as error:
-            if not _refused(event, error) and not isinstance(error, FileNotFoundError):
+            if not _refused(event, error):
                 raise
             _reject(run_id, event, error)
     return run_id
@@ -550,10 +558,17 @@ def replay(store: _Store) -> int:
         with _locked("replay", timeout=0):
             for spool in waiting(folder):
                 events = spool.events()
-                if events and events[0]["store"] != store.name:
+                if events and events[0].get("store") != store.name:
                     continue
-                if events:
-                    _replay(store, events)
+                try:
+                    if events:
+                        _replay(store, events)
+                except Exception as error:
+                    if not _refused(events[0], error):
+                        raise
+                    aside = spool.set_aside()
+                    note(f"tracking: {shown(store.uri)} refused the run that is kept in {aside} ({brief(error)}).")
+                    continue
                 spool.discard()
                 sent += len(events)
     except Timeout:  # another process is at it
@@ -603,7 +618,7 @@ class Tracker:
         if not Path(path).exists():
             say_once(f"tracking: {path} is not there, so it was not logged.")
             return
-        self._do("artifact", path=str(Path(path)), folder=folder)
+        self._do("artifact", path=str(Path(path).absolute()), folder=folder)
 
     def describe(self, label: str, text: str) -> None:
         """One paragraph of the run's description, begun by `label`; a later one of the same label takes its place."""
@@ -615,7 +630,7 @@ class Tracker:
         Returns the registered version; None where the store is away (the model is kept and sent later) or refused it.
         """
         self._store.version = None
-        self._do("model", path=str(folder))
+        self._do("model", path=str(Path(folder).absolute()))
         return self._store.version
 
     def dataset(
@@ -656,7 +671,8 @@ class Tracker:
         if self._online and self._sent(event):
             return
         if event["op"] in ("artifact", "model"):
-            event["path"] = str(self._kept().keep(Path(event["path"])))
+            kept = self._kept().keep(Path(event["path"]))
+            event["path"] = str(kept.relative_to(project_root()))  # the project may be moved before it is sent
         self._kept().append(event)
 
     def _sent(self, event: Event) -> bool:
