@@ -63,8 +63,12 @@ def project(folder: Path, scenes: dict[str, Any], shape: tuple[int, int, int] = 
         "std": [0.4] * shape[0],
     }
     artifacts.save_model(net, folder / artifacts.MODEL, card)
-    artifacts.write_json(folder / artifacts.RUN, {"run_id": "none-yet", "name": "a-run"})
+    artifacts.write_json(folder / artifacts.RUN, RUN)
     return folder
+
+
+RUN = {"run_id": "none-yet", "name": "a-run", "tags": {"kind": "pipeline"}, "description": "A network."}
+"""As `train` leaves it. The run itself is no more in the store."""
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -141,6 +145,8 @@ def test_everything_is_in_the_run(done: Path) -> None:
     assert found.data.metrics["detect/map"] == report["map"]
     assert "detect/train_loss" in found.data.metrics
     assert found.data.params["detect.beside"] == "dense"
+    assert found.info.run_name == "a-run" and found.data.tags["kind"] == "pipeline"
+    assert found.data.tags["mlflow.note.content"].startswith("A network.\n\n**Detection.** As backbone of")
     assert {file.path for file in client.list_artifacts(found.info.run_id)} >= {"detections.png", "detect"}
 
 

@@ -189,6 +189,27 @@ def test_a_run_that_is_gone_is_replaced(capsys):
     assert again.run_id != tracker.run_id
 
 
+def test_a_store_that_was_wiped_gets_one_whole_run_again(project, empty_store, away):
+    """DVC keeps the id of the first run for ever."""
+    told = {"tags": {"kind": "pipeline"}, "description": "A network."}
+    with session(**told) as first:
+        away(True)
+        first.describe("Test", "Top-1 0.4.")
+    shutil.copy(empty_store, project)
+    away(False)
+    with session("evaluate", first.run_id, **told) as tracker:
+        tracker.describe("Test", "Top-1 0.5.")
+        with session("trial", parent_run_id=first.run_id) as child:
+            pass
+    with session("detect", first.run_id, **told) as later:
+        later.describe("Detection", "mAP 0.7.")
+    assert later.run_id == tracker.run_id != first.run_id
+    other, run = all_runs()
+    assert (other.info.run_id, other.data.tags["mlflow.parentRunId"]) == (child.run_id, run.info.run_id)
+    assert run.data.params["train.lr"] == "0.1" and run.data.tags["kind"] == "pipeline"
+    assert run.data.tags["mlflow.note.content"] == "A network.\n\n**Test.** Top-1 0.5.\n\n**Detection.** mAP 0.7."
+
+
 def test_other_settings_of_a_later_stage_get_their_own_row():
     with session() as tracker:
         for epoch in range(3):

@@ -1,9 +1,12 @@
 """What a run of a trained model says about itself: name, tags, plain words. For the stages and for cells of a study."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
+from epsd import artifacts
 from epsd.data import Prepared
-from epsd.params import Params
+from epsd.params import Params, flatten
+from epsd.tracking import Tracker, track
 
 
 def method(params: Params) -> str:
@@ -41,4 +44,18 @@ def story(params: Params, data: Prepared) -> str:
         f"({shape}, {data.sizes['train']} training images). `{params.prune.score['name']}` removed "
         f"{params.prune.sparsity:.1%} of its weights before training; `{params.objective['name']}` then trained the "
         f"rest for {params.train.epochs} epochs. Seed {params.seed}."
+    )
+
+
+def reopened(stage: str, params: Params, tags: dict[str, Any]) -> AbstractContextManager[Tracker]:
+    """A session of a later stage in the run that `train` opened; whole again where that is no more in the store."""
+    run = artifacts.read_json(artifacts.RUN)
+    return track(
+        stage,
+        experiment=params.tracking.experiment,
+        name=run.get("name", stage),
+        run_id=run["run_id"],
+        params=dict(flatten(params.model_dump())),
+        tags=run.get("tags", {}) | tags,
+        description=run.get("description", ""),
     )

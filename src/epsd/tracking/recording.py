@@ -28,6 +28,10 @@ from epsd.tracking import models, pages
 LOCAL = "local-"
 """Prefix of the id of a run that began while the store was away."""
 
+_LOCAL_ID = "epsd.local_id"
+REPLACES = "epsd.replaces"
+"""Tag of a run that was made because the one of this id was not in the store any more."""
+
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"}
 _REFUSED_FILE = (400, 413)
 """What a server answers to a file that it will never take (413: too large)."""
@@ -308,44 +312,43 @@ class _Store:
         """The id of the run that `opening` asks for, RUNNING: found, a sibling of the one found, or a new one."""
         experiment = self.experiment(opening["experiment"])
         self.bury(experiment)
-        if replayed and (made := self.by_local_id(opening["local"])):
-            return made
+        if replayed and (made := self.tagged(_LOCAL_ID, opening["local"])):
+            return str(made.info.run_id)
         run = self.find(opening["run"]) if opening["run"] else None
         if run is None:
             if opening["run"]:
                 note(f"tracking: run {opening['run']} is no more in {shown(self.uri)}; a new one takes its place.")
-            return self.create(experiment, opening)
+            return self.create(experiment, opening, {REPLACES: opening["run"]} if opening["run"] else None)
         if clash := conflicts(run.data.params, opening["params"]):
             return self.sibling(experiment, run, clash, opening)
         self.reopen(run, opening)
         return str(run.info.run_id)
 
     def find(self, run_id: str) -> Any:
-        """The run, or None when it was deleted or never was here."""
-        real = resolve(run_id)
-        if real.startswith(LOCAL):
-            real = self.by_local_id(real) or real
+        """The run, or what was made for its local id or in its place; None when it was deleted or never was here."""
         try:
-            run = self.client.get_run(real)
+            run = self.client.get_run(resolve(run_id))
+            if run.info.lifecycle_stage == "active":
+                return run
         except Exception as error:
             if _code(error) not in _REFUSALS:
                 raise
-            return None
-        return run if run.info.lifecycle_stage == "active" else None
+        return self.tagged(_LOCAL_ID, run_id) or self.tagged(REPLACES, run_id)
 
-    def by_local_id(self, local: str) -> str | None:
-        """The run that was created for this local id, if it was."""
+    def tagged(self, tag: str, value: str) -> Any:
+        """The newest run with this tag, or None."""
         ids = [experiment.experiment_id for experiment in self.client.search_experiments()]
-        runs = self.client.search_runs(ids, f"tags.`epsd.local_id` = '{local}'", max_results=1)
-        return str(runs[0].info.run_id) if runs else None
+        runs = self.client.search_runs(ids, f"tags.`{tag}` = '{value}'", max_results=1)
+        return runs[0] if runs else None
 
     def create(self, experiment: str, opening: Event, extra: Mapping[str, str] | None = None) -> str:
         """A new run with its identity, tags, description and parameters."""
         described = {"mlflow.note.content": opening["description"]}
         tags = {**described, **(extra or {}), **opening["identity"], **opening["tags"]}
-        tags["epsd.local_id"] = opening["local"]
+        tags[_LOCAL_ID] = opening["local"]
         if parent := opening.get("parent"):
-            tags["mlflow.parentRunId"] = resolve(parent)
+            found = self.find(parent)
+            tags["mlflow.parentRunId"] = found.info.run_id if found else resolve(parent)
         run = self.client.create_run(experiment, opening["time"], tags, opening["name"])
         self._fresh.add(run.info.run_id)
         self.params(run.info.run_id, opening["params"])
@@ -355,7 +358,9 @@ class _Store:
         """Go on in `run`: what it says about its origin stays, who works on it now is updated."""
         origin = {key: value for key, value in opening["identity"].items() if key not in run.data.tags}
         now = {key: value for key, value in opening["identity"].items() if key in ("host", "pid", "pid.started")}
-        described = {"mlflow.note.content": opening["description"]} if opening["description"] else {}
+        added = [part for part in run.data.tags.get("mlflow.note.content", "").split("\n\n") if part.startswith("**")]
+        parts = [opening["description"], *added]
+        described = {"mlflow.note.content": "\n\n".join(parts)} if opening["description"] else {}
         self.tags(run.info.run_id, {**origin, **now, **opening["tags"], **described})
         missing = {key: value for key, value in opening["params"].items() if key not in run.data.params}
         self.params(run.info.run_id, missing)
@@ -525,11 +530,8 @@ def _replay(store: _Store, events: list[Event]) -> str:
     """Send the events of one session; returns the id of its run. Safe to begin again after any interruption."""
     first, *rest = events
     store.forget()
-    if first["op"] == "attach":
-        run_id = str(first["run"])
-    else:
-        run_id = store.open(first, replayed=True)
-        _remember(first["local"], run_id)
+    run_id = store.open(first, replayed=True)
+    _remember(first["local"], run_id)
     for event in rest:
         try:
             store.send(run_id, event)
@@ -691,8 +693,7 @@ class Tracker:
         """This session's spool, begun with the line that says which run it belongs to."""
         if self._spool is None:
             spool = Spool.new(state_folder("spool"), str(self._opening["local"]))
-            attach = {"op": "attach", "run": self._run}
-            spool.append({"store": self._store.name, **(attach if self._run else self._opening)})
+            spool.append({"store": self._store.name, **self._opening, "run": self._run or self._opening["run"]})
             self._spool = spool
         return self._spool
 
