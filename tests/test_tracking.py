@@ -1,3 +1,4 @@
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -393,7 +394,7 @@ def away(monkeypatch):
 
     for name in ("log_batch", "create_run", "search_runs", "get_experiment_by_name", "log_artifact", "set_terminated"):
         monkeypatch.setattr(MlflowClient, name, failing(getattr(MlflowClient, name)))
-    monkeypatch.setattr(tracking._Store, "reachable", lambda self: not state["away"])
+    monkeypatch.setattr(tracking._Store, "probe", failing(tracking._Store.probe))
     return lambda value: state.update(away=value)
 
 
@@ -568,6 +569,42 @@ def test_a_refused_store_does_not_stop_the_work(monkeypatch, capsys):
         tracker.metrics({"train/loss": 0.0}, step=0)
     assert tracker.run_id.startswith("local-") and len(spooled()) == 1
     assert "cannot be used" in capsys.readouterr().err
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """The port of a server that takes no connection and refuses none, as behind a firewall."""
+    with socket.socket() as listening, contextlib.ExitStack() as stack:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        for _ in range(4):  # its queue is full
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listening.getsockname())
+        yield listening.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mysql+pymysql", "http"])
+def test_a_server_that_does_not_answer_costs_a_hundredth_of_the_time(kind, silent, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{kind}://me:secret@127.0.0.1:{silent}/runs")
+    with session() as tracker:
+        began = time.monotonic()
+        for epoch in range(100):
+            tracker.metrics({"train/loss": 1.0}, step=epoch)
+        assert time.monotonic() - began < 1
+        assert 150 < tracker._next_try - began < 400
+    said = capsys.readouterr().err
+    assert said.count("cannot be used") == 1 and "secret" not in said
+    assert len(spooled()) == 1
+
+
+@pytest.mark.parametrize("kind", ["postgresql+psycopg", "mysql+pymysql"])
+def test_a_database_that_refuses_is_asked_once(kind, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{kind}://localhost:9/runs")
+    began = time.monotonic()
+    with session():
+        pass
+    assert time.monotonic() - began < 5 and "cannot be used" in capsys.readouterr().err
 
 
 # --- a real server --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import re
+import socket
 import sqlite3
 import time
 import uuid
@@ -52,8 +53,16 @@ _HTTP = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "PGCONNECT_TIMEOUT": "10",
 }
-"""A dead server costs two to three seconds instead of MLflow's four minutes, and only once."""
+"""A server that dies at work costs seconds instead of MLflow's four minutes, or for ever with PostgreSQL."""
+
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_ANSWER_WITHIN = 2.0
+"""Seconds that a server has to answer before anything is asked of it."""
+
+_SHARE = 0.01
+"""Of the time, at most, that goes into trying to reach a store that is away."""
 
 _said: set[str] = set()
 
@@ -242,17 +251,17 @@ class _Store:
             return str(self.database.relative_to(project_root()))
         return shown(self.uri)
 
-    def reachable(self) -> bool:
-        """Whether trying again is worth it, in two seconds at most; any answer of a server counts."""
-        if not self.uri.startswith(("http://", "https://")):
-            return True
-        import requests
+    def probe(self) -> None:
+        """Find out in about two seconds whether a server is there; any answer counts. Raises OSError where none is."""
+        parts = urlsplit(self.uri)
+        if self.remote:
+            import requests
 
-        try:
-            requests.get(shown(self.uri), timeout=2)
-        except requests.RequestException as error:
-            return isinstance(error, requests.exceptions.SSLError)
-        return True
+            with contextlib.suppress(requests.exceptions.SSLError):
+                requests.get(shown(self.uri), timeout=_ANSWER_WITHIN, stream=True).close()
+        elif parts.hostname not in (None, "localhost") and "socket" not in parts.query:  # those may be sockets of files
+            place = (parts.hostname, parts.port or _PORTS[parts.scheme.partition("+")[0]])
+            socket.create_connection(place, timeout=_ANSWER_WITHIN).close()
 
     @property
     def client(self) -> Any:
@@ -267,9 +276,12 @@ class _Store:
     def _connect(self) -> Any:
         import logging
 
+        self.probe()
         logging.getLogger("alembic").setLevel(logging.ERROR)
         from mlflow import MlflowClient
+        from mlflow.store.db import utils
 
+        utils.MAX_RETRY_COUNT = 1  # ten tries would take two minutes, and hold this process up
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         if self.remote:
             return MlflowClient(tracking_uri=self.uri)
@@ -593,7 +605,7 @@ class Tracker:
         self._run: str | None = None
         self._spool: Spool | None = None
         self._online = False
-        self._next_try, self._pause = 0.0, 30.0 if self._store.remote else 1.0
+        self._tried = self._next_try = 0.0
         self._logged: set[str] = set()
         self._odd: set[str] = set()
         self._started = time.monotonic()
@@ -668,6 +680,7 @@ class Tracker:
         self._safely(lambda: self._record({"op": op, "time": _milliseconds(), **fields}))
 
     def _record(self, event: Event) -> None:
+        self._tried = time.monotonic()
         if not self._online and time.monotonic() >= self._next_try:
             self._try_again()
         if self._online and self._sent(event):
@@ -699,8 +712,8 @@ class Tracker:
 
     def _lost(self, error: Exception) -> None:
         self._online = False
-        self._next_try = time.monotonic() + self._pause
-        self._pause = min(self._pause * 2, 300.0)
+        now = time.monotonic()
+        self._next_try = now + max(1.0, (now - self._tried) / _SHARE)
         where = state_folder("spool")
         say_once(
             f"tracking: {shown(self._store.uri)} cannot be used ({brief(error)}). The work goes on; "
@@ -709,12 +722,9 @@ class Tracker:
         )
 
     def _try_again(self) -> None:
-        """Send what was kept if the store is back. Costs two seconds at most while it is not."""
-        if not self._store.reachable():
-            self._next_try = time.monotonic() + self._pause
-            self._pause = min(self._pause * 2, 300.0)
-            return
+        """Send what was kept if the store is back. Costs about two seconds at most while it is not."""
         try:
+            self._store.probe()
             replay(self._store)
             if self._spool is None:
                 self._run = self._store.open(self._opening)
@@ -731,6 +741,7 @@ class Tracker:
         self._safely(self._start)
 
     def _start(self) -> None:
+        self._tried = time.monotonic()
         try:
             replay(self._store)
             self._run = self._store.open(self._opening)
