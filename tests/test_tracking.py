@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from conftest import ROOT
 from epsd.tracking import pages, track
 from epsd.tracking import recording as tracking
 
@@ -562,13 +563,29 @@ def test_even_an_unwritable_spool_does_not_stop_the_work(away, capsys, project):
     assert "not recorded" in capsys.readouterr().err
 
 
-def test_a_refused_store_does_not_stop_the_work(monkeypatch, capsys):
-    """MLflow refuses file stores: the numbers are kept, and the reason is said."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
-    with session() as tracker:
-        tracker.metrics({"train/loss": 0.0}, step=0)
-    assert tracker.run_id.startswith("local-") and len(spooled()) == 1
-    assert "cannot be used" in capsys.readouterr().err
+ODD = ("databricks", "ftp://host/x", "./mlruns", "sqlite://runs.db", "sqlite:///", "sqlit:///a.db", "http://host:port")
+
+
+@pytest.mark.parametrize("uri", [*ODD, "postgres://me:secret@host/runs"])
+def test_an_address_of_no_known_kind_is_refused_at_the_start(uri, monkeypatch, project):
+    from epsd.params import DEFAULT_PATH, load
+    from epsd.registry import ParamsError
+    from epsd.stage import check
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(tracking.AddressError, match=r"^MLFLOW_TRACKING_URI: .* Valid: sqlite:///.*mlflow.db\.$"):
+        session().__enter__()
+    (project / ".epsd/spool").mkdir(parents=True)
+    (project / ".epsd/spool/1.jsonl").touch()
+    with pytest.raises(ParamsError, match=r"1 session in .*spool wait for their store") as found:
+        check(load(ROOT / DEFAULT_PATH))
+    assert "secret" not in str(found.value)
+
+
+@pytest.mark.parametrize("uri", ["mysql+pymysql://me@host:3306/runs", "postgresql:///runs?host=/tmp", "https://host/x"])
+def test_addresses_of_every_kind_are_taken(uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert tracking.tracking_uri() == uri
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from epsd.fitting import is_shortage
 from epsd.params import DEFAULT_PATH, Params, load
 from epsd.registry import ParamsError, choose
 from epsd.runtime import STATE, counted, hush, located, no_telemetry, note, quiet
+from epsd.tracking import tracking_uri
 from epsd.types import EpsdError
 
 Main = Callable[[Params], str | None]
@@ -156,8 +157,8 @@ def _use_this_copy() -> None:
 
 
 def check(params: Params) -> None:
-    """Check every chosen name and its settings, and what this machine can compute in, so that a mistake fails before
-    any work. Builds nothing heavy.
+    """Check every chosen name and its settings, what this machine can compute in, and where runs go, so that a mistake
+    fails before any work. Builds nothing heavy.
 
     Raises ParamsError with all findings, each with the valid choices, in one line.
     """
@@ -171,6 +172,7 @@ def check(params: Params) -> None:
         device = pick_device(params.device)
         for section in ("prune", "train", "detect"):
             pick_precision(getattr(params, section).precision, device, f"{section}.precision")
+        tracking_uri()
     except EpsdError as error:
         findings.append(str(error))
     if findings:

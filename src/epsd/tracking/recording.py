@@ -22,9 +22,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
-from epsd.runtime import brief, located, no_telemetry, note, project_root, signals_wait, state_folder, versions
+from epsd.runtime import brief, counted, located, no_telemetry, note, project_root, signals_wait, state_folder, versions
 from epsd.spool import Event, Spool, waiting
 from epsd.tracking import models, pages
+from epsd.types import EpsdError
 
 LOCAL = "local-"
 """Prefix of the id of a run that began while the store was away."""
@@ -57,6 +58,7 @@ _HTTP = {
 }
 """A server that dies at work costs seconds instead of MLflow's four minutes, or for ever with PostgreSQL."""
 
+ADDRESSES = ("sqlite:///...", "postgresql://...", "mysql://...", "mssql://...", "http://...", "https://...")
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _ANSWER_WITHIN = 2.0
 """Seconds that a server has to answer before anything is asked of it."""
@@ -67,6 +69,10 @@ _SHARE = 0.01
 _said: set[str] = set()
 
 
+class AddressError(EpsdError):
+    """An address of a tracking store of a kind that is not supported."""
+
+
 def say_once(text: str, subject: str = "") -> None:
     """A line on stderr, the first time only that this `subject` (or this very text) comes up."""
     if (subject or text) not in _said:
@@ -75,11 +81,30 @@ def say_once(text: str, subject: str = "") -> None:
 
 
 def tracking_uri() -> str:
-    """Where runs go: `MLFLOW_TRACKING_URI`, else `mlflow.db` in the project's root (also from a queued experiment)."""
+    """Where runs go: `MLFLOW_TRACKING_URI`, else `mlflow.db` in the project's root (also from a queued experiment).
+
+    Raises AddressError for an address of another kind than those in `ADDRESSES`.
+    """
     told = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if told and not _is_address(told):
+        kept = len(list(state_folder("spool").glob("*.jsonl")))
+        also = f" {counted(kept, 'session')} in {state_folder('spool')} wait for their store." if kept else ""
+        raise AddressError(
+            f"MLFLOW_TRACKING_URI: '{shown(told)}' is no address of a tracking store. Valid: {', '.join(ADDRESSES)}; "
+            f"without it runs go to mlflow.db.{also}"
+        )
     if re.match(r"sqlite:///[^/]", told):  # a relative file would land in the throw-away copy of a queued experiment
         return f"sqlite:///{project_root() / told.removeprefix('sqlite:///')}"
     return told or f"sqlite:///{project_root() / 'mlflow.db'}"
+
+
+def _is_address(text: str) -> bool:
+    """A driver may be named after a `+`, as in `mysql+pymysql://`; a port is a number."""
+    kinds = "|".join(kind.removesuffix("...") for kind in ADDRESSES).replace(":", r"(\+\w+)?:")
+    try:
+        return bool(re.match(rf"({kinds})\S", text)) and urlsplit(text).port != 0
+    except ValueError:
+        return False
 
 
 def shown(uri: str) -> str:
@@ -236,7 +261,7 @@ class _Store:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.remote = uri.startswith(("http://", "https://", "databricks"))
+        self.remote = uri.startswith(("http://", "https://"))
         self.database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
         self.home = self.database.parent if self.database else project_root()
         self._client: Any = None
@@ -788,6 +813,8 @@ def track(
     params : flat, dotted names as in params.yaml; numbers are logged as numbers.
     tags : kind, method, dataset, seed ...; who, where, which code and which DVC experiment are added.
     description : shown on the run's page (Markdown).
+
+    Raises AddressError, as `tracking_uri`, and whatever the block raises.
     """
     texts = {_key(key): as_text(value) for key, value in (params or {}).items()}
     opening: Event = {
