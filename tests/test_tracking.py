@@ -363,6 +363,48 @@ def test_artifacts_survive_a_move(project, monkeypatch):
     assert client().get_run(new.run_id).info.artifact_uri.startswith(f"{moved}/mlruns/")
 
 
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_store_without_the_right_to_write_can_be_read(folder, moved, project, monkeypatch):
+    from epsd.tracking.registered import RegistryError, promote
+    from epsd.tracking.runs import read_runs
+
+    with session() as tracker:
+        pass
+    read_runs()  # all is imported
+    if moved:
+        project = project.rename(project.parent / "moved")
+        monkeypatch.chdir(project)
+    if folder:
+        shutil.rmtree(".epsd")
+    readable = {project / "mlflow.db": 0o444} | ({project: 0o555} if folder else {})
+    with restricted(readable):
+        assert list(read_runs()["run_id"]) == [tracker.run_id]
+        with pytest.raises(RegistryError, match=r"Recent runs: .*a-run"):
+            promote("another")
+
+
+@contextlib.contextmanager
+def restricted(modes: dict[Path, int]):
+    """Files with these rights, and nobody here who is above them."""
+    before = {path: path.stat().st_mode for path in modes}
+    root = os.geteuid() == 0
+    try:
+        for path, mode in modes.items():
+            path.chmod(mode)
+        if root:
+            for path in modes:
+                for parent in path.parents[:-2]:
+                    parent.chmod(parent.stat().st_mode | 0o55)
+            os.seteuid(65534)
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        for path, mode in before.items():
+            path.chmod(mode)
+
+
 def test_ui_address(project):
     (project / "mlflow.db").rename("away.db")
     assert tracking.ui_address() == "http://127.0.0.1:5000/"

@@ -5,6 +5,7 @@ spool on disk and is replayed at the next start of any tracker (or as soon as th
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -230,19 +231,27 @@ def relocate(database: Path, root: Path) -> None:
     """Point the artifact addresses of a store whose project folder was moved, renamed or copied to where it is now.
 
     MLflow makes them absolute when an experiment is created (mlflow/mlflow#3144). The old place is the tag
-    `epsd.root` that `_Store` leaves on every experiment.
+    `epsd.root` that `_Store` leaves on every experiment. A store that can only be read stays as it is.
     """
     if not database.is_file():
         return
-    with contextlib.closing(sqlite3.connect(database, timeout=30)) as link, link:
-        tables = {name for (name,) in link.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if "experiment_tags" not in tables:
-            return
-        rows = link.execute("SELECT DISTINCT value FROM experiment_tags WHERE key = 'epsd.root'").fetchall()
-        for (old,) in rows:
-            if old != str(root):
-                _replace_prefix(link, tables, old, str(root))
-        link.execute("UPDATE experiment_tags SET value = ? WHERE key = 'epsd.root'", (str(root),))
+    with contextlib.closing(sqlite3.connect(database, timeout=30)) as link:
+        try:
+            with link:
+                _relocate(link, str(root))
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN")):
+                raise
+
+
+def _relocate(link: sqlite3.Connection, root: str) -> None:
+    tables = {name for (name,) in link.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if "experiment_tags" not in tables:
+        return
+    query = "SELECT DISTINCT value FROM experiment_tags WHERE key = 'epsd.root' AND value != ?"
+    for (old,) in link.execute(query, (root,)).fetchall():
+        _replace_prefix(link, tables, old, root)
+        link.execute("UPDATE experiment_tags SET value = ? WHERE key = 'epsd.root' AND value = ?", (root, old))
 
 
 def _replace_prefix(link: sqlite3.Connection, tables: set[str], old: str, new: str) -> None:
@@ -538,9 +547,15 @@ def connection() -> Any:
 
 @contextlib.contextmanager
 def _locked(name: str, timeout: float) -> Iterator[None]:
-    folder = state_folder("locks")
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{name}.lock", timeout=timeout):
+    """One process at a time. In a project that can only be read there is nothing to make, and no lock."""
+    path = state_folder("locks", f"{name}.lock")
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(path, timeout=timeout))
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EROFS):
+                raise
         yield
 
 
