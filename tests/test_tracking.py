@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -414,6 +415,38 @@ def test_ui_address(project):
         pass
     number = client().get_run(tracker.run_id).info.experiment_id
     assert tracking.ui_address(7) == f"http://127.0.0.1:7/#/experiments/{number}/runs?{pages.QUERY}"
+
+
+@pytest.mark.parametrize("goal", ["ui", "serve"])
+@pytest.mark.parametrize("uri", ["", "sqlite:///other.db", "http://127.0.0.1:9", "databricks"])
+def test_make_serves_the_store_that_is_meant_where_it_is_now(goal, uri, project, monkeypatch):
+    file = uri.removeprefix("sqlite:///") if uri.startswith("sqlite") else "mlflow.db"
+    if uri.startswith("sqlite"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with session() as tracker:
+        pass
+    moved = project.rename(project.parent / "moved")
+    programs = moved / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (programs / "mlflow").write_text('#!/bin/sh\necho "mlflow $MLFLOW_TRACKING_URI $@"\n')
+    for name in ("requirements.lock", "pyproject.toml", ".venv/complete", ".venv/bin/python", ".venv/bin/mlflow"):
+        (moved / name).touch()
+        (moved / name).chmod(0o755)
+    command = ["make", "-f", str(ROOT / "Makefile"), "-C", str(moved), goal]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    served = [line for line in done.stdout.splitlines() if line.startswith("mlflow ")]
+    if uri == "databricks":
+        assert done.returncode and not served and "MLFLOW_TRACKING_URI: 'databricks' is no" in done.stderr
+    elif uri.startswith("http"):
+        assert done.returncode == 0 and len(served) == (goal == "serve"), done.stderr
+        assert goal == "serve" or f"Runs: {uri} " in done.stdout
+    else:
+        assert (uri or f"sqlite:///{moved}/mlflow.db") in served[0], done.stderr
+        with contextlib.closing(sqlite3.connect(moved / file)) as link:
+            (place,) = link.execute("SELECT artifact_uri FROM runs").fetchone()
+        assert place == f"{moved}/mlruns/{tracker.run_id}/artifacts"
 
 
 # --- outages --------------------------------------------------------------------------------------------------------

@@ -856,12 +856,18 @@ def track(
 
 
 def ui_address(port: int = 5000) -> str:
-    """The address of the runs of the experiment with the newest run, in a `mlflow ui` on this machine."""
+    """The address of the runs of the experiment with the newest run, in a `mlflow ui` on this machine; of a server
+    that has a UI of its own, its address. The artifacts of a project that was moved are found from here on.
+
+    Raises AddressError, as `tracking_uri`.
+    """
+    store = _Store(tracking_uri())
     address = f"http://127.0.0.1:{port}/"
-    database = project_root() / "mlflow.db"
-    if not database.is_file():
-        return address
-    with contextlib.closing(sqlite3.connect(database)) as link, contextlib.suppress(sqlite3.Error):
+    if store.database is None or not store.database.is_file():
+        return shown(store.uri) if store.remote else address
+    with _locked("store", timeout=120):
+        relocate(store.database, store.home)
+    with contextlib.closing(sqlite3.connect(store.database)) as link, contextlib.suppress(sqlite3.Error):
         newest = link.execute("SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1").fetchone()
         if newest:
             return f"{address}#/experiments/{newest[0]}/runs?{pages.QUERY}"
