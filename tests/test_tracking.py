@@ -168,6 +168,28 @@ def test_resuming_logs_no_point_twice():
     assert run.info.status == "FINISHED" and "error" not in run.data.tags
 
 
+@pytest.mark.parametrize("spool", [False, True])
+def test_a_finished_training_stays_finished_when_later_stages_fail(spool, away):
+    def tags_after(stage: str, fails: bool) -> dict[str, str]:
+        with contextlib.suppress(ValueError), session(stage, tracker.run_id):
+            away(spool)
+            if fails:
+                raise ValueError(f"no {stage}")
+        away(False)
+        with session("other", name="sends what was kept"):
+            pass
+        run = client().get_run(tracker.run_id)
+        assert run.info.status == "FINISHED"
+        return {key: run.data.tags[key] for key in ("failed_stage", "error") if key in run.data.tags}
+
+    with session() as tracker:
+        pass
+    assert tags_after("evaluate", True) == {"failed_stage": "evaluate", "error": "ValueError: no evaluate"}
+    assert tags_after("detect", True) == {"failed_stage": "evaluate detect", "error": "ValueError: no detect"}
+    assert tags_after("evaluate", False) == {"failed_stage": "detect", "error": "ValueError: no detect"}
+    assert tags_after("detect", False) == {}
+
+
 def test_a_figure_without_a_step_is_replaced_when_it_changes():
     with session() as tracker:
         tracker.metrics({"test/top1": 0.5, "test/ece": 0.1})
@@ -310,8 +332,8 @@ def _one_run(number: int) -> None:
             tracker.metrics({"train/loss": float(number)}, step=epoch)
 
 
-def _open_and_die() -> None:
-    with session():
+def _open_and_die(run_id: str | None = None) -> None:
+    with session(run_id=run_id):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -341,6 +363,9 @@ def test_a_killed_run_does_not_run_for_ever():
         assert client().get_run(dead.info.run_id).info.status == "KILLED"
         with session():
             assert client().get_run(alive.run_id).info.status == "RUNNING", "the living are left alone"
+    together((_open_and_die, alive.run_id))
+    with session():
+        assert client().get_run(alive.run_id).info.status == "FINISHED", "what has finished stays so"
 
 
 # --- a project that moves -------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from epsd.types import EpsdError
 LOCAL = "local-"
 """Prefix of the id of a run that began while the store was away."""
 
+_FAILED = "failed_stage"
 _LOCAL_ID = "epsd.local_id"
 REPLACES = "epsd.replaces"
 """Tag of a run that was made because the one of this id was not in the store any more."""
@@ -165,8 +166,8 @@ def with_paragraph(description: str, label: str, text: str) -> str:
 
 def _inherited(tags: Mapping[str, str], stale: list[str]) -> dict[str, str]:
     """What a sibling says of itself like its elder: kind, method, data, and the paragraphs that still hold."""
-    own = ("mlflow.", "versions.", "git.", "dvc.", "epsd.", "host", "pid", "config_hash", "derived_from", "error")
-    same = {key: value for key, value in tags.items() if not key.startswith(own)}
+    own = ("mlflow.", "versions.", "git.", "dvc.", "epsd.", "host", "pid", "config_hash", "derived_from")
+    same = {key: value for key, value in tags.items() if not key.startswith((*own, "error", _FAILED))}
     gone = tuple(f"**{label}.**" for label, prefix in PARAGRAPHS.items() if prefix in stale)
     parts = tags.get("mlflow.note.content", "").split("\n\n")
     return same | {"mlflow.note.content": "\n\n".join(part for part in parts if not (gone and part.startswith(gone)))}
@@ -410,9 +411,8 @@ class _Store:
         self.tags(run.info.run_id, {**origin, **now, **opening["tags"], **described})
         missing = {key: value for key, value in opening["params"].items() if key not in run.data.params}
         self.params(run.info.run_id, missing)
-        if "error" in run.data.tags:  # of a session that this one makes good
-            self.client.delete_tag(run.info.run_id, "error")
-        self.client.update_run(run.info.run_id, status="RUNNING")
+        if run.info.status != "FINISHED":  # a training that has finished stays so, whatever becomes of later stages
+            self.client.update_run(run.info.run_id, status="RUNNING")
 
     def sibling(self, experiment: str, run: Any, clash: list[str], opening: Event) -> str:
         """The run of the same trained model under other settings of a later stage: found, or new with what still holds.
@@ -460,7 +460,21 @@ class _Store:
             case "describe":
                 self.describe(run_id, event["label"], event["text"])
             case "end":
-                self.client.set_terminated(run_id, event["status"], event["time"])
+                self.end(run_id, event)
+
+    def end(self, run_id: str, event: Event) -> None:
+        """The run's status. Of a finished training a tag names the later stages that failed, until they succeed."""
+        run, succeeded = self.client.get_run(run_id), event["status"] == "FINISHED"
+        finished = run.info.status == "FINISHED"
+        failed = [name for name in run.data.tags.get(_FAILED, "").split() if name != event["stage"]]
+        if finished and not succeeded:
+            failed.append(event["stage"])
+        if failed:
+            self.tags(run_id, {_FAILED: " ".join(failed)})
+        elif succeeded:
+            for tag in run.data.tags.keys() & {_FAILED, "error"}:
+                self.client.delete_tag(run_id, tag)
+        self.client.set_terminated(run_id, "FINISHED" if finished else event["status"], event["time"])
 
     def metrics(self, run_id: str, event: Event) -> None:
         """Log the points that the run has not yet: one per (key, step), or changed values where there is no step."""
@@ -533,8 +547,8 @@ def _code(error: BaseException) -> str:
 
 def _refused(event: Event, error: BaseException) -> bool:
     """Whether the store has answered no, and would again. A server of MLflow 2 has no place for a model."""
-    if isinstance(error.__cause__ or error, UnicodeError | FileNotFoundError):  # text that no store holds, a lost copy
-        return True
+    if isinstance(error.__cause__ or error, UnicodeError | FileNotFoundError | KeyError):
+        return True  # text that no store holds, a copy that is lost, a spool of another version
     if getattr(getattr(error, "response", None), "status_code", 0) in _REFUSED_FILE:
         return True
     return _code(error) in (_REFUSALS | {"ENDPOINT_NOT_FOUND"} if event["op"] == "model" else _REFUSALS)
@@ -796,7 +810,7 @@ class Tracker:
             self.tags({"error": f"{type(error).__name__}: {brief(error)}"})
         elif f"time/{self.stage}" not in self._logged:
             self.metrics({f"time/{self.stage}": time.monotonic() - self._started})
-        self._do("end", status=status)
+        self._do("end", status=status, stage=self.stage)
         if not self._online:
             self._safely(self._try_again)
         if self._spool is not None:
@@ -816,6 +830,8 @@ def track(
     description: str = "",
 ) -> Iterator[Tracker]:
     """A session of `stage` in an MLflow run; the run ends FINISHED, or FAILED when the block raises.
+
+    A run that was FINISHED stays so: a tag `failed_stage` names the later stages that failed, until they succeed.
 
     Parameters
     ----------
