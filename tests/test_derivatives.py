@@ -76,7 +76,7 @@ def test_batch_norm_moves_the_running_statistics_as_torch_does() -> None:
 def test_hessian_products_are_torchs(dtype: torch.dtype, channels_last: bool, tolerance: float) -> None:
     model, images = convnet(dtype=dtype), torch.randn(12, 1, 4, 4, dtype=dtype)
     if channels_last:
-        model, images = model.to(memory_format=torch.channels_last), laid_out(images)
+        model, images = model.to(memory_format=torch.channels_last), laid_out(images, model)
     labels, weights = torch.arange(12) % 3, list(model.parameters())
 
     def loss() -> Tensor:
@@ -133,7 +133,7 @@ def test_a_third_derivative_is_right_or_refused() -> None:
 
 
 def test_a_net_that_flattens_by_view_runs_in_every_memory_format() -> None:
-    images = laid_out(torch.randn(2, 3, 4, 4))
+    images = laid_out(torch.randn(2, 3, 4, 4), nn.Identity())
     assert images.is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="view"):
         images.view(2, -1)
@@ -186,6 +186,13 @@ def test_only_kernels_are_laid_out() -> None:
     assert weights_laid_out(model, torch.float64)["conv.weight"].dtype == torch.float64
 
 
+def test_where_channels_last_breaks_a_kernel_everything_is_contiguous() -> None:
+    """On a processor with AVX2 the heap would be overwritten, also where the network comes in channels_last."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 1, stride=2)).to(memory_format=torch.channels_last)
+    assert weights_laid_out(model)["0.weight"].stride() == (4, 1, 1, 1)
+    assert laid_out(torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last), model).stride() == (144, 36, 6, 1)
+
+
 def test_layout_is_for_images_in_single_precision() -> None:
     for other in (torch.randn(3, 4), torch.randn(2, 3, 4, 4, dtype=torch.float64)):
-        assert laid_out(other) is other
+        assert laid_out(other, nn.Conv2d(3, 4, 3)) is other

@@ -62,10 +62,24 @@ def test_precision_auto_follows_the_processor(monkeypatch, avx, amx):
 
 
 def test_memory_format():
-    assert devices.pick_memory_format("auto") is devices.pick_memory_format("channels_last") is torch.channels_last
-    assert devices.pick_memory_format("contiguous") is torch.contiguous_format
+    def pick(name):
+        return devices.pick_memory_format(name, torch.nn.Conv2d(4, 8, 3, stride=2), torch.device("cpu"))
+
+    assert pick("auto") is pick("channels_last") is torch.channels_last
+    assert pick("contiguous") is torch.contiguous_format
     with pytest.raises(EpsdError, match=r"memory_format: unknown 'nhwc'. Valid: auto, channels_last, contiguous"):
-        devices.pick_memory_format("nhwc")
+        pick("nhwc")
+
+
+def test_networks_whose_gradients_would_be_written_past_their_memory_are_laid_out_contiguous():
+    cpu, narrow, wide = torch.device("cpu"), torch.nn.Conv2d(4, 8, 1, stride=2), torch.nn.Conv2d(16, 8, 1, stride=2)
+    net = torch.nn.Sequential(wide, torch.nn.Sequential(narrow))
+    assert devices.breaks_channels_last(net) == "1.0"
+    assert devices.pick_memory_format("auto", net, cpu) is torch.contiguous_format
+    assert devices.pick_memory_format("auto", wide, cpu) is torch.channels_last
+    assert devices.pick_memory_format("channels_last", net, torch.device("cuda")) is torch.channels_last
+    with pytest.raises(EpsdError, match=r"memory of '1.0', a 1x1 convolution .* Use auto or contiguous"):
+        devices.pick_memory_format("channels_last", net, cpu)
 
 
 @pytest.mark.parametrize("name, device", [("fp16", "cpu"), ("int8", "cpu"), ("half", "cuda")])

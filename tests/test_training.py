@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from epsd.checkpoints import CheckpointError
@@ -57,6 +57,20 @@ def test_removed_weights_are_exactly_zero_after_every_step(name: str, nesterov: 
     assert len(looks) == 13
     assert all(looks)
     assert all(p[mask.keep[key]].all() for key, p in prunable(model).items())
+
+
+@pytest.mark.parametrize(("channels", "layout"), [(4, torch.contiguous_format), (16, torch.channels_last)])
+def test_images_reach_the_network_in_the_memory_format_it_can_take(channels: int, layout: torch.memory_format) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, channels, 3, padding=1), nn.Conv2d(channels, 32, 1, stride=2), nn.Flatten(), nn.LazyLinear(3)
+    )
+    model(torch.zeros(2, 1, 4, 4))
+    model.to(memory_format=torch.channels_last)
+    seen: list[tuple[Tensor, Tensor]] = []
+    model[1].register_forward_pre_hook(lambda layer, given: seen.append((given[0], layer.weight.clone())))
+    fit(model, ToyBatches(), recipe=Recipe(epochs=1, precision="fp32"))
+    assert seen and all(x.is_contiguous(memory_format=layout) for x, _ in seen)
+    assert all(w.stride()[1] == 1 and (w.stride()[2] == 1) == (channels == 4) for _, w in seen)
 
 
 @pytest.mark.parametrize("name", NAMES)

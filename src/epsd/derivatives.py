@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from epsd import parallel
+from epsd.devices import pick_memory_format
 
 _OPS: Any = torch.ops.aten
 Pair = int | tuple[int, ...] | list[int] | str
@@ -349,11 +350,12 @@ def weights_laid_out(model: nn.Module, dtype: torch.dtype | None = None) -> dict
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
     }
     found = {name: p.detach().to(dtype or p.dtype) for name, p in model.named_parameters()}
-    return {name: laid_out(weight) if name in kernels else weight for name, weight in found.items()}
+    return {name: laid_out(weight, model) if name in kernels else weight for name, weight in found.items()}
 
 
-def laid_out(tensor: Tensor) -> Tensor:
-    """Images or kernels in the memory format in which their device convolves fastest: channels_last on a CPU."""
+def laid_out(tensor: Tensor, model: nn.Module) -> Tensor:
+    """Images for `model`, or a kernel of it, in the memory format in which their device convolves fastest."""
     if tensor.dim() != 4 or tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
         return tensor
-    return tensor.contiguous(memory_format=torch.channels_last)
+    # not `contiguous`: that leaves the strides of a 1x1 kernel, which is contiguous in both formats, as they are
+    return tensor.to(memory_format=pick_memory_format("auto", model, tensor.device))

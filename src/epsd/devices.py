@@ -5,6 +5,7 @@ import random
 import warnings
 
 import torch
+from torch import nn
 
 from epsd.types import Batch, EpsdError
 
@@ -81,15 +82,37 @@ def _computes_in_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def pick_memory_format(name: str) -> torch.memory_format:
+def pick_memory_format(name: str, model: nn.Module, device: torch.device) -> torch.memory_format:
     """The layout of images and convolution weights in memory for `auto | channels_last | contiguous`.
 
-    `auto` is channels_last: the convolutions of every device run faster on it, or as fast. Raises EpsdError for another
-    name.
+    `auto` is channels_last: the convolutions of every device run faster on it, or as fast; contiguous for a network
+    that must not be laid out so (`breaks_channels_last`). Raises EpsdError for another name, and where channels_last is
+    asked for such a network.
     """
     if name not in _MEMORY_FORMATS:
         raise EpsdError(f"memory_format: unknown '{name}'. Valid: {', '.join(_MEMORY_FORMATS)}.")
-    return _MEMORY_FORMATS[name]
+    if device.type != "cpu" or (layer := breaks_channels_last(model)) is None:
+        return _MEMORY_FORMATS[name]
+    if name == "channels_last":
+        raise EpsdError(
+            f"memory_format: with channels_last the processor's kernels would write past the memory of '{layer}', "
+            f"a 1x1 convolution with a stride and under {_REGISTER} channels. Use auto or contiguous."
+        )
+    return torch.contiguous_format
+
+
+def breaks_channels_last(model: nn.Module) -> str | None:
+    """The first layer of `model` for whose weight's gradient a processor's kernel writes past its memory, if any.
+
+    It does (oneDNN issue 6035, seen with AVX2 in torch 2.14.1: crashes, or wrong gradients) in channels_last where a
+    1x1 kernel has a stride and fewer channels to read than a vector register has floats: 8 with AVX2, 16 with AVX-512.
+    """
+    kernels = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d))
+    pointwise = ((name, layer) for name, layer in kernels if set(layer.kernel_size) == {1} and max(layer.stride) > 1)
+    return next((name for name, layer in pointwise if layer.in_channels < _REGISTER), None)
+
+
+_REGISTER = 16
 
 
 def pick_precision(name: str, device: torch.device, key: str = "precision") -> torch.dtype | None:

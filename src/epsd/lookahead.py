@@ -114,7 +114,7 @@ def _first(batch: Batch, count: int) -> Batch:
 def _saved(model: nn.Module, loss: LossFunction, batch: Batch) -> tuple[int, int]:
     """Bytes for an ordinary and for a twice differentiable graph, of the second evaluation: objectives may remember the
     first. What hangs on the model's output (a count of passes, say) does not see either."""
-    loss, batch, model = copy.copy(loss), batch_laid_out(batch), copy.copy(model)
+    loss, batch, model = copy.copy(loss), batch_laid_out(batch, model), copy.copy(model)
     model._forward_hooks = OrderedDict()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     leaves = {n: w.requires_grad_() for n, w in weights_laid_out(model).items() if n in trained}

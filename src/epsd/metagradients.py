@@ -238,10 +238,10 @@ def _chunks(batch: Batch, micro_batch: int | None) -> list[Batch]:
     return [Batch(*parts) for parts in zip(*fields, strict=True)]
 
 
-def batch_laid_out(batch: Batch) -> Batch:
+def batch_laid_out(batch: Batch, model: nn.Module) -> Batch:
     """Images and partners in the memory format in which they are convolved fastest."""
-    partner = None if batch.partner is None else laid_out(batch.partner)
-    return batch._replace(images=laid_out(batch.images), partner=partner)
+    partner = None if batch.partner is None else laid_out(batch.partner, model)
+    return batch._replace(images=laid_out(batch.images, model), partner=partner)
 
 
 def gradient_of(loss: Tensor, weights: Vector, create_graph: bool) -> list[Tensor]:
@@ -324,7 +324,7 @@ class Unroll:
         """
         step = len(self._parts)
         leaves = {name: w.detach().requires_grad_() for name, w in self.weights[-1].items()}
-        chunks = _chunks(batch_laid_out(batch), self._micro_batch)
+        chunks = _chunks(batch_laid_out(batch, self._model), self._micro_batch)
         self._streams += [copy.copy(self._loss) for _ in chunks[len(self._streams) :]]
         parts, graphs, shares = [], [], [len(chunk.labels) / len(batch.labels) for chunk in chunks]
         total = [torch.zeros_like(w) for w in leaves.values()]
@@ -372,7 +372,7 @@ class Unroll:
         """
         leaves = {name: w.detach().requires_grad_() for name, w in self.weights[-1].items()}
         sums: dict[str, list[Tensor]] = {}
-        for position, chunk in enumerate(_chunks(batch_laid_out(batch), self._micro_batch)):
+        for position, chunk in enumerate(_chunks(batch_laid_out(batch, self._model), self._micro_batch)):
             state = self._streams[position] if position < len(self._streams) else self._loss
             share = len(chunk.labels) / len(batch.labels)
             part = _Part(state, parallel.part(chunk), share, random_state(self._device))

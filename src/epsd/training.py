@@ -48,8 +48,8 @@ class Recipe:
     schedule : "step" (× gamma at each of `milestones`, shares of the epochs), "cosine" (to 0 at the end) or "constant".
     warmup_epochs : linear warm-up from lr / steps.  clip_norm : largest gradient norm, null = none.
     precision : "auto" (bf16 on a GPU or processor that computes in it, else fp32), "fp32", "bf16", "fp16" (with loss
-        scaling).  memory_format : of images and convolution weights, "auto" (channels_last), "channels_last" or
-        "contiguous".
+        scaling).  memory_format : of images and convolution weights, "auto" (channels_last; contiguous for a network
+        that it breaks on a CPU, `epsd.devices.breaks_channels_last`), "channels_last" or "contiguous".
     update : how optimiser and mask go over the parameters ("auto", "fused", "foreach", "loop"), and
     compile : of the passes through the network ("auto", "none", "kernels", "graphs"): see `epsd.acceleration`.
     accumulate : parts of equal size in which a batch is computed, their gradients added, "auto": 1, doubled until a
@@ -157,7 +157,7 @@ class _Loop:
         self.counted_forward = meter.through(self.forward)
         self.train = parallel.shard(as_batches(train, seed=mix(seed, "train")), even=True)
         self.device = next(model.parameters()).device
-        self.layout = pick_memory_format(recipe.memory_format)
+        self.layout = pick_memory_format(recipe.memory_format, model, self.device)
         if parallel.world() > 1 and recipe.compile not in ("auto", "none"):
             raise TrainingError("train.compile: several processes run uncompiled; use none, or launch.processes: 1.")
         self.net = compiled(model, recipe.compile, self.device)

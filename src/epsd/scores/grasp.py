@@ -76,7 +76,7 @@ class Grasp:
             with parallel.alone():
                 return self._loss(model, weights, group)
         images, labels = (part[parallel.share(len(part))] for part in group)
-        return cross_entropy(calling(model, weights)(laid_out(images)) / self.temperature, labels)
+        return cross_entropy(calling(model, weights)(laid_out(images, model)) / self.temperature, labels)
 
     def _curvature(
         self, model: nn.Module, weights: dict[str, Tensor], groups: list[tuple[Tensor, Tensor]], names: list[str]

@@ -52,7 +52,7 @@ def _scores(model: nn.Module, names: list[str], image: Tensor, safe: bool = True
     weights = {n: w.abs().requires_grad_() for n, w in weights_laid_out(model, image.dtype).items()}
     buffers = {n: b.to(image.dtype).abs() if b.is_floating_point() else b for n, b in model.named_buffers()}
     with _Range() as flow:
-        total = calling(model, {**weights, **buffers})(laid_out(image)).sum()
+        total = calling(model, {**weights, **buffers})(laid_out(image, model)).sum()
     gradients = torch.autograd.grad(total, [weights[name] for name in names], materialize_grads=True)
     scores = {name: weights[name].detach() * g for name, g in zip(names, gradients, strict=True)}
     flowing = flow.holds(list(scores.values())) and _within(list(weights.values()), _SAFE_WEIGHTS)
