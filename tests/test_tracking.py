@@ -803,6 +803,7 @@ def test_a_server_killed_in_the_middle_of_training_loses_no_point(server, projec
     assert points(tracker.run_id, "val/top1") == [(epoch, epoch / 30) for epoch in range(30)]
     assert points(tracker.run_id, "test/top1") == [(0, 0.9)]
     assert Path(client().download_artifacts(tracker.run_id, "model/model.txt")).read_text() == "weights"
+    assert capsys.readouterr().out == "", "MLflow says nothing of its own"
     assert later.run_id == runs["begun without a server"].info.run_id
     assert points(later.run_id, "train/loss") == [(0, 7.0)] and points(later.run_id, "test/top1") == [(0, 0.8)]
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
