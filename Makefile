@@ -22,11 +22,12 @@ tune: .venv/complete  ## search for better parameters (section tune of params.ya
 check: .venv/complete  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-ui: .venv/complete  ## the recorded runs in the browser
-	@echo "Runs: $$($(BIN)/python -m epsd.tracking $(PORT))   (Ctrl-C ends it)"
-	$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --default-artifact-root "$(CURDIR)/mlruns"
+ui: .venv/complete  ## the recorded runs in the browser; a server at MLFLOW_TRACKING_URI has a UI of its own
+	@runs=$$($(BIN)/python -m epsd.tracking $(PORT)) && echo "Runs: $$runs   (Ctrl-C ends it)"
+	case "$$MLFLOW_TRACKING_URI" in http*) ;; *) $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --default-artifact-root "$(CURDIR)/mlruns";; esac
 
 serve: .venv/complete  ## the champion over HTTP; MODEL=models:/epsd@candidate (or a folder) PORT=5001
+	@$(BIN)/python -m epsd.tracking > /dev/null
 	MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" $(BIN)/mlflow models serve --env-manager local --host 127.0.0.1 --port $(PORT) -m $(MODEL)
 
 # Made again when the lock or the package's own settings change.

@@ -15,12 +15,13 @@ from epsd.data import Prepared
 from epsd.detectors import DETECTORS, Picture
 from epsd.devices import pick_device, pick_precision, seed_everything
 from epsd.masks import Mask
-from epsd.params import Params, flatten
+from epsd.params import Params
+from epsd.pipeline.recorded import reopened
 from epsd.pipeline.trained import trained as train_classifier
 from epsd.registry import choose
 from epsd.runtime import counted, mix, state_folder
 from epsd.stage import run_stage
-from epsd.tracking import Tracker, track
+from epsd.tracking import Tracker
 from epsd.voc import Detections, VocIndex
 
 
@@ -57,15 +58,7 @@ def main(params: Params) -> str:
     if not parallel.is_main():
         followed(task)
         return ""
-    run = artifacts.read_json(artifacts.RUN)
-    with track(
-        "detect",
-        experiment=params.tracking.experiment,
-        name=run.get("name", "detect"),
-        run_id=run["run_id"],
-        params=dict(flatten(params.model_dump())),
-        tags={"voc.digest": task.voc.digest},
-    ) as tracker:
+    with reopened("detect", params, {"voc.digest": task.voc.digest}) as tracker:
         trained = fitted(
             task, classifier(task), Mask.load(artifacts.MASK), on_epoch=lambda row: log_epoch(tracker, row)
         )

@@ -8,12 +8,11 @@ from epsd import artifacts, cards, evaluation, figures, metrics
 from epsd.data import Prepared
 from epsd.devices import pick_device
 from epsd.masks import prunable
-from epsd.params import Params, flatten
+from epsd.params import Params
 from epsd.pipeline.measured import measured
-from epsd.pipeline.recorded import story
+from epsd.pipeline.recorded import reopened, story
 from epsd.pipeline.served import exported, trained_network
 from epsd.stage import run_stage
-from epsd.tracking import track
 
 
 def main(params: Params) -> str:
@@ -74,16 +73,7 @@ def log(params: Params, report: Mapping[str, Mapping[str, float]], images: int) 
 
     Returns the version under which the model is registered, None while the store is away.
     """
-    run = artifacts.read_json(artifacts.RUN)
-    flat = dict(flatten(params.model_dump()))
-    with track(
-        "evaluate",
-        experiment=params.tracking.experiment,
-        name=run.get("name", "evaluate"),
-        run_id=run["run_id"],
-        params=flat,
-        tags={"latency.note": evaluation.LATENCY_NOTE},
-    ) as tracker:
+    with reopened("evaluate", params, {"latency.note": evaluation.LATENCY_NOTE}) as tracker:
         tracker.metrics({f"{group}/{name}": value for group, part in report.items() for name, value in part.items()})
         for figure in artifacts.EVALUATE_FIGURES:
             tracker.artifact(figure)

@@ -75,10 +75,11 @@ def log_epoch(tracker: Tracker, record: Record) -> None:
 
 
 def save(params: Params, data: Prepared, model: nn.Module, mask: Mask, history: list[Record], tracker: Tracker) -> None:
-    """Weights, card, curves, and the run's id, which later stages need to add to it."""
+    """Weights, card, curves, and what later stages need to add to the run, or to make it anew."""
     artifacts.save_model(model, artifacts.MODEL, card(params, data, mask))
     artifacts.write_csv(artifacts.HISTORY, list(history[0]), [list(record.values()) for record in history])
-    artifacts.write_json(artifacts.RUN, {"run_id": tracker.run_id, "name": run_name(params)})
+    about = {"tags": tags(params, data), "description": story(params, data)}
+    artifacts.write_json(artifacts.RUN, {"run_id": tracker.run_id, "name": run_name(params), **about})
     report = artifacts.read_json(artifacts.PRUNE_REPORT)
     tracker.metrics({f"mask/{name}": value for name, value in report.items()})
     tracker.dataset(params.dataset["name"], data.digest, str(data.index.get("source", "")), data.sizes)

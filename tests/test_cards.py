@@ -1,8 +1,16 @@
 """The model card says what the files say."""
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
-from epsd import cards
+import pytest
+
+from epsd import cards, stage
+from epsd.data import Prepared
+from epsd.params import DEFAULT_PATH, load
+from epsd.pipeline import recorded
 
 REPORT = {
     "test": {"top1": 0.9861, "top5": 1.0, "nll": 0.12, "ece": 0.0916},
@@ -19,7 +27,7 @@ SUBJECT = cards.Subject(
         "seed": 3,
         "architecture": {"name": "resnet", "depth": 8},
         "objective": {"name": "cskd"},
-        "prune": {"score": {"name": "snip"}, "sparsity": 0.95, "scope": "global"},
+        "prune": {"score": {"name": "snip"}, "sparsity": 0.95, "scope": "global", "control": "none"},
         "train": {"epochs": 60, "batch_size": 64, "lr": 0.1, "clip_norm": None},
         "detect": {"epochs": 4},
     },
@@ -62,6 +70,40 @@ def test_every_part_is_there() -> None:
 def test_the_method_is_named_where_it_is_epsd() -> None:
     params = {**SUBJECT.params, "prune": {**SUBJECT.params["prune"], "score": {"name": "epsd", "steps": 3}}}
     assert "EPSD (Chen et al., AAAI 2024)" in cards.model_card(SUBJECT._replace(params=params))
+
+
+def test_a_dense_network_and_a_control_are_called_so() -> None:
+    def card(**changed: object) -> str:
+        params = {**SUBJECT.params, "prune": {**SUBJECT.params["prune"], "score": {"name": "epsd"}, **changed}}
+        return cards.model_card(SUBJECT._replace(params=params))
+
+    dense = card(sparsity=0.0).partition("## Parameters")[0]
+    assert "The dense network, for comparison: no weight is removed." in dense
+    assert not any(word in dense for word in ("epsd;", "EPSD (", "sparsity 0", "Zeros"))
+    control = card(control="shuffled")
+    assert "A control (shuffled)" in control and "EPSD (" not in control and "epsd; sparsity 0.95" in control
+    report = {**REPORT, "model": {**REPORT["model"], "sparsity": 0.0}}
+    assert cards.results(report, 359).endswith("ECE 0.0916; dense, 77,754 parameters.")
+
+
+@pytest.mark.parametrize(
+    "changed, method, words",
+    [
+        ({}, "epsd", "). `epsd` removed 95.0% of its weights before training. `cskd` trained it for"),
+        ({"sparsity": 0.0, "control": "shuffled"}, "dense", "). Dense: it keeps all of its weights. `cskd` trained"),
+        ({"control": "shuffled"}, "epsd-shuffled", "A control: 95.0% of its weights were removed before training, in"),
+        ({"control": "reinitialised"}, "epsd-reinitialised", "A control: `epsd` removed 95.0% of its weights before"),
+    ],
+)
+def test_a_run_says_what_it_is(changed: dict[str, object], method: str, words: str, root: Path) -> None:
+    params = load(root / DEFAULT_PATH)
+    params = params.model_copy(update={"prune": params.prune.model_copy(update=changed)})
+    sizes = {"train": 12}
+    data = cast(Prepared, SimpleNamespace(num_classes=3, image_shape=(1, 8, 8), sizes=sizes, digest="d"))
+    assert words in recorded.story(params, data)
+    assert recorded.tags(params, data)["method"] == f"{method}+cskd"
+    said = "resnet on digits stays dense" if method == "dense" else f"to sparsity 0.95 by {method} under cskd"
+    assert said in stage.describe(params, "prune")
 
 
 def test_results_in_a_sentence() -> None:

@@ -1,8 +1,10 @@
+import contextlib
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from conftest import ROOT
 from epsd.tracking import pages, track
 from epsd.tracking import recording as tracking
 
@@ -165,6 +168,28 @@ def test_resuming_logs_no_point_twice():
     assert run.info.status == "FINISHED" and "error" not in run.data.tags
 
 
+@pytest.mark.parametrize("spool", [False, True])
+def test_a_finished_training_stays_finished_when_later_stages_fail(spool, away):
+    def tags_after(stage: str, fails: bool) -> dict[str, str]:
+        with contextlib.suppress(ValueError), session(stage, tracker.run_id):
+            away(spool)
+            if fails:
+                raise ValueError(f"no {stage}")
+        away(False)
+        with session("other", name="sends what was kept"):
+            pass
+        run = client().get_run(tracker.run_id)
+        assert run.info.status == "FINISHED"
+        return {key: run.data.tags[key] for key in ("failed_stage", "error") if key in run.data.tags}
+
+    with session() as tracker:
+        pass
+    assert tags_after("evaluate", True) == {"failed_stage": "evaluate", "error": "ValueError: no evaluate"}
+    assert tags_after("detect", True) == {"failed_stage": "evaluate detect", "error": "ValueError: no detect"}
+    assert tags_after("evaluate", False) == {"failed_stage": "detect", "error": "ValueError: no detect"}
+    assert tags_after("detect", False) == {}
+
+
 def test_a_figure_without_a_step_is_replaced_when_it_changes():
     with session() as tracker:
         tracker.metrics({"test/top1": 0.5, "test/ece": 0.1})
@@ -187,6 +212,27 @@ def test_a_run_that_is_gone_is_replaced(capsys):
     with session("evaluate", tracker.run_id) as again:
         pass
     assert again.run_id != tracker.run_id
+
+
+def test_a_store_that_was_wiped_gets_one_whole_run_again(project, empty_store, away):
+    """DVC keeps the id of the first run for ever."""
+    told = {"tags": {"kind": "pipeline"}, "description": "A network."}
+    with session(**told) as first:
+        away(True)
+        first.describe("Test", "Top-1 0.4.")
+    shutil.copy(empty_store, project)
+    away(False)
+    with session("evaluate", first.run_id, **told) as tracker:
+        tracker.describe("Test", "Top-1 0.5.")
+        with session("trial", parent_run_id=first.run_id) as child:
+            pass
+    with session("detect", first.run_id, **told) as later:
+        later.describe("Detection", "mAP 0.7.")
+    assert later.run_id == tracker.run_id != first.run_id
+    other, run = all_runs()
+    assert (other.info.run_id, other.data.tags["mlflow.parentRunId"]) == (child.run_id, run.info.run_id)
+    assert run.data.params["train.lr"] == "0.1" and run.data.tags["kind"] == "pipeline"
+    assert run.data.tags["mlflow.note.content"] == "A network.\n\n**Test.** Top-1 0.5.\n\n**Detection.** mAP 0.7."
 
 
 def test_other_settings_of_a_later_stage_get_their_own_row():
@@ -286,8 +332,8 @@ def _one_run(number: int) -> None:
             tracker.metrics({"train/loss": float(number)}, step=epoch)
 
 
-def _open_and_die() -> None:
-    with session():
+def _open_and_die(run_id: str | None = None) -> None:
+    with session(run_id=run_id):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -317,6 +363,9 @@ def test_a_killed_run_does_not_run_for_ever():
         assert client().get_run(dead.info.run_id).info.status == "KILLED"
         with session():
             assert client().get_run(alive.run_id).info.status == "RUNNING", "the living are left alone"
+    together((_open_and_die, alive.run_id))
+    with session():
+        assert client().get_run(alive.run_id).info.status == "FINISHED", "what has finished stays so"
 
 
 # --- a project that moves -------------------------------------------------------------------------------------------
@@ -340,6 +389,48 @@ def test_artifacts_survive_a_move(project, monkeypatch):
     assert client().get_run(new.run_id).info.artifact_uri.startswith(f"{moved}/mlruns/")
 
 
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_store_without_the_right_to_write_can_be_read(folder, moved, project, monkeypatch):
+    from epsd.tracking.registered import RegistryError, promote
+    from epsd.tracking.runs import read_runs
+
+    with session() as tracker:
+        pass
+    read_runs()  # all is imported
+    if moved:
+        project = project.rename(project.parent / "moved")
+        monkeypatch.chdir(project)
+    if folder:
+        shutil.rmtree(".epsd")
+    readable = {project / "mlflow.db": 0o444} | ({project: 0o555} if folder else {})
+    with restricted(readable):
+        assert list(read_runs()["run_id"]) == [tracker.run_id]
+        with pytest.raises(RegistryError, match=r"Recent runs: .*a-run"):
+            promote("another")
+
+
+@contextlib.contextmanager
+def restricted(modes: dict[Path, int]):
+    """Files with these rights, and nobody here who is above them."""
+    before = {path: path.stat().st_mode for path in modes}
+    root = os.geteuid() == 0
+    try:
+        for path, mode in modes.items():
+            path.chmod(mode)
+        if root:
+            for path in modes:
+                for parent in path.parents[:-2]:
+                    parent.chmod(parent.stat().st_mode | 0o55)
+            os.seteuid(65534)
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        for path, mode in before.items():
+            path.chmod(mode)
+
+
 def test_ui_address(project):
     (project / "mlflow.db").rename("away.db")
     assert tracking.ui_address() == "http://127.0.0.1:5000/"
@@ -349,6 +440,38 @@ def test_ui_address(project):
         pass
     number = client().get_run(tracker.run_id).info.experiment_id
     assert tracking.ui_address(7) == f"http://127.0.0.1:7/#/experiments/{number}/runs?{pages.QUERY}"
+
+
+@pytest.mark.parametrize("goal", ["ui", "serve"])
+@pytest.mark.parametrize("uri", ["", "sqlite:///other.db", "http://127.0.0.1:9", "databricks"])
+def test_make_serves_the_store_that_is_meant_where_it_is_now(goal, uri, project, monkeypatch):
+    file = uri.removeprefix("sqlite:///") if uri.startswith("sqlite") else "mlflow.db"
+    if uri.startswith("sqlite"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with session() as tracker:
+        pass
+    moved = project.rename(project.parent / "moved")
+    programs = moved / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (programs / "mlflow").write_text('#!/bin/sh\necho "mlflow $MLFLOW_TRACKING_URI $@"\n')
+    for name in ("requirements.lock", "pyproject.toml", ".venv/complete", ".venv/bin/python", ".venv/bin/mlflow"):
+        (moved / name).touch()
+        (moved / name).chmod(0o755)
+    command = ["make", "-f", str(ROOT / "Makefile"), "-C", str(moved), goal]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    served = [line for line in done.stdout.splitlines() if line.startswith("mlflow ")]
+    if uri == "databricks":
+        assert done.returncode and not served and "MLFLOW_TRACKING_URI: 'databricks' is no" in done.stderr
+    elif uri.startswith("http"):
+        assert done.returncode == 0 and len(served) == (goal == "serve"), done.stderr
+        assert goal == "serve" or f"Runs: {uri} " in done.stdout
+    else:
+        assert (uri or f"sqlite:///{moved}/mlflow.db") in served[0], done.stderr
+        with contextlib.closing(sqlite3.connect(moved / file)) as link:
+            (place,) = link.execute("SELECT artifact_uri FROM runs").fetchone()
+        assert place == f"{moved}/mlruns/{tracker.run_id}/artifacts"
 
 
 # --- outages --------------------------------------------------------------------------------------------------------
@@ -372,7 +495,7 @@ def away(monkeypatch):
 
     for name in ("log_batch", "create_run", "search_runs", "get_experiment_by_name", "log_artifact", "set_terminated"):
         monkeypatch.setattr(MlflowClient, name, failing(getattr(MlflowClient, name)))
-    monkeypatch.setattr(tracking._Store, "reachable", lambda self: not state["away"])
+    monkeypatch.setattr(tracking._Store, "probe", failing(tracking._Store.probe))
     return lambda value: state.update(away=value)
 
 
@@ -479,6 +602,47 @@ def test_a_replay_that_is_interrupted_begins_again(away, monkeypatch):
     assert tracking.resolve(tracker.run_id) == run.info.run_id
 
 
+@pytest.mark.parametrize("uri", [None, "sqlite:///other.db"])
+def test_what_was_kept_in_a_folder_that_is_moved_since_is_sent(uri, away, capsys, project, monkeypatch):
+    if uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (project / "late.txt").write_text("at the time")
+    away(True)
+    with session() as tracker:
+        tracker.artifact("late.txt")
+    away(False)
+    moved = project.rename(project.parent / "moved")
+    monkeypatch.chdir(moved)
+    with session("evaluate", tracker.run_id):
+        pass
+    (run,) = all_runs()
+    assert Path(run.info.artifact_uri, "late.txt").read_text() == "at the time"
+    assert spooled() == [] and "refused artifact" not in capsys.readouterr().err
+
+
+def test_what_the_store_will_never_take_does_not_hold_up_the_rest(away, capsys, monkeypatch):
+    away(True)
+    with session(experiment="x" * 600) as refused:
+        refused.artifact("dvc.yaml")
+    with session() as tracker:
+        tracker.tags({"file": "caf\udce9.png"})  # a file's name need not be text
+        tracker.metrics({"train/loss": 1.0}, step=0)
+    spoiled = Path(".epsd/spool/0-spoiled.jsonl")
+    spoiled.write_bytes(b"\xff\xfe\n" + b'{"op": "metrics"}\n')
+    away(False)
+    capsys.readouterr()
+    with session("evaluate", tracker.run_id) as later:
+        later.metrics({"test/top1": 0.5})
+    (run,) = all_runs()
+    assert later.run_id == run.info.run_id
+    assert {"train/loss", "test/top1"} <= set(run.data.metrics)
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if "refused" in line]) == 2, said
+    assert spooled() == [spoiled], "of no store that is known"
+    (aside,) = Path(".epsd/spool").glob("*.refused")
+    assert f"{aside.resolve()}" in "".join(said) and list(aside.with_suffix(".files").rglob("dvc.yaml"))
+
+
 def test_what_was_kept_for_one_server_does_not_go_to_another(away, monkeypatch):
     away(True)
     with session() as tracker:
@@ -499,13 +663,65 @@ def test_even_an_unwritable_spool_does_not_stop_the_work(away, capsys, project):
     assert "not recorded" in capsys.readouterr().err
 
 
-def test_a_refused_store_does_not_stop_the_work(monkeypatch, capsys):
-    """MLflow refuses file stores: the numbers are kept, and the reason is said."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+ODD = ("databricks", "ftp://host/x", "./mlruns", "sqlite://runs.db", "sqlite:///", "sqlit:///a.db", "http://host:port")
+
+
+@pytest.mark.parametrize("uri", [*ODD, "postgres://me:secret@host/runs"])
+def test_an_address_of_no_known_kind_is_refused_at_the_start(uri, monkeypatch, project):
+    from epsd.params import DEFAULT_PATH, load
+    from epsd.registry import ParamsError
+    from epsd.stage import check
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(tracking.AddressError, match=r"^MLFLOW_TRACKING_URI: .* Valid: sqlite:///.*mlflow.db\.$"):
+        session().__enter__()
+    (project / ".epsd/spool").mkdir(parents=True)
+    (project / ".epsd/spool/1.jsonl").touch()
+    with pytest.raises(ParamsError, match=r"1 session in .*spool wait for their store") as found:
+        check(load(ROOT / DEFAULT_PATH))
+    assert "secret" not in str(found.value)
+
+
+@pytest.mark.parametrize("uri", ["mysql+pymysql://me@host:3306/runs", "postgresql:///runs?host=/tmp", "https://host/x"])
+def test_addresses_of_every_kind_are_taken(uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert tracking.tracking_uri() == uri
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """The port of a server that takes no connection and refuses none, as behind a firewall."""
+    with socket.socket() as listening, contextlib.ExitStack() as stack:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        for _ in range(4):  # its queue is full
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listening.getsockname())
+        yield listening.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mysql+pymysql", "http"])
+def test_a_server_that_does_not_answer_costs_a_hundredth_of_the_time(kind, silent, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{kind}://me:secret@127.0.0.1:{silent}/runs")
     with session() as tracker:
-        tracker.metrics({"train/loss": 0.0}, step=0)
-    assert tracker.run_id.startswith("local-") and len(spooled()) == 1
-    assert "cannot be used" in capsys.readouterr().err
+        began = time.monotonic()
+        for epoch in range(100):
+            tracker.metrics({"train/loss": 1.0}, step=epoch)
+        assert time.monotonic() - began < 1
+        assert 150 < tracker._next_try - began < 400
+    said = capsys.readouterr().err
+    assert said.count("cannot be used") == 1 and "secret" not in said
+    assert len(spooled()) == 1
+
+
+@pytest.mark.parametrize("kind", ["postgresql+psycopg", "mysql+pymysql"])
+def test_a_database_that_refuses_is_asked_once(kind, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{kind}://localhost:9/runs")
+    began = time.monotonic()
+    with session():
+        pass
+    assert time.monotonic() - began < 5 and "cannot be used" in capsys.readouterr().err
 
 
 # --- a real server --------------------------------------------------------------------------------------------------
@@ -587,6 +803,7 @@ def test_a_server_killed_in_the_middle_of_training_loses_no_point(server, projec
     assert points(tracker.run_id, "val/top1") == [(epoch, epoch / 30) for epoch in range(30)]
     assert points(tracker.run_id, "test/top1") == [(0, 0.9)]
     assert Path(client().download_artifacts(tracker.run_id, "model/model.txt")).read_text() == "weights"
+    assert capsys.readouterr().out == "", "MLflow says nothing of its own"
     assert later.run_id == runs["begun without a server"].info.run_id
     assert points(later.run_id, "train/loss") == [(0, 7.0)] and points(later.run_id, "test/top1") == [(0, 0.8)]
     assert {run.info.status for run in runs.values()} == {"FINISHED"}

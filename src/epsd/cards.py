@@ -57,10 +57,13 @@ def model_card(subject: Subject) -> str:
 def results(report: Mapping[str, Mapping[str, float]], images: int) -> str:
     """One sentence with the headline figures."""
     test, model = report["test"], report["model"]
+    judged = f"Top-1 accuracy {test['top1']:.4f} on {images} test images, ECE {test['ece']:.4f}"
+    if model["sparsity"] == 0:
+        return f"{judged}; dense, {model['parameters']:,.0f} parameters."
     return (
-        f"Top-1 accuracy {test['top1']:.4f} on {images} test images, ECE {test['ece']:.4f}; "
-        f"{model['sparsity']:.2%} of the prunable weights are zero, which leaves {model['parameters_nonzero']:,.0f} of "
-        f"{model['parameters']:,.0f} parameters ({model['compression']:.1f} times fewer)."
+        f"{judged}; {model['sparsity']:.2%} of the prunable weights are zero, which leaves "
+        f"{model['parameters_nonzero']:,.0f} of {model['parameters']:,.0f} parameters "
+        f"({model['compression']:.1f} times fewer)."
     )
 
 
@@ -80,17 +83,25 @@ def _shape(shape: Sequence[int]) -> str:
 
 def _method(params: Mapping[str, Any]) -> Iterator[str]:
     prune, train = params["prune"], params["train"]
-    yield (
-        "EPSD (Chen et al., AAAI 2024): weights are removed before training, by a score under the very loss that the "
-        "rest is then trained with."
-        if prune["score"]["name"] == "epsd"
-        else "Early pruning and self-distillation, one after the other: weights are removed before training."
-    )
+    if _dense(params):
+        yield "The dense network, for comparison: no weight is removed."
+    elif prune["control"] != "none":
+        yield f"A control ({prune['control']}): what the score chose is changed, to see whether the choice matters."
+    elif prune["score"]["name"] == "epsd":
+        yield "EPSD (Chen et al., AAAI 2024): weights are removed before training, by a score under the very loss that "
+        yield "the rest is then trained with."
+    else:
+        yield "Early pruning and self-distillation, one after the other: weights are removed before training."
     yield ""
     yield f"* Architecture: {_choice(params['architecture'])}"
-    yield f"* Score: {_choice(prune['score'])}; sparsity {prune['sparsity']:g}, scope {prune['scope']}"
+    if not _dense(params):
+        yield f"* Score: {_choice(prune['score'])}; sparsity {prune['sparsity']:g}, scope {prune['scope']}"
     yield f"* Objective: {_choice(params['objective'])}"
     yield f"* Training: {train['epochs']} epochs, batches of {train['batch_size']}, learning rate {train['lr']:g}"
+
+
+def _dense(params: Mapping[str, Any]) -> bool:
+    return bool(params["prune"]["sparsity"] == 0)
 
 
 def _choice(choice: Mapping[str, Any]) -> str:
@@ -117,7 +128,8 @@ def _limits(subject: Subject) -> Iterator[str]:
     yield f"* One training, seed {seed}: another seed gives other figures."
     yield f"* It answers with one of its {len(names)} classes whatever it is shown, and was measured on images like its"
     yield "  training images only."
-    yield "* Zeros scattered over weight tensors make the compact file small, not dense kernels faster."
+    if not _dense(subject.params):
+        yield "* Zeros scattered over weight tensors make the compact file small, not dense kernels faster."
     yield f"* Its probabilities are off by {subject.report['test']['ece']:.1%} on average (ECE)."
 
 

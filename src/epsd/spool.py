@@ -68,7 +68,7 @@ class Spool:
 
     def events(self) -> list[Event]:
         """What was appended, in order."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         found = []
         for line in lines:
             with contextlib.suppress(ValueError):
@@ -78,6 +78,12 @@ class Spool:
     def close(self) -> None:
         """Let go: from now on another process may replay it."""
         self._lock.release()
+
+    def set_aside(self) -> Path:
+        """Never to be replayed, but kept with its artifacts; returns where."""
+        aside = self.path.rename(self.path.with_suffix(".refused"))
+        self._lock.release()
+        return aside
 
     def discard(self) -> None:
         """Everything was sent: remove it."""

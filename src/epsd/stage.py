@@ -28,8 +28,10 @@ from epsd import artifacts, launch, listing, parallel
 from epsd.devices import determinism, pick_device, pick_precision, seed_everything
 from epsd.fitting import is_shortage
 from epsd.params import DEFAULT_PATH, Params, load
+from epsd.pipeline.recorded import method
 from epsd.registry import ParamsError, choose
 from epsd.runtime import STATE, counted, hush, located, no_telemetry, note, quiet, stops_arrive
+from epsd.tracking import tracking_uri
 from epsd.types import EpsdError
 
 Main = Callable[[Params], str | None]
@@ -156,8 +158,8 @@ def _use_this_copy() -> None:
 
 
 def check(params: Params) -> None:
-    """Check every chosen name and its settings, and what this machine can compute in, so that a mistake fails before
-    any work. Builds nothing heavy.
+    """Check every chosen name and its settings, what this machine can compute in, and where runs go, so that a mistake
+    fails before any work. Builds nothing heavy.
 
     Raises ParamsError with all findings, each with the valid choices, in one line.
     """
@@ -171,6 +173,7 @@ def check(params: Params) -> None:
         device = pick_device(params.device)
         for section in ("prune", "train", "detect"):
             pick_precision(getattr(params, section).precision, device, f"{section}.precision")
+        tracking_uri()
     except EpsdError as error:
         findings.append(str(error))
     if findings:
@@ -223,12 +226,13 @@ def warn_of_detection(params: Params, model: nn.Module) -> None:
 def describe(params: Params, name: str) -> str:
     """What the stage does and on what data, in a few words."""
     data, scenes, network = params.dataset["name"], params.voc["name"], params.architecture["name"]
-    objective, sparsity = params.objective["name"], f"{params.prune.sparsity:g}"
+    objective, sparsity = params.objective["name"], f"sparsity {params.prune.sparsity:g}"
+    removed = f"to {sparsity} by {method(params)} under {objective}" if params.prune.sparsity else "stays dense"
     train_epochs, detect_epochs = (counted(section.epochs, "epoch") for section in (params.train, params.detect))
     doing = {
         "prepare": f"reading {data}, and {scenes} for detection",
-        "prune": f"{network} on {data} to sparsity {sparsity} by {params.prune.score['name']} under {objective}",
-        "train": f"{network} at sparsity {sparsity} on {data} by {objective}, {train_epochs}",
+        "prune": f"{network} on {data} {removed}",
+        "train": f"{network} at {sparsity} on {data} by {objective}, {train_epochs}",
         "evaluate": f"{network} on the test images of {data}",
         "detect": f"{params.detect.detector['name']} around {network} on {scenes}, {detect_epochs}",
     }

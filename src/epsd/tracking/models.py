@@ -29,8 +29,10 @@ NAME = "epsd"
 CANDIDATE = "candidate"
 """Alias of what was evaluated last."""
 
-PLAIN = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
-"""Environment of MLflow. It draws a bar for every file that it copies, on terminals and in logs alike."""
+PLAIN = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+"""Environment of MLflow. It draws a bar for every file that it copies, on terminals and in logs alike, and prints where
+to view a run on a server, through the bar that is being drawn and between the lines of a command's result.
+"""
 
 Format = Literal["pt2", "pickle"]
 

@@ -5,12 +5,14 @@ spool on disk and is replayed at the next start of any tracker (or as soon as th
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import platform
 import re
+import socket
 import sqlite3
 import time
 import uuid
@@ -21,15 +23,23 @@ from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
-from epsd.runtime import brief, no_telemetry, note, project_root, signals_wait, state_folder, versions
+from epsd.runtime import brief, counted, located, no_telemetry, note, project_root, signals_wait, state_folder, versions
 from epsd.spool import Event, Spool, waiting
 from epsd.tracking import models, pages
+from epsd.types import EpsdError
 
 LOCAL = "local-"
 """Prefix of the id of a run that began while the store was away."""
 
-_STORE = "store"
+_FAILED = "failed_stage"
+_LOCAL_ID = "epsd.local_id"
+REPLACES = "epsd.replaces"
+"""Tag of a run that was made because the one of this id was not in the store any more."""
+
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"}
+_REFUSED_FILE = (400, 413)
+"""What a server answers to a file that it will never take (413: too large)."""
+
 _STALE_IF = {"detect/": ("detect.", "voc."), "test/": ("evaluate.",), "model/": ("evaluate.",)}
 """Metric prefix -> the parameters whose change makes that metric of the parent run untrue for its sibling."""
 
@@ -46,10 +56,23 @@ _HTTP = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "PGCONNECT_TIMEOUT": "10",
 }
-"""A dead server costs two to three seconds instead of MLflow's four minutes, and only once."""
+"""A server that dies at work costs seconds instead of MLflow's four minutes, or for ever with PostgreSQL."""
+
+ADDRESSES = ("sqlite:///...", "postgresql://...", "mysql://...", "mssql://...", "http://...", "https://...")
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_ANSWER_WITHIN = 2.0
+"""Seconds that a server has to answer before anything is asked of it."""
+
+_SHARE = 0.01
+"""Of the time, at most, that goes into trying to reach a store that is away."""
 
 _said: set[str] = set()
+
+
+class AddressError(EpsdError):
+    """An address of a tracking store of a kind that is not supported."""
 
 
 def say_once(text: str, subject: str = "") -> None:
@@ -60,11 +83,30 @@ def say_once(text: str, subject: str = "") -> None:
 
 
 def tracking_uri() -> str:
-    """Where runs go: `MLFLOW_TRACKING_URI`, else `mlflow.db` in the project's root (also from a queued experiment)."""
+    """Where runs go: `MLFLOW_TRACKING_URI`, else `mlflow.db` in the project's root (also from a queued experiment).
+
+    Raises AddressError for an address of another kind than those in `ADDRESSES`.
+    """
     told = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if told and not _is_address(told):
+        kept = len(list(state_folder("spool").glob("*.jsonl")))
+        also = f" {counted(kept, 'session')} in {state_folder('spool')} wait for their store." if kept else ""
+        raise AddressError(
+            f"MLFLOW_TRACKING_URI: '{shown(told)}' is no address of a tracking store. Valid: {', '.join(ADDRESSES)}; "
+            f"without it runs go to mlflow.db.{also}"
+        )
     if re.match(r"sqlite:///[^/]", told):  # a relative file would land in the throw-away copy of a queued experiment
         return f"sqlite:///{project_root() / told.removeprefix('sqlite:///')}"
     return told or f"sqlite:///{project_root() / 'mlflow.db'}"
+
+
+def _is_address(text: str) -> bool:
+    """A driver may be named after a `+`, as in `mysql+pymysql://`; a port is a number."""
+    kinds = "|".join(kind.removesuffix("...") for kind in ADDRESSES).replace(":", r"(\+\w+)?:")
+    try:
+        return bool(re.match(rf"({kinds})\S", text)) and urlsplit(text).port != 0
+    except ValueError:
+        return False
 
 
 def shown(uri: str) -> str:
@@ -124,8 +166,8 @@ def with_paragraph(description: str, label: str, text: str) -> str:
 
 def _inherited(tags: Mapping[str, str], stale: list[str]) -> dict[str, str]:
     """What a sibling says of itself like its elder: kind, method, data, and the paragraphs that still hold."""
-    own = ("mlflow.", "versions.", "git.", "dvc.", "epsd.", "host", "pid", "config_hash", "derived_from", "error")
-    same = {key: value for key, value in tags.items() if not key.startswith(own)}
+    own = ("mlflow.", "versions.", "git.", "dvc.", "epsd.", "host", "pid", "config_hash", "derived_from")
+    same = {key: value for key, value in tags.items() if not key.startswith((*own, "error", _FAILED))}
     gone = tuple(f"**{label}.**" for label, prefix in PARAGRAPHS.items() if prefix in stale)
     parts = tags.get("mlflow.note.content", "").split("\n\n")
     return same | {"mlflow.note.content": "\n\n".join(part for part in parts if not (gone and part.startswith(gone)))}
@@ -190,19 +232,27 @@ def relocate(database: Path, root: Path) -> None:
     """Point the artifact addresses of a store whose project folder was moved, renamed or copied to where it is now.
 
     MLflow makes them absolute when an experiment is created (mlflow/mlflow#3144). The old place is the tag
-    `epsd.root` that `_Store` leaves on every experiment.
+    `epsd.root` that `_Store` leaves on every experiment. A store that can only be read stays as it is.
     """
     if not database.is_file():
         return
-    with contextlib.closing(sqlite3.connect(database, timeout=30)) as link, link:
-        tables = {name for (name,) in link.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if "experiment_tags" not in tables:
-            return
-        rows = link.execute("SELECT DISTINCT value FROM experiment_tags WHERE key = 'epsd.root'").fetchall()
-        for (old,) in rows:
-            if old != str(root):
-                _replace_prefix(link, tables, old, str(root))
-        link.execute("UPDATE experiment_tags SET value = ? WHERE key = 'epsd.root'", (str(root),))
+    with contextlib.closing(sqlite3.connect(database, timeout=30)) as link:
+        try:
+            with link:
+                _relocate(link, str(root))
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN")):
+                raise
+
+
+def _relocate(link: sqlite3.Connection, root: str) -> None:
+    tables = {name for (name,) in link.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if "experiment_tags" not in tables:
+        return
+    query = "SELECT DISTINCT value FROM experiment_tags WHERE key = 'epsd.root' AND value != ?"
+    for (old,) in link.execute(query, (root,)).fetchall():
+        _replace_prefix(link, tables, old, root)
+        link.execute("UPDATE experiment_tags SET value = ? WHERE key = 'epsd.root' AND value = ?", (root, old))
 
 
 def _replace_prefix(link: sqlite3.Connection, tables: set[str], old: str, new: str) -> None:
@@ -221,7 +271,7 @@ class _Store:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.remote = uri.startswith(("http://", "https://", "databricks"))
+        self.remote = uri.startswith(("http://", "https://"))
         self.database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
         self.home = self.database.parent if self.database else project_root()
         self._client: Any = None
@@ -231,20 +281,22 @@ class _Store:
 
     @property
     def name(self) -> str:
-        """As written down in a spool: the project's own store keeps its name when the folder is moved."""
-        return _STORE if self.uri == f"sqlite:///{project_root() / 'mlflow.db'}" else shown(self.uri)
+        """As written down in a spool: a store in the project's folder keeps its name when that is moved."""
+        if self.database and self.database.is_relative_to(project_root()):
+            return str(self.database.relative_to(project_root()))
+        return shown(self.uri)
 
-    def reachable(self) -> bool:
-        """Whether trying again is worth it, in two seconds at most; any answer of a server counts."""
-        if not self.uri.startswith(("http://", "https://")):
-            return True
-        import requests
+    def probe(self) -> None:
+        """Find out in about two seconds whether a server is there; any answer counts. Raises OSError where none is."""
+        parts = urlsplit(self.uri)
+        if self.remote:
+            import requests
 
-        try:
-            requests.get(shown(self.uri), timeout=2)
-        except requests.RequestException as error:
-            return isinstance(error, requests.exceptions.SSLError)
-        return True
+            with contextlib.suppress(requests.exceptions.SSLError):
+                requests.get(shown(self.uri), timeout=_ANSWER_WITHIN, stream=True).close()
+        elif parts.hostname not in (None, "localhost") and "socket" not in parts.query:  # those may be sockets of files
+            place = (parts.hostname, parts.port or _PORTS[parts.scheme.partition("+")[0]])
+            socket.create_connection(place, timeout=_ANSWER_WITHIN).close()
 
     @property
     def client(self) -> Any:
@@ -259,9 +311,12 @@ class _Store:
     def _connect(self) -> Any:
         import logging
 
+        self.probe()
         logging.getLogger("alembic").setLevel(logging.ERROR)
         from mlflow import MlflowClient
+        from mlflow.store.db import utils
 
+        utils.MAX_RETRY_COUNT = 1  # ten tries would take two minutes, and hold this process up
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         if self.remote:
             return MlflowClient(tracking_uri=self.uri)
@@ -304,44 +359,43 @@ class _Store:
         """The id of the run that `opening` asks for, RUNNING: found, a sibling of the one found, or a new one."""
         experiment = self.experiment(opening["experiment"])
         self.bury(experiment)
-        if replayed and (made := self.by_local_id(opening["local"])):
-            return made
+        if replayed and (made := self.tagged(_LOCAL_ID, opening["local"])):
+            return str(made.info.run_id)
         run = self.find(opening["run"]) if opening["run"] else None
         if run is None:
             if opening["run"]:
                 note(f"tracking: run {opening['run']} is no more in {shown(self.uri)}; a new one takes its place.")
-            return self.create(experiment, opening)
+            return self.create(experiment, opening, {REPLACES: opening["run"]} if opening["run"] else None)
         if clash := conflicts(run.data.params, opening["params"]):
             return self.sibling(experiment, run, clash, opening)
         self.reopen(run, opening)
         return str(run.info.run_id)
 
     def find(self, run_id: str) -> Any:
-        """The run, or None when it was deleted or never was here."""
-        real = resolve(run_id)
-        if real.startswith(LOCAL):
-            real = self.by_local_id(real) or real
+        """The run, or what was made for its local id or in its place; None when it was deleted or never was here."""
         try:
-            run = self.client.get_run(real)
+            run = self.client.get_run(resolve(run_id))
+            if run.info.lifecycle_stage == "active":
+                return run
         except Exception as error:
             if _code(error) not in _REFUSALS:
                 raise
-            return None
-        return run if run.info.lifecycle_stage == "active" else None
+        return self.tagged(_LOCAL_ID, run_id) or self.tagged(REPLACES, run_id)
 
-    def by_local_id(self, local: str) -> str | None:
-        """The run that was created for this local id, if it was."""
+    def tagged(self, tag: str, value: str) -> Any:
+        """The newest run with this tag, or None."""
         ids = [experiment.experiment_id for experiment in self.client.search_experiments()]
-        runs = self.client.search_runs(ids, f"tags.`epsd.local_id` = '{local}'", max_results=1)
-        return str(runs[0].info.run_id) if runs else None
+        runs = self.client.search_runs(ids, f"tags.`{tag}` = '{value}'", max_results=1)
+        return runs[0] if runs else None
 
     def create(self, experiment: str, opening: Event, extra: Mapping[str, str] | None = None) -> str:
         """A new run with its identity, tags, description and parameters."""
         described = {"mlflow.note.content": opening["description"]}
         tags = {**described, **(extra or {}), **opening["identity"], **opening["tags"]}
-        tags["epsd.local_id"] = opening["local"]
+        tags[_LOCAL_ID] = opening["local"]
         if parent := opening.get("parent"):
-            tags["mlflow.parentRunId"] = resolve(parent)
+            found = self.find(parent)
+            tags["mlflow.parentRunId"] = found.info.run_id if found else resolve(parent)
         run = self.client.create_run(experiment, opening["time"], tags, opening["name"])
         self._fresh.add(run.info.run_id)
         self.params(run.info.run_id, opening["params"])
@@ -351,13 +405,14 @@ class _Store:
         """Go on in `run`: what it says about its origin stays, who works on it now is updated."""
         origin = {key: value for key, value in opening["identity"].items() if key not in run.data.tags}
         now = {key: value for key, value in opening["identity"].items() if key in ("host", "pid", "pid.started")}
-        described = {"mlflow.note.content": opening["description"]} if opening["description"] else {}
+        added = [part for part in run.data.tags.get("mlflow.note.content", "").split("\n\n") if part.startswith("**")]
+        parts = [opening["description"], *added]
+        described = {"mlflow.note.content": "\n\n".join(parts)} if opening["description"] else {}
         self.tags(run.info.run_id, {**origin, **now, **opening["tags"], **described})
         missing = {key: value for key, value in opening["params"].items() if key not in run.data.params}
         self.params(run.info.run_id, missing)
-        if "error" in run.data.tags:  # of a session that this one makes good
-            self.client.delete_tag(run.info.run_id, "error")
-        self.client.update_run(run.info.run_id, status="RUNNING")
+        if run.info.status != "FINISHED":  # a training that has finished stays so, whatever becomes of later stages
+            self.client.update_run(run.info.run_id, status="RUNNING")
 
     def sibling(self, experiment: str, run: Any, clash: list[str], opening: Event) -> str:
         """The run of the same trained model under other settings of a later stage: found, or new with what still holds.
@@ -397,15 +452,29 @@ class _Store:
             case "tags":
                 self.tags(run_id, event["tags"])
             case "artifact":
-                self.artifact(run_id, Path(event["path"]), event["folder"])
+                self.artifact(run_id, located(event["path"]), event["folder"])
             case "dataset":
                 self.dataset(run_id, event)
             case "model":
-                self.version = models.record(self.client, run_id, Path(event["path"]))
+                self.version = models.record(self.client, run_id, located(event["path"]))
             case "describe":
                 self.describe(run_id, event["label"], event["text"])
             case "end":
-                self.client.set_terminated(run_id, event["status"], event["time"])
+                self.end(run_id, event)
+
+    def end(self, run_id: str, event: Event) -> None:
+        """The run's status. Of a finished training a tag names the later stages that failed, until they succeed."""
+        run, succeeded = self.client.get_run(run_id), event["status"] == "FINISHED"
+        finished = run.info.status == "FINISHED"
+        failed = [name for name in run.data.tags.get(_FAILED, "").split() if name != event["stage"]]
+        if finished and not succeeded:
+            failed.append(event["stage"])
+        if failed:
+            self.tags(run_id, {_FAILED: " ".join(failed)})
+        elif succeeded:
+            for tag in run.data.tags.keys() & {_FAILED, "error"}:
+                self.client.delete_tag(run_id, tag)
+        self.client.set_terminated(run_id, "FINISHED" if finished else event["status"], event["time"])
 
     def metrics(self, run_id: str, event: Event) -> None:
         """Log the points that the run has not yet: one per (key, step), or changed values where there is no step."""
@@ -478,6 +547,10 @@ def _code(error: BaseException) -> str:
 
 def _refused(event: Event, error: BaseException) -> bool:
     """Whether the store has answered no, and would again. A server of MLflow 2 has no place for a model."""
+    if isinstance(error.__cause__ or error, UnicodeError | FileNotFoundError | KeyError):
+        return True  # text that no store holds, a copy that is lost, a spool of another version
+    if getattr(getattr(error, "response", None), "status_code", 0) in _REFUSED_FILE:
+        return True
     return _code(error) in (_REFUSALS | {"ENDPOINT_NOT_FOUND"} if event["op"] == "model" else _REFUSALS)
 
 
@@ -488,9 +561,15 @@ def connection() -> Any:
 
 @contextlib.contextmanager
 def _locked(name: str, timeout: float) -> Iterator[None]:
-    folder = state_folder("locks")
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{name}.lock", timeout=timeout):
+    """One process at a time. In a project that can only be read there is nothing to make, and no lock."""
+    path = state_folder("locks", f"{name}.lock")
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(path, timeout=timeout))
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EROFS):
+                raise
         yield
 
 
@@ -517,16 +596,13 @@ def _replay(store: _Store, events: list[Event]) -> str:
     """Send the events of one session; returns the id of its run. Safe to begin again after any interruption."""
     first, *rest = events
     store.forget()
-    if first["op"] == "attach":
-        run_id = str(first["run"])
-    else:
-        run_id = store.open(first, replayed=True)
-        _remember(first["local"], run_id)
+    run_id = store.open(first, replayed=True)
+    _remember(first["local"], run_id)
     for event in rest:
         try:
             store.send(run_id, event)
         except Exception as error:
-            if not _refused(event, error) and not isinstance(error, FileNotFoundError):
+            if not _refused(event, error):
                 raise
             _reject(run_id, event, error)
     return run_id
@@ -550,10 +626,17 @@ def replay(store: _Store) -> int:
         with _locked("replay", timeout=0):
             for spool in waiting(folder):
                 events = spool.events()
-                if events and events[0]["store"] != store.name:
+                if events and events[0].get("store") != store.name:
                     continue
-                if events:
-                    _replay(store, events)
+                try:
+                    if events:
+                        _replay(store, events)
+                except Exception as error:
+                    if not _refused(events[0], error):
+                        raise
+                    aside = spool.set_aside()
+                    note(f"tracking: {shown(store.uri)} refused the run that is kept in {aside} ({brief(error)}).")
+                    continue
                 spool.discard()
                 sent += len(events)
     except Timeout:  # another process is at it
@@ -576,7 +659,7 @@ class Tracker:
         self._run: str | None = None
         self._spool: Spool | None = None
         self._online = False
-        self._next_try, self._pause = 0.0, 30.0 if self._store.remote else 1.0
+        self._tried = self._next_try = 0.0
         self._logged: set[str] = set()
         self._odd: set[str] = set()
         self._started = time.monotonic()
@@ -603,7 +686,7 @@ class Tracker:
         if not Path(path).exists():
             say_once(f"tracking: {path} is not there, so it was not logged.")
             return
-        self._do("artifact", path=str(Path(path)), folder=folder)
+        self._do("artifact", path=str(Path(path).absolute()), folder=folder)
 
     def describe(self, label: str, text: str) -> None:
         """One paragraph of the run's description, begun by `label`; a later one of the same label takes its place."""
@@ -615,7 +698,7 @@ class Tracker:
         Returns the registered version; None where the store is away (the model is kept and sent later) or refused it.
         """
         self._store.version = None
-        self._do("model", path=str(folder))
+        self._do("model", path=str(Path(folder).absolute()))
         return self._store.version
 
     def dataset(
@@ -651,12 +734,14 @@ class Tracker:
         self._safely(lambda: self._record({"op": op, "time": _milliseconds(), **fields}))
 
     def _record(self, event: Event) -> None:
+        self._tried = time.monotonic()
         if not self._online and time.monotonic() >= self._next_try:
             self._try_again()
         if self._online and self._sent(event):
             return
         if event["op"] in ("artifact", "model"):
-            event["path"] = str(self._kept().keep(Path(event["path"])))
+            kept = self._kept().keep(Path(event["path"]))
+            event["path"] = str(kept.relative_to(project_root()))  # the project may be moved before it is sent
         self._kept().append(event)
 
     def _sent(self, event: Event) -> bool:
@@ -675,15 +760,14 @@ class Tracker:
         """This session's spool, begun with the line that says which run it belongs to."""
         if self._spool is None:
             spool = Spool.new(state_folder("spool"), str(self._opening["local"]))
-            attach = {"op": "attach", "run": self._run}
-            spool.append({"store": self._store.name, **(attach if self._run else self._opening)})
+            spool.append({"store": self._store.name, **self._opening, "run": self._run or self._opening["run"]})
             self._spool = spool
         return self._spool
 
     def _lost(self, error: Exception) -> None:
         self._online = False
-        self._next_try = time.monotonic() + self._pause
-        self._pause = min(self._pause * 2, 300.0)
+        now = time.monotonic()
+        self._next_try = now + max(1.0, (now - self._tried) / _SHARE)
         where = state_folder("spool")
         say_once(
             f"tracking: {shown(self._store.uri)} cannot be used ({brief(error)}). The work goes on; "
@@ -692,12 +776,9 @@ class Tracker:
         )
 
     def _try_again(self) -> None:
-        """Send what was kept if the store is back. Costs two seconds at most while it is not."""
-        if not self._store.reachable():
-            self._next_try = time.monotonic() + self._pause
-            self._pause = min(self._pause * 2, 300.0)
-            return
+        """Send what was kept if the store is back. Costs about two seconds at most while it is not."""
         try:
+            self._store.probe()
             replay(self._store)
             if self._spool is None:
                 self._run = self._store.open(self._opening)
@@ -714,6 +795,7 @@ class Tracker:
         self._safely(self._start)
 
     def _start(self) -> None:
+        self._tried = time.monotonic()
         try:
             replay(self._store)
             self._run = self._store.open(self._opening)
@@ -728,7 +810,7 @@ class Tracker:
             self.tags({"error": f"{type(error).__name__}: {brief(error)}"})
         elif f"time/{self.stage}" not in self._logged:
             self.metrics({f"time/{self.stage}": time.monotonic() - self._started})
-        self._do("end", status=status)
+        self._do("end", status=status, stage=self.stage)
         if not self._online:
             self._safely(self._try_again)
         if self._spool is not None:
@@ -749,6 +831,8 @@ def track(
 ) -> Iterator[Tracker]:
     """A session of `stage` in an MLflow run; the run ends FINISHED, or FAILED when the block raises.
 
+    A run that was FINISHED stays so: a tag `failed_stage` names the later stages that failed, until they succeed.
+
     Parameters
     ----------
     experiment : MLflow experiment, created where it does not exist.
@@ -760,6 +844,8 @@ def track(
     params : flat, dotted names as in params.yaml; numbers are logged as numbers.
     tags : kind, method, dataset, seed ...; who, where, which code and which DVC experiment are added.
     description : shown on the run's page (Markdown).
+
+    Raises AddressError, as `tracking_uri`, and whatever the block raises.
     """
     texts = {_key(key): as_text(value) for key, value in (params or {}).items()}
     opening: Event = {
@@ -786,12 +872,18 @@ def track(
 
 
 def ui_address(port: int = 5000) -> str:
-    """The address of the runs of the experiment with the newest run, in a `mlflow ui` on this machine."""
+    """The address of the runs of the experiment with the newest run, in a `mlflow ui` on this machine; of a server
+    that has a UI of its own, its address. The artifacts of a project that was moved are found from here on.
+
+    Raises AddressError, as `tracking_uri`.
+    """
+    store = _Store(tracking_uri())
     address = f"http://127.0.0.1:{port}/"
-    database = project_root() / "mlflow.db"
-    if not database.is_file():
-        return address
-    with contextlib.closing(sqlite3.connect(database)) as link, contextlib.suppress(sqlite3.Error):
+    if store.database is None or not store.database.is_file():
+        return shown(store.uri) if store.remote else address
+    with _locked("store", timeout=120):
+        relocate(store.database, store.home)
+    with contextlib.closing(sqlite3.connect(store.database)) as link, contextlib.suppress(sqlite3.Error):
         newest = link.execute("SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1").fetchone()
         if newest:
             return f"{address}#/experiments/{newest[0]}/runs?{pages.QUERY}"

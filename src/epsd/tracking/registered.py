@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 from epsd.runtime import brief
 from epsd.tracking.models import CANDIDATE, NAME, quietly
-from epsd.tracking.recording import connection, shown, tracking_uri
+from epsd.tracking.recording import REPLACES, connection, shown, tracking_uri
 from epsd.types import EpsdError
 
 CHAMPION = "champion"
+"""Alias of what `epsd promote` chose."""
+
 _SHORTEST = 4
 """Characters of an id that are taken for its beginning: an unset shell variable names no model."""
-"""Alias of what `epsd promote` chose."""
 
 _RECENT = 8
 
@@ -104,7 +105,7 @@ def _matching(client: Any, wanted: str) -> list[Any]:
     """Runs by id, by name, by the beginning of an id: the first of these that finds any."""
     runs = _runs(client)
     tests: tuple[Callable[[Any], bool], ...] = (
-        lambda run: run.info.run_id == wanted,
+        lambda run: wanted in (run.info.run_id, run.data.tags.get(REPLACES)),
         lambda run: run.info.run_name == wanted,
         lambda run: len(wanted) >= _SHORTEST and run.info.run_id.startswith(wanted),
     )

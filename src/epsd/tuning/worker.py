@@ -21,6 +21,7 @@ from epsd import artifacts
 from epsd.data import Prepared
 from epsd.devices import determinism
 from epsd.params import LimitParams, Params, TuneParams, flatten, parse
+from epsd.pipeline.recorded import method
 from epsd.runtime import mix, no_telemetry, note, stops_arrive
 from epsd.tracking import Tracker, track
 from epsd.training import Record
@@ -277,7 +278,7 @@ class Worker:
             params=dict(flatten(params.model_dump())),
             tags={
                 "kind": "trial",
-                "method": f"{params.prune.score['name']}+{params.objective['name']}",
+                "method": f"{method(params)}+{params.objective['name']}",
                 "dataset": params.dataset["name"],
                 "seed": params.seed,
                 "study": self.tune.study,
