@@ -23,7 +23,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return enter(tmp_path, monkeypatch)
 
 
-def test_a_cell_of_a_study(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cell_of_a_study(project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPSD_QUIET", "0")
     file = write(project / "grid.yaml", **GRID, set=QUICKER)
     assert main(["study", str(file)]) == 0
     assert "ptd" in capsys.readouterr().out

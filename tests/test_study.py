@@ -439,8 +439,9 @@ def test_no_cell_begins_after_the_minutes(
     monkeypatch.setenv("EPSD_QUIET", "0")
     write(project / "grid.yaml", sparsities=[0.5], seeds=1)
     assert main(["study", "grid.yaml", "--minutes", "1e-9"]) == 1
-    said = capsys.readouterr().out
-    assert "2 of 2 models to train" in said and "0 of 2 cells are done. `epsd study grid.yaml` goes on." in said
+    said = capsys.readouterr()
+    assert "2 of 2 models to train" in said.out
+    assert "0 of 2 cells are done. `epsd study grid.yaml` goes on." in said.err
 
 
 def test_a_cell_that_cannot_be_trained_stops_no_other(
@@ -451,7 +452,7 @@ def test_a_cell_that_cannot_be_trained_stops_no_other(
     assert main(["study", "grid.yaml"]) == 1
     said = capsys.readouterr()
     assert "1 cells failed" in said.err and "the loss is nan" in said.err.lower()
-    assert "1 of 2 cells are done" in said.out
+    assert "1 of 2 cells are done" in said.err
     assert len(read_runs(["epsd"], ["kind=study"])) == 1
 
 

@@ -100,8 +100,8 @@ class _Study:
         if self.failed:
             own, reason = next(iter(self.failed.items()))
             note(f"study: {len(self.failed)} cells failed, the first one {self.marks[own]}: {reason}")
-        if left and not quiet():
-            print(f"study: {len(self.seen)} of {len(self.marks)} cells are done. `epsd study {self.path}` goes on.")
+        if left:
+            note(f"study: {len(self.seen)} of {len(self.marks)} cells are done. `epsd study {self.path}` goes on.")
         return INTERRUPTED if interrupted else int(left > 0)
 
     def _plan(self, left: int) -> str:
