@@ -24,7 +24,7 @@ check: .venv/complete  ## style and types
 
 ui: .venv/complete  ## the recorded runs in the browser; a server at MLFLOW_TRACKING_URI has a UI of its own
 	@runs=$$($(BIN)/python -m epsd.tracking $(PORT)) && echo "Runs: $$runs   (Ctrl-C ends it)"
-	case "$$MLFLOW_TRACKING_URI" in http*) ;; *) $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --default-artifact-root "$(CURDIR)/mlruns";; esac
+	@case "$$MLFLOW_TRACKING_URI" in http*) ;; *) $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --default-artifact-root "$(CURDIR)/mlruns";; esac
 
 serve: .venv/complete  ## the champion over HTTP; MODEL=models:/epsd@candidate (or a folder) PORT=5001
 	@$(BIN)/python -m epsd.tracking > /dev/null
