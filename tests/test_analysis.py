@@ -269,9 +269,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     tree = read_yaml(ROOT / "params.yaml")
     small = {"train.epochs": 3, "train.batch_size": 16, "prune.batch_size": 16, "architecture.width": 0.5}
     small |= {"data.limit": 20, "data.validation": 0.2}
-    for key, value in (
-        small | {"prune.sparsity": 0.8, "prune.score.steps": 1, "threads": 1, "data.limit": 20, "data.validation": 0.2}
-    ).items():
+    for key, value in (small | {"prune.sparsity": 0.8, "prune.score.steps": 1, "threads": 1}).items():
         override(tree, key, value)
     (folder / "params.yaml").write_text(json.dumps(parse(tree).model_dump()))
     (folder / "dvc.yaml").touch()

@@ -155,6 +155,22 @@ def test_a_stop_that_python_drops_comes_once_more(raising, capsys):
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
+def test_a_stop_that_python_drops_waits_like_any_other(raising):
+    """For what holds stops back by itself, and for `signals_wait`."""
+    done, holding = [], [True]
+    with pytest.raises(Asked), runtime.stops_arrive(Asked, held=lambda: holding[0]):
+        StopsInItsDestructor()
+        time.sleep(0.1)
+        done.append("held")
+        with runtime.signals_wait():
+            holding.clear()
+            holding.append(False)
+            time.sleep(0.1)
+            done.append("waited")
+        time.sleep(10)
+    assert done == ["held", "waited"]
+
+
 def test_other_exceptions_that_python_drops_are_told_as_ever(raising, monkeypatch):
     told = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_value))

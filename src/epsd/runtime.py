@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -68,7 +68,7 @@ def signals_wait() -> Iterator[None]:
         if len(came) > 1:
             before[signal.Signals(number)](number, frame)
 
-    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)  # the last: see `stops_arrive`
     before = {number: handler for number in asked if callable(handler := signal.getsignal(number))}
     for number in before:
         signal.signal(number, hold)
@@ -82,11 +82,12 @@ def signals_wait() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stops_arrive(*kinds: type[BaseException]) -> Iterator[None]:
+def stops_arrive(*kinds: type[BaseException], held: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """An exception of these kinds that a signal's handler raises is not lost, wherever the signal comes.
 
     Python prints and drops what is raised while a destructor or the callback of a weak reference happens to run; the
-    request to stop would be gone. Here it is raised once more, a moment later. For the main thread.
+    request to stop would be gone. Here it is raised once more, a moment later, but neither while `held` says so nor
+    where `signals_wait`. For the main thread.
     """
     dropped: list[BaseException] = []
     before = sys.unraisablehook
@@ -94,12 +95,14 @@ def stops_arrive(*kinds: type[BaseException]) -> Iterator[None]:
     def keep(unraisable: "sys.UnraisableHookArgs") -> None:
         if isinstance(unraisable.exc_value, kinds):
             dropped.append(unraisable.exc_value)
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            signal.setitimer(signal.ITIMER_REAL, _A_MOMENT)
         else:
             before(unraisable)
 
     def again(number: int, frame: FrameType | None) -> None:
-        if dropped:
+        if held():
+            signal.setitimer(signal.ITIMER_REAL, _A_MOMENT)
+        elif dropped:
             raise dropped.pop().with_traceback(None)
 
     alarm, sys.unraisablehook = signal.signal(signal.SIGALRM, again), keep
@@ -109,6 +112,10 @@ def stops_arrive(*kinds: type[BaseException]) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = before
         signal.signal(signal.SIGALRM, alarm)
+
+
+_A_MOMENT = 0.01
+"""Seconds after which a stop that was dropped is raised again."""
 
 
 def hush() -> None:

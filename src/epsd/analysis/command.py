@@ -17,7 +17,7 @@ from epsd.params import DEFAULT_PATH, Params, flatten, load
 from epsd.pipeline.opened import opened
 from epsd.pipeline.pruned import pruned
 from epsd.registry import choose, unknown
-from epsd.runtime import no_telemetry, note, quiet
+from epsd.runtime import no_telemetry, note, quiet, stops_arrive
 from epsd.scores import SCORES
 from epsd.stage import check
 from epsd.tracking import Tracker, track
@@ -55,7 +55,8 @@ def command(request: Request) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves in order, as Ctrl-C does
     try:
         print(f"analyse: {_described(params, request, plan)}", flush=True)
-        report = _run(params, request, plan, data)
+        with stops_arrive(KeyboardInterrupt):
+            report = _run(params, request, plan, data)
     except KeyboardInterrupt:
         note("analyse: interrupted; nothing was written.")
         return INTERRUPTED

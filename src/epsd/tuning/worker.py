@@ -80,9 +80,13 @@ class Interrupts:
         self._raise()
 
     def _raise(self) -> None:
-        if self._asked and not self._raised and not self._depth:
+        if self._asked and not self._raised and not self.shielded():
             self._raised = True
             raise Stopped
+
+    def shielded(self) -> bool:
+        """Whether a change to the storage is under way."""
+        return self._depth > 0
 
     @contextlib.contextmanager
     def shield(self) -> Iterator[None]:
@@ -356,7 +360,7 @@ def main() -> int:
     determinism()
     with Interrupts() as interrupts:
         try:
-            with stops_arrive(Stopped):
+            with stops_arrive(Stopped, held=interrupts.shielded):
                 Worker(job, interrupts).work()
         except Stopped:
             return INTERRUPTED
