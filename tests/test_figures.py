@@ -114,7 +114,7 @@ def test_what_training_records_has_a_panel_each_and_ink_in_it() -> None:
     assert {label: set(series) for label, series in panels.items()} == {
         "loss (nats)": {"train/loss", "val/nll"},
         "terms of the objective (nats)": {"train/cross_entropy", "train/distillation"},
-        "gradient norm (nats per unit of weight)": {"train/grad_norm"},
+        "gradient norm\n(nats per unit of weight)": {"train/grad_norm"},
         "top-1 (share right)": {"train/top1", "val/top1"},
         "learning rate": {"train/lr"},
     }

@@ -144,7 +144,7 @@ def history_panels(history: Mapping[str, Sequence[float | None]]) -> dict[str, d
         "cross_entropy": "terms of the objective (nats)",
         "distillation": "terms of the objective (nats)",
         "top1": "top-1 (share right)",
-        "grad_norm": "gradient norm (nats per unit of weight)",
+        "grad_norm": "gradient norm\n(nats per unit of weight)",
         "lr": "learning rate",
     }
     panels: dict[str, dict[str, Sequence[float | None]]] = {}
