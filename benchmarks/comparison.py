@@ -21,15 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from ruamel.yaml import YAML
 
-from epsd import evaluation
-from epsd.data import Prepared
+from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
-from epsd.params import override, parse, read_yaml
-from epsd.pipeline.pruned import pruned
-from epsd.pipeline.trained import trained
-from epsd.preparing import prepare
+from epsd.evaluation import evaluate as evaluation
+from epsd.pipeline.prune import pruned
+from epsd.pipeline.train import trained
+from epsd.preparing.write import prepare
+from epsd.project.params import override, parse, read_yaml
+from epsd.project.runtime import mix, versions
 from epsd.registry import choose
-from epsd.runtime import mix, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORES: dict[str, dict[str, Any]] = {

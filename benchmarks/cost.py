@@ -4,11 +4,11 @@
 
 Trains each method at one sparsity (and the dense network) on the same data, batches and recipe. Every method hands on
 the epoch that validation likes best (top-1, then NLL), as "Prune, then distill" does; the test split is read once per
-model. An image pass is one image sent forwards through the network; see `epsd.passes` for what the rest counts. Stops
-and goes on: a finished model is one line of `--out`, and "Prune, then distill" also goes on in the middle. Its three
-students share one teacher, whose whole cost each of them is charged with: "narrow" (dense, with as many parameters),
-"rewound" (under the teacher's mask) and "scored" (under EPSD's mask), both from the initial weights. The pruned teacher
-by itself is the row "iterative magnitude pruning".
+model. An image pass is one image sent forwards through the network; see `epsd.compute.cost` for what the rest counts.
+Stops and goes on: a finished model is one line of `--out`, and "Prune, then distill" also goes on in the middle. Its
+three students share one teacher, whose whole cost each of them is charged with: "narrow" (dense, with as many
+parameters), "rewound" (under the teacher's mask) and "scored" (under EPSD's mask), both from the initial weights. The
+pruned teacher by itself is the row "iterative magnitude pruning".
 """
 
 import argparse
@@ -24,21 +24,21 @@ import torch
 from ruamel.yaml import YAML
 from torch import nn
 
-from epsd import evaluation
-from epsd.checkpoints import code_files, fingerprint
-from epsd.data import Prepared
+from epsd.compute.cost import Meter
+from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
+from epsd.evaluation import evaluate as evaluation
 from epsd.masks import Mask
-from epsd.params import Params, override, parse, read_yaml
-from epsd.passes import Meter
-from epsd.pipeline.distilled import StudentKind, distilled, initial
-from epsd.pipeline.pruned import pruned
-from epsd.pipeline.trained import trained
-from epsd.preparing import prepare
+from epsd.pipeline.prune import pruned
+from epsd.pipeline.train import trained
+from epsd.preparing.write import prepare
+from epsd.project.params import Params, override, parse, read_yaml
+from epsd.project.runtime import mix, versions
 from epsd.registry import choose
-from epsd.rewinding import Best, Rewinding
-from epsd.runtime import mix, versions
-from epsd.training import Record
+from epsd.studies.prune_then_distill.rewinding import Best, Rewinding
+from epsd.studies.prune_then_distill.student import StudentKind, distilled, initial
+from epsd.training.checkpoints import code_files, fingerprint
+from epsd.training.fit import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = {"name": "cross_entropy"}
@@ -243,10 +243,11 @@ def picture(rows: list[Row], path: Path) -> None:
     """Test accuracy over seconds and image passes."""
     import pandas as pd
 
-    from epsd import figures, figures_study
+    from epsd.figures import study
+    from epsd.figures import style as figures
 
     frame = pd.DataFrame([{"method": r.method, "seed": r.seed, "accuracy": r.test, **r.curve[-1]} for r in rows])
-    figures.save(figures_study.cost_against_accuracy(frame), path)
+    figures.save(study.cost_against_accuracy(frame), path)
 
 
 def main() -> None:

@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import training
-from epsd.acceleration import keep_freed_memory
-from epsd.archives import open_tree
-from epsd.data import MemoryBatches, Pixels
-from epsd.images import decode, decode_planes
+from epsd.compute.speed import keep_freed_memory
+from epsd.data.prepared import MemoryBatches, Pixels
+from epsd.data.streaming import Augmentation, Pictures, StreamedBatches
+from epsd.files.archives import open_tree
+from epsd.files.images import decode, decode_planes
+from epsd.files.layouts import Files, Reading
 from epsd.objectives import OBJECTIVES
-from epsd.runtime import versions
-from epsd.sources import Files, Reading
-from epsd.streaming import Augmentation, Pictures, StreamedBatches
+from epsd.project.runtime import versions
 from epsd.types import Batches, BatchNeeds
 
 NEEDS = {

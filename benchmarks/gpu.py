@@ -22,14 +22,14 @@ from typing import Literal
 import torch
 
 from comparison import Job, base, data, result
-from epsd.devices import pick_precision, to_device
-from epsd.metrics import flops
+from epsd.compute.devices import pick_precision, to_device
+from epsd.evaluation.metrics import flops
 from epsd.objectives import OBJECTIVES
-from epsd.params import override
-from epsd.pruning import prune
-from epsd.runtime import versions
+from epsd.project.params import override
+from epsd.project.runtime import versions
+from epsd.pruning.prune import prune
 from epsd.scores.epsd import Epsd
-from epsd.training import Recipe, Record, fit
+from epsd.training.fit import Recipe, Record, fit
 from training import NAMES, SHAPE, Repeated, drawn, half, network
 
 Compile = Literal["none", "kernels", "graphs"]

@@ -9,7 +9,7 @@ the figure for the preset's own batch is the line through both. `--whole` runs t
 half as much again as the line foresees is free; such figures have no `~`. On a CPU the peak is that of the process
 (with Python and torch, 0.5 GB), on a GPU that of the allocator. `data`: images that are held in memory besides, and
 PS-KD's soft targets; photographs are read from files. `estimated` is what the training step is expected to need
-beforehand (`epsd.fitting`), beside what it took.
+beforehand (`epsd.compute.shortage`), beside what it took.
 """
 
 import argparse
@@ -27,21 +27,22 @@ import torch
 from torch import nn
 
 import training
-from epsd import detection, fitting
 from epsd.architectures import ARCHITECTURES
+from epsd.compute import shortage
+from epsd.compute.devices import pick_precision
+from epsd.compute.memory import free_bytes
+from epsd.detection import fit as detection
 from epsd.detectors import DETECTORS, Picture
-from epsd.devices import pick_precision
-from epsd.memory import free_bytes
 from epsd.objectives import OBJECTIVES
-from epsd.params import Params, load
-from epsd.presets import names
-from epsd.pruning import prune
+from epsd.project.params import Params, load
+from epsd.project.presets import names
+from epsd.project.runtime import versions
+from epsd.pruning.prune import prune
 from epsd.registry import choose
-from epsd.runtime import versions
 from epsd.scores import SCORES
-from epsd.training import Recipe, fit
+from epsd.training.fit import Recipe, fit
 from epsd.types import Batch
-from epsd.voc import Scene
+from epsd.voc.annotations import Scene
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
@@ -157,7 +158,7 @@ def estimated(params: Params, size: int, device: str) -> None:
             logits: torch.Tensor = model(images.contiguous(memory_format=torch.channels_last))
         return logits.float()
 
-    found = fitting.need(model, lambda batch: objective.loss(forward, batch, 1.0), drawn(params, 4, device), 3)
+    found = shortage.need(model, lambda batch: objective.loss(forward, batch, 1.0), drawn(params, 4, device), 3)
     print(json.dumps(found.of(size) / MIB))
 
 

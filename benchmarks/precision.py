@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 import comparison
-from epsd import evaluation
-from epsd.data import Prepared
-from epsd.params import override, parse
-from epsd.pipeline.pruned import pruned
-from epsd.pipeline.trained import trained
-from epsd.runtime import versions
+from epsd.data.prepared import Prepared
+from epsd.evaluation import evaluate as evaluation
+from epsd.pipeline.prune import pruned
+from epsd.pipeline.train import trained
+from epsd.project.params import override, parse
+from epsd.project.runtime import versions
 
 PRECISIONS = ("fp32", "bf16")
 

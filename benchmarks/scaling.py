@@ -6,7 +6,8 @@
 Nothing is trained. One device's rate is `--images-per-second` where you have measured it (a plain step in the
 precision you train in); without it, `--peak` (what the maker states for dense bf16 products) times `--share` (assumed).
 The network's operations and parameters are counted from the network itself; image passes per image are those of
-`epsd.passes`; the volume of an all-reduce is that of a ring, 2 (n - 1) / n times the gradients' bytes for each GPU.
+`epsd.compute.cost`; the volume of an all-reduce is that of a ring, 2 (n - 1) / n times the gradients' bytes for each
+GPU.
 """
 
 import argparse
@@ -16,10 +17,10 @@ from typing import NamedTuple
 
 import torch
 
-from epsd import metrics
 from epsd.architectures import ARCHITECTURES
-from epsd.params import Params, parse, read_yaml
-from epsd.passes import BACKWARD, FORWARD
+from epsd.compute.cost import BACKWARD, FORWARD
+from epsd.evaluation import metrics
+from epsd.project.params import Params, parse, read_yaml
 from epsd.registry import choose
 
 ROOT = Path(__file__).resolve().parent.parent

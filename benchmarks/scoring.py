@@ -8,7 +8,7 @@ momentum and weight decay) on the same batch, fp32: in PyTorch's default layout,
 in, and in channels_last, which scoring runs in here. `unrolled` is plain automatic differentiation through all steps
 in torch's own layers and default layout, as the official code does it: the baseline for `full`. `half` is `full` with
 half the memory that `unrolled` took as its budget. As the stage `prune` does, rows in which memory is not counted keep
-what they free (`epsd.acceleration.keep_freed_memory`). `official` is the setting of ProsPr's README (momentum 0.9, the
+what they free (`epsd.compute.speed.keep_freed_memory`). `official` is the setting of ProsPr's README (momentum 0.9, the
 first buffer detached), graphs kept. `bf16` rows give the overlap of their mask (95 % sparsity) with that
 of fp32. Images are the digits that come with scikit-learn, enlarged to 32 px. Prints a Markdown table; `--write FILE`
 keeps it.
@@ -30,14 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from epsd.acceleration import keep_freed_memory
 from epsd.architectures import ARCHITECTURES
+from epsd.compute.speed import keep_freed_memory
 from epsd.masks import Mask, prunable
-from epsd.metagradients import Means, within
 from epsd.objectives import OBJECTIVES
-from epsd.pruning import prune
+from epsd.project.runtime import versions
+from epsd.pruning.metagradients import Means, within
+from epsd.pruning.prune import prune
 from epsd.registry import choose
-from epsd.runtime import versions
 from epsd.scores import SCORES
 from epsd.types import Batch, Scores
 

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import torch
 
-from epsd.params import override, read_yaml
-from epsd.runtime import versions
+from epsd.project.params import override, read_yaml
+from epsd.project.runtime import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("prepare", "prune", "train", "evaluate", "detect")

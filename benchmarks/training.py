@@ -29,17 +29,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epsd import checkpoints
-from epsd.acceleration import keep_freed_memory, pick_update, sgd
 from epsd.architectures import ARCHITECTURES
-from epsd.data import MemoryBatches, Pixels
-from epsd.devices import pick_precision
+from epsd.compute.devices import pick_precision
+from epsd.compute.speed import keep_freed_memory, pick_update, sgd
+from epsd.data.prepared import MemoryBatches, Pixels
+from epsd.evaluation.metrics import flops
 from epsd.masks import Mask, MaskHolder, prunable
-from epsd.metrics import flops
 from epsd.objectives import OBJECTIVES
+from epsd.project.runtime import versions
 from epsd.registry import choose
-from epsd.runtime import versions
-from epsd.training import Recipe, Record, fit
+from epsd.training import checkpoints
+from epsd.training.fit import Recipe, Record, fit
 from epsd.types import Batch, BatchNeeds, Objective
 
 SHAPE = (3, 32, 32)

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from ruamel.yaml import YAML
 
-from epsd import artifacts
-from epsd.artifacts import read_json, write_json
-from epsd.data import Prepared
+from epsd.compute.devices import determinism
+from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
-from epsd.devices import determinism
-from epsd.params import Params, load, override, parse, read_yaml
-from epsd.preparing import prepare
+from epsd.preparing.write import prepare
+from epsd.project import artifacts
+from epsd.project.artifacts import read_json, write_json
+from epsd.project.params import Params, load, override, parse, read_yaml
+from epsd.project.runtime import versions
 from epsd.registry import choose
-from epsd.runtime import versions
 from epsd.tuning import judge, report
 from epsd.tuning.space import Space
 from epsd.tuning.study import Ledger, open_storage
@@ -60,7 +60,7 @@ def search(folder: Path) -> None:
     """Run `epsd tune` and keep its seconds on the wall and what it printed."""
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "epsd.tuning"], cwd=folder, check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "epsd.cli", "tune"], cwd=folder, check=True, stdout=subprocess.PIPE, text=True
     )
     write_json(folder / "search.json", {"seconds": time.perf_counter() - started, "printed": done.stdout})
 

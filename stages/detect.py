@@ -8,21 +8,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from epsd import artifacts, checkpoints, detection, figures, parallel, pictures
-from epsd.acceleration import keep_freed_memory
 from epsd.architectures import ARCHITECTURES
-from epsd.data import Prepared
+from epsd.compute import distributed
+from epsd.compute.devices import pick_device, pick_precision, seed_everything
+from epsd.compute.speed import keep_freed_memory
+from epsd.data.prepared import Prepared
+from epsd.detection import drawing
+from epsd.detection import fit as detection
 from epsd.detectors import DETECTORS, Picture
-from epsd.devices import pick_device, pick_precision, seed_everything
+from epsd.figures import style as figures
 from epsd.masks import Mask
-from epsd.params import Params
-from epsd.pipeline.recorded import reopened
-from epsd.pipeline.trained import trained as train_classifier
+from epsd.pipeline.describe import reopened
+from epsd.pipeline.stage import run_stage
+from epsd.pipeline.train import trained as train_classifier
+from epsd.project import artifacts
+from epsd.project.params import Params
+from epsd.project.runtime import counted, mix, state_folder
 from epsd.registry import choose
-from epsd.runtime import counted, mix, state_folder
-from epsd.stage import run_stage
 from epsd.tracking import Tracker
-from epsd.voc import Detections, VocIndex
+from epsd.training import checkpoints
+from epsd.voc.annotations import Detections, VocIndex
 
 
 class Task(NamedTuple):
@@ -55,7 +60,7 @@ def main(params: Params) -> str:
     folder = state_folder("checkpoints", mark)
     task = Task(params, VocIndex.load(artifacts.VOC_INDEX), artifacts.read_json(artifacts.MODEL_CARD), folder, mark)
     keep_freed_memory()
-    if not parallel.is_main():
+    if not distributed.is_main():
         followed(task)
         return ""
     with reopened("detect", params, {"voc.digest": task.voc.digest}) as tracker:
@@ -174,13 +179,13 @@ def draw(task: Task, detections: Sequence[Detections]) -> None:
     shutil.rmtree(artifacts.DETECT_PICTURES, ignore_errors=True)
     artifacts.DETECT_PICTURES.mkdir(parents=True)
     scenes, names, channels = task.voc.scenes["test"], task.voc.class_names, task.card["image_shape"][0]
-    chosen = pictures.choose_pictures(detections, scenes, names, task.params.detect.pictures)
+    chosen = drawing.choose_pictures(detections, scenes, names, task.params.detect.pictures)
     for position in chosen:
-        alone = pictures.gallery([scenes[position]], [detections[position]], names, channels)
+        alone = drawing.gallery([scenes[position]], [detections[position]], names, channels)
         figures.save(alone, artifacts.DETECT_PICTURES / f"{scenes[position].id}.png")
     if chosen:
         some = [scenes[position] for position in chosen], [detections[position] for position in chosen]
-        figures.save(pictures.gallery(*some, names, channels), artifacts.DETECT_GALLERY)
+        figures.save(drawing.gallery(*some, names, channels), artifacts.DETECT_GALLERY)
 
 
 def beside(task: Task) -> dict[str, float]:
@@ -195,7 +200,7 @@ def beside(task: Task) -> dict[str, float]:
         train_dense(task, model)
     twin = fitted(task, model, None, "twin")
     detections = found(task, twin.detector, "test")
-    if not parallel.is_main():
+    if not distributed.is_main():
         return {}
     return {f"beside_{name}": value for name, value in scored(task, detections, "test").summary.items()}
 

@@ -4,15 +4,18 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from epsd import artifacts, cards, evaluation, figures, metrics
-from epsd.data import Prepared
-from epsd.devices import pick_device
+from epsd.compute.devices import pick_device
+from epsd.data.prepared import Prepared
+from epsd.evaluation import evaluate as evaluation
+from epsd.evaluation import metrics, model_card
+from epsd.figures import style as figures
 from epsd.masks import prunable
-from epsd.params import Params
-from epsd.pipeline.measured import measured
-from epsd.pipeline.recorded import reopened, story
-from epsd.pipeline.served import exported, trained_network
-from epsd.stage import run_stage
+from epsd.pipeline.describe import reopened, story
+from epsd.pipeline.export import exported, trained_network
+from epsd.pipeline.measure import measured
+from epsd.pipeline.stage import run_stage
+from epsd.project import artifacts
+from epsd.project.params import Params
 
 
 def main(params: Params) -> str:
@@ -31,7 +34,7 @@ def main(params: Params) -> str:
     artifacts.write_json(artifacts.METRICS, report)
     save_tables(result, data.class_names)
     save_figures(result, model, data.class_names)
-    artifacts.write_text(artifacts.MODEL_README, cards.model_card(subject(params, data, result, report)))
+    artifacts.write_text(artifacts.MODEL_README, model_card.model_card(subject(params, data, result, report)))
     exported(model, card, test)
     version = log(params, report, data.sizes["test"])
     kept = f"; model 'epsd' version {version} (candidate)" if version else ""
@@ -61,11 +64,11 @@ def save_figures(result: evaluation.Evaluation, model: nn.Module, names: list[st
 
 def subject(
     params: Params, data: Prepared, result: evaluation.Evaluation, report: Mapping[str, Mapping[str, float]]
-) -> cards.Subject:
+) -> model_card.Subject:
     """What the model card is about."""
     rows = list(evaluation.per_class_rows(result, data.class_names))
     run = artifacts.read_json(artifacts.RUN)
-    return cards.Subject(params.model_dump(), data.index, story(params, data), run, report, rows)
+    return model_card.Subject(params.model_dump(), data.index, story(params, data), run, report, rows)
 
 
 def log(params: Params, report: Mapping[str, Mapping[str, float]], images: int) -> str | None:
@@ -81,7 +84,7 @@ def log(params: Params, report: Mapping[str, Mapping[str, float]], images: int) 
             tracker.artifact(table, folder="evaluate")
         tracker.artifact(artifacts.SPARSE_MODEL, folder="model")
         tracker.artifact(artifacts.MODEL_README)
-        tracker.describe("Test", cards.results(report, images))
+        tracker.describe("Test", model_card.results(report, images))
         return tracker.model(artifacts.SERVED_MODEL)
 
 

@@ -1,12 +1,13 @@
 """Prepare: read, verify and split images and scenes, pack them. Writes artifacts/data/ and artifacts/voc/."""
 
-from epsd import artifacts, listing
 from epsd.datasets import DATASETS, DEVKITS
-from epsd.params import Params
-from epsd.preparing import prepare, summary, written_arrays
+from epsd.pipeline import changes
+from epsd.pipeline.stage import images_read, run_stage
+from epsd.preparing.write import prepare, summary, written_arrays
+from epsd.project import artifacts
+from epsd.project.params import Params
 from epsd.registry import choose
-from epsd.stage import images_read, run_stage
-from epsd.voc import read_index
+from epsd.voc.annotations import read_index
 
 
 def main(params: Params) -> str:
@@ -18,7 +19,7 @@ def main(params: Params) -> str:
     sources = devkit(artifacts.VOC, seed=params.seed, images=images, class_names=index["class_names"])
     scenes = read_index(sources, seed=params.seed, **devkit.reading)
     scenes.save(artifacts.VOC_INDEX)
-    listing.remember(images_read(params))
+    changes.remember(images_read(params))
     pictures = ", ".join(f"{count['pictures']} {split}" for split, count in scenes.counts().items())
     return f"{summary(index)}; detection: {pictures} scenes of {len(scenes.class_names)} classes"
 

@@ -1,17 +1,18 @@
 """Early pruning: find the mask that keeps the weights worth self-distilling. Writes artifacts/prune/."""
 
-from epsd import artifacts, parallel
-from epsd.data import Prepared
-from epsd.params import Params
-from epsd.pipeline.pruned import pruned
-from epsd.stage import run_stage, warn_of_detection
+from epsd.compute import distributed
+from epsd.data.prepared import Prepared
+from epsd.pipeline.prune import pruned
+from epsd.pipeline.stage import run_stage, warn_of_detection
+from epsd.project import artifacts
+from epsd.project.params import Params
 
 
 def main(params: Params) -> str:
     """Build and score the network on augmented training images; save mask, initial weights and report."""
     data = Prepared.load(artifacts.DATA)
     mask, model, report = pruned(params, data)
-    if not parallel.is_main():
+    if not distributed.is_main():
         return ""
     warn_of_detection(params, model)
     artifacts.save_pruned(mask, model, report)

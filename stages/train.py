@@ -7,20 +7,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from epsd import artifacts, checkpoints, parallel
 from epsd.architectures import ARCHITECTURES
-from epsd.data import Prepared
-from epsd.devices import pick_device
+from epsd.compute import distributed
+from epsd.compute.cost import Meter
+from epsd.compute.devices import pick_device
+from epsd.data.prepared import Prepared
 from epsd.masks import Mask
-from epsd.params import Params, flatten
-from epsd.passes import Meter
-from epsd.pipeline.recorded import run_name, story, tags
-from epsd.pipeline.trained import card, trained
+from epsd.pipeline.describe import run_name, story, tags
+from epsd.pipeline.stage import run_stage
+from epsd.pipeline.train import card, trained
+from epsd.project import artifacts
+from epsd.project.params import Params, flatten
+from epsd.project.runtime import counted, state_folder
 from epsd.registry import choose
-from epsd.runtime import counted, state_folder
-from epsd.stage import run_stage
 from epsd.tracking import Tracker, track
-from epsd.training import Record
+from epsd.training import checkpoints
+from epsd.training.fit import Record
 
 
 def main(params: Params) -> str:
@@ -34,7 +36,7 @@ def main(params: Params) -> str:
     folder = state_folder("checkpoints", mark)
     settings: dict[str, Any] = {"checkpoint": folder / "last.safetensors", "mark": mark}
     settings["meter"] = Meter.of(artifacts.read_json(artifacts.PRUNE_REPORT))
-    if not parallel.is_main():
+    if not distributed.is_main():
         trained(params, data, model, mask, on_epoch=lambda record: None, **settings)
         return ""
     with opened(params, data, folder) as tracker:

@@ -21,7 +21,7 @@ def shared_file(*parts: str) -> Path:
     return path
 
 
-LONGEST = ("test_pipeline", "test_tuning", "test_study", "test_tracking")
+LONGEST = ("test_pipeline", "test_tuning", "test_study", "test_recording")
 """Files of minutes. They go first, so that the two workers of `make test` end together."""
 
 

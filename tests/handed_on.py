@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from epsd.serving import Intake, Servable
+from epsd.evaluation.servable import Intake, Servable
 from epsd.tracking import models
 from toys import convnet
 

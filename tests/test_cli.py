@@ -78,7 +78,7 @@ def test_an_interrupt_is_one_line(
     def interrupted() -> list[str]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("epsd.presets.names", interrupted)
+    monkeypatch.setattr("epsd.project.presets.names", interrupted)
     assert main(["preset", "--list"]) == 130
     assert capsys.readouterr().err == "epsd: interrupted.\n"
 

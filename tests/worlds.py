@@ -11,17 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from epsd import detection, fitting, parallel, voc
 from epsd.architectures.resnet import ResNet
+from epsd.compute import distributed, shortage
 from epsd.datasets.digit_scenes import DigitScenes
+from epsd.detection import fit as detection
 from epsd.detectors import DETECTORS, Picture
 from epsd.masks import Mask, prunable
-from epsd.metagradients import Means, within
 from epsd.objectives import OBJECTIVES
-from epsd.pruning import prune, scored, signal
+from epsd.pruning.metagradients import Means, within
+from epsd.pruning.prune import prune, scored, signal
 from epsd.scores import Epsd, Grasp, ProsPr, Random, Snip, SynFlow
-from epsd.training import Recipe, fit
+from epsd.training.fit import Recipe, fit
 from epsd.types import Batch
+from epsd.voc import annotations
 from toys import ToyBatches, convnet, mlp
 
 EPOCHS = 3
@@ -57,26 +59,26 @@ def train(objective: str, folder: Path, **changed: Any) -> Found:
 def parts(objective: str, folder: Path) -> Found:
     """A batch in parts, whose number the process with least memory decides. No BatchNorm, which would see the parts."""
     model, data, each = mlp(inputs=16), ToyBatches(dtype=torch.float64), 100
-    counts, split = set[int](), fitting.parts
+    counts, split = set[int](), shortage.parts
 
     def counted(batch: Batch, count: int) -> list[Batch]:
         counts.add(count)
         return split(batch, count)
 
-    free = [1400, 700][parallel.rank()] if parallel.world() > 1 else 700
+    free = [1400, 700][distributed.rank()] if distributed.world() > 1 else 700
     recipe = Recipe(epochs=2, lr=0.1, precision="fp32", accumulate="auto")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "need", lambda *anything: fitting.Need(0, each))
-        patch.setattr(fitting, "free", lambda device: free)
-        patch.setattr(fitting, "parts", counted)
+        patch.setattr(shortage, "need", lambda *anything: shortage.Need(0, each))
+        patch.setattr(shortage, "free", lambda device: free)
+        patch.setattr(shortage, "parts", counted)
         history = fit(model, data, objective=OBJECTIVES[objective](), mask=half(model), recipe=recipe)
     return {**model.state_dict(), "loss": torch.tensor(history[-1]["train/loss"]), "parts": torch.tensor(list(counts))}
 
 
 def parts_that_never_fit(objective: str, folder: Path) -> Found:
     """Two images are too many: the same line in every process, with a batch of all of them."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(fitting.OutOfMemory, match="out of memory") as caught:
-        patch.setattr(fitting, "free", lambda device: 0)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(shortage.OutOfMemory, match="out of memory") as caught:
+        patch.setattr(shortage, "free", lambda device: 0)
         fit(mlp(inputs=16), ToyBatches(dtype=torch.float64), objective=OBJECTIVES[objective]())
     assert "Not even a batch of" in str(caught.value)
     return {}
@@ -90,7 +92,7 @@ def stop(record: dict[str, float]) -> None:
 def broken(objective: str, folder: Path) -> Found:
     """Two of three epochs, then a stop: leaves its checkpoint."""
     try:
-        train(objective, folder, checkpoint=folder / f"{objective}-{parallel.world()}", mark="m", on_epoch=stop)
+        train(objective, folder, checkpoint=folder / f"{objective}-{distributed.world()}", mark="m", on_epoch=stop)
     except Stopped:
         return {}
     raise AssertionError("it was to be stopped")
@@ -98,7 +100,7 @@ def broken(objective: str, folder: Path) -> Found:
 
 def resumed(objective: str, folder: Path) -> Found:
     """From the checkpoint that the other number of processes left, where there is one."""
-    path = folder / f"{objective}-{3 - parallel.world()}"
+    path = folder / f"{objective}-{3 - distributed.world()}"
     return train(objective, folder, checkpoint=path, mark="m") if path.exists() else {}
 
 
@@ -141,13 +143,13 @@ DETECTOR_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def scenes(folder: Path) -> list[voc.Scene]:
+def scenes(folder: Path) -> list[annotations.Scene]:
     """Seven pictures of two sizes."""
     found = []
     for canvas, count in ((48, 4), (80, 3)):
         kit = DigitScenes(train=count, validation=0, test=1, canvas=canvas, objects=3, smallest=20, largest=28)
-        place = folder / f"voc-{canvas}-{parallel.world()}-{parallel.rank()}"
-        found += voc.read_index(kit(place, seed=0), **kit.reading).scenes["train"]
+        place = folder / f"voc-{canvas}-{distributed.world()}-{distributed.rank()}"
+        found += annotations.read_index(kit(place, seed=0), **kit.reading).scenes["train"]
     return found
 
 
@@ -176,13 +178,13 @@ def detect_broken(name: str, folder: Path) -> Found:
         raise Stopped
 
     with contextlib.suppress(Stopped):
-        detect(name, folder, checkpoint=folder / f"{name}-{parallel.world()}", mark="m", on_epoch=stop_at_once)
+        detect(name, folder, checkpoint=folder / f"{name}-{distributed.world()}", mark="m", on_epoch=stop_at_once)
     return {}
 
 
 def detect_resumed(name: str, folder: Path) -> Found:
     """From the checkpoint that the other number of processes left, where there is one."""
-    path = folder / f"{name}-{3 - parallel.world()}"
+    path = folder / f"{name}-{3 - distributed.world()}"
     return detect(name, folder, checkpoint=path, mark="m") if path.exists() else {}
 
 
@@ -204,12 +206,12 @@ def main(folder: Path, kinds: list[str]) -> None:
     for kind in kinds:
         for name in DETECTORS if kind.startswith("detect") else OBJECTIVES:
             found = WORK[kind](name, folder)
-            torch.save(found, folder / f"{kind}-{name}-{parallel.world()}-{parallel.rank()}.pt")
+            torch.save(found, folder / f"{kind}-{name}-{distributed.world()}-{distributed.rank()}.pt")
 
 
 if __name__ == "__main__":
-    parallel.start("cpu")
+    distributed.start("cpu")
     main(Path(sys.argv[1]), sys.argv[2:])
-    parallel.stop()
+    distributed.stop()
     sys.stdout.flush()
     os._exit(0)

@@ -12,13 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from epsd.evaluation import evaluate
+    from epsd.evaluation.evaluate import evaluate
     from epsd.masks import Mask
     from epsd.objectives.cross_entropy import CrossEntropy
     from epsd.objectives.cskd import CsKd
     from epsd.objectives.dlb import Dlb
     from epsd.objectives.pskd import PsKd
-    from epsd.pruning import prune
+    from epsd.pruning.prune import prune
     from epsd.scores.epsd import Epsd
     from epsd.scores.grasp import Grasp
     from epsd.scores.magnitude import Magnitude
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from epsd.scores.random import Random
     from epsd.scores.snip import Snip
     from epsd.scores.synflow import SynFlow
-    from epsd.training import Recipe, fit
+    from epsd.training.fit import Recipe, fit
     from epsd.types import Batch, EpsdError
 
 _HOME = {
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.evaluate",
     "Mask": "masks",
     "CrossEntropy": "objectives",
     "CsKd": "objectives",
     "Dlb": "objectives",
     "PsKd": "objectives",
-    "prune": "pruning",
+    "prune": "pruning.prune",
     "Epsd": "scores",
     "Grasp": "scores",
     "Magnitude": "scores",
@@ -44,8 +44,8 @@ _HOME = {
     "Random": "scores",
     "Snip": "scores",
     "SynFlow": "scores",
-    "Recipe": "training",
-    "fit": "training",
+    "Recipe": "training.fit",
+    "fit": "training.fit",
     "Batch": "types",
     "EpsdError": "types",
 }

@@ -13,7 +13,7 @@ Command = Callable[[argparse.Namespace], int | None]
 
 def preset(arguments: argparse.Namespace) -> None:
     """List, show or apply a preset."""
-    from epsd import presets
+    from epsd.project import presets
     from epsd.registry import ParamsError
 
     if arguments.apply and arguments.name is None:
@@ -47,7 +47,7 @@ def compare(arguments: argparse.Namespace) -> None:
     """A table over recorded runs."""
     from pathlib import Path
 
-    from epsd.studies.compare import Request, command
+    from epsd.comparison.command import Request, command
 
     out = None if arguments.out is None else Path(arguments.out)
     where, chosen = tuple(arguments.where), tuple(arguments.experiments)
@@ -78,7 +78,7 @@ def analyse(arguments: argparse.Namespace) -> int:
 
 def predict(arguments: argparse.Namespace) -> None:
     """Ask a model about images."""
-    from epsd.pipeline.served import predicted
+    from epsd.pipeline.export import predicted
 
     for line in predicted(arguments.images, arguments.model, arguments.top, arguments.json):
         print(line, flush=True)

@@ -9,9 +9,9 @@ import pytest
 
 from epsd.datasets import cifar
 from epsd.datasets.cifar import EDITIONS, Cifar
-from epsd.downloads import DownloadError
-from epsd.preparing import prepare
-from epsd.sources import Source, SourceError
+from epsd.datasets.downloads import DownloadError
+from epsd.files.layouts import Source, SourceError
+from epsd.preparing.write import prepare
 from epsd.types import EpsdError
 from pictures import tarred, write
 

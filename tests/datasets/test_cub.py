@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 
 from conftest import shared_file
-from epsd.data import Augmentation, Prepared
+from epsd.data.prepared import Augmentation, Prepared
 from epsd.datasets.cub import Cub
-from epsd.downloads import DownloadError
-from epsd.preparing import prepare
-from epsd.sources import Files
+from epsd.datasets.downloads import DownloadError
+from epsd.files.layouts import Files
+from epsd.preparing.write import prepare
 from epsd.types import EpsdError
 from pictures import picture, tarred, write
 

@@ -4,8 +4,8 @@ from sklearn.datasets import load_digits
 
 from epsd.datasets import DATASETS
 from epsd.datasets.digits import Digits
+from epsd.files.layouts import Source
 from epsd.registry import ParamsError, choose
-from epsd.sources import Source
 
 
 def images(source: Source) -> np.ndarray:

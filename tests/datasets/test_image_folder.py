@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from conftest import shared_file
-from epsd.archives import ArchiveError
-from epsd.data import Augmentation, Prepared
+from epsd.data.prepared import Augmentation, Prepared
 from epsd.datasets import DATASETS
-from epsd.preparing import prepare
+from epsd.files.archives import ArchiveError
+from epsd.files.layouts import SourceError
+from epsd.preparing.write import prepare
 from epsd.registry import ParamsError, choose
-from epsd.sources import SourceError
 from epsd.types import BatchNeeds
 from pictures import classes, write, zipped
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from epsd.datasets.imagenet import DEVKIT, Imagenet
-from epsd.preparing import prepare
-from epsd.sources import Files, SourceError
+from epsd.files.layouts import Files, SourceError
+from epsd.preparing.write import prepare
 from epsd.types import EpsdError
 from pictures import picture, tarred, write
 

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from conftest import shared_file
+from epsd.datasets.downloads import DownloadError
 from epsd.datasets.tiny_imagenet import TinyImagenet
-from epsd.downloads import DownloadError
-from epsd.preparing import prepare
-from epsd.sources import Files, SourceError
+from epsd.files.layouts import Files, SourceError
+from epsd.preparing.write import prepare
 from epsd.types import EpsdError
 from pictures import picture, write, zipped
 

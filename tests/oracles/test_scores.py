@@ -8,9 +8,9 @@ import torch
 
 from epsd.losses import supervised
 from epsd.masks import Mask, prunable
-from epsd.metagradients import Following, LossFunction, MetaGradient, mask_gradient, scoring
 from epsd.objectives import OBJECTIVES
-from epsd.pruning import prune
+from epsd.pruning.metagradients import Following, LossFunction, MetaGradient, mask_gradient, scoring
+from epsd.pruning.prune import prune
 from epsd.scores import SCORES
 from epsd.types import Batch, Scores
 from oracles import problems

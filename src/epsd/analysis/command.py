@@ -6,20 +6,20 @@ from typing import NamedTuple
 
 import torch
 
-from epsd import artifacts
 from epsd.analysis import AnalysisError
 from epsd.analysis.measuring import MEASURES, Finding, examine, with_score
 from epsd.analysis.report import FOLDER, Report
-from epsd.data import Prepared
-from epsd.devices import determinism, pick_device
+from epsd.compute.devices import determinism, pick_device
+from epsd.data.prepared import Prepared
 from epsd.objectives import OBJECTIVES
-from epsd.params import DEFAULT_PATH, Params, flatten, load
-from epsd.pipeline.opened import opened
-from epsd.pipeline.pruned import pruned
+from epsd.pipeline.prepared import opened
+from epsd.pipeline.prune import pruned
+from epsd.pipeline.stage import check
+from epsd.project import artifacts
+from epsd.project.params import DEFAULT_PATH, Params, flatten, load
+from epsd.project.runtime import no_telemetry, note, quiet, stops_arrive
 from epsd.registry import choose, unknown
-from epsd.runtime import no_telemetry, note, quiet, stops_arrive
 from epsd.scores import SCORES
-from epsd.stage import check
 from epsd.tracking import Tracker, track
 
 OURS = "epsd"

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from epsd.devices import to_device
+from epsd.compute.devices import to_device
+from epsd.evaluation.metrics import evaluating
 from epsd.losses import kl_divergence
-from epsd.metrics import evaluating
 from epsd.types import Batch, Batches, BatchNeeds
 
 PROBE = 2048

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from epsd.metrics import evaluating
+from epsd.evaluation.metrics import evaluating
 from epsd.types import Batches
 
 MOST = 2000

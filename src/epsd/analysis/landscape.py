@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from epsd.evaluation.metrics import evaluating
 from epsd.masks import Mask
-from epsd.metagradients import calling
-from epsd.metrics import evaluating
-from epsd.runtime import mix
+from epsd.project.runtime import mix
+from epsd.pruning.metagradients import calling
 
 REACH = 1.0
 """The slice is [−REACH, REACH]²: 1 is a step as long, filter by filter, as the weights themselves."""

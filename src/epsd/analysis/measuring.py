@@ -4,21 +4,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from epsd import evaluation, metrics
 from epsd.analysis import features, landscape
 from epsd.analysis.distillation import QUANTITIES, Probe
 from epsd.analysis.trainability import gradient_norms
-from epsd.data import Augmentation, Prepared
-from epsd.devices import pick_device
+from epsd.compute.devices import pick_device
+from epsd.data.prepared import Augmentation, Prepared
+from epsd.evaluation import evaluate as evaluation
+from epsd.evaluation import metrics
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
-from epsd.params import Params
-from epsd.pipeline.pruned import pruned
-from epsd.pipeline.trained import batches, trained
+from epsd.pipeline.prune import pruned
+from epsd.pipeline.train import batches, trained
+from epsd.project.params import Params
+from epsd.project.runtime import mix
 from epsd.registry import choose, settings_of
-from epsd.runtime import mix
 from epsd.scores import SCORES
-from epsd.training import Record
+from epsd.training.fit import Record
 from epsd.types import Batches
 
 EARLY = 5

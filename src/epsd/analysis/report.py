@@ -8,11 +8,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from epsd import artifacts, figures, figures_analysis, metrics
 from epsd.analysis import landscape, overlap
 from epsd.analysis.distillation import CREATED_FOR
 from epsd.analysis.features import project
 from epsd.analysis.measuring import MEASURES, Finding, calibration
+from epsd.evaluation import metrics
+from epsd.figures import analysis
+from epsd.figures import style as figures
+from epsd.project import artifacts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,18 +155,18 @@ class Report:
     def overlap_figure(self) -> "Figure":
         """See `figures_analysis.mask_overlap`."""
         uniform = overlap.uniform(1 - self.findings[0].mask.sparsity)
-        return figures_analysis.mask_overlap(self.methods, self.measured, self.expected, uniform)
+        return analysis.mask_overlap(self.methods, self.measured, self.expected, uniform)
 
     def trainability_figure(self) -> "Figure":
         """See `figures_analysis.trainability`."""
-        short = {f"trainability/{name}": name for name in figures_analysis.NORMS}
+        short = {f"trainability/{name}": name for name in analysis.NORMS}
         losses = self.history.rename(columns={"train/loss": "value"})
-        return figures_analysis.trainability(self.summary.rename(columns=short), losses)
+        return analysis.trainability(self.summary.rename(columns=short), losses)
 
     def distillation_figure(self) -> "Figure":
         """See `figures_analysis.distillation`."""
-        rows = self.history.reindex(columns=["method", "seed", "epoch", *figures_analysis.KL])
-        return figures_analysis.distillation(rows, CREATED_FOR.get(self.objective))
+        rows = self.history.reindex(columns=["method", "seed", "epoch", *analysis.KL])
+        return analysis.distillation(rows, CREATED_FOR.get(self.objective))
 
     def calibration_figure(self) -> "Figure":
         """Of the predictions of all seeds together."""
@@ -173,12 +176,12 @@ class Report:
             labels = torch.cat([finding.labels for finding in self.of(method)])
             tables[method] = metrics.reliability(logits, labels, self.ece_bins)
             judged[method] = calibration(logits, labels, self.ece_bins)
-        return figures_analysis.calibration(tables, judged)
+        return analysis.calibration(tables, judged)
 
     def landscape_figure(self) -> "Figure":
         """Of the first seed."""
         surfaces = {f.method: f.surface for f in self.findings if f.surface is not None}
-        return figures_analysis.loss_landscapes(surfaces, landscape.REACH)
+        return analysis.loss_landscapes(surfaces, landscape.REACH)
 
     def features_figure(self) -> "Figure":
         """Of the first seed."""
@@ -188,7 +191,7 @@ class Report:
             for name, (plane, finding) in planes.items()
         }
         points = {name: (plane.points, plane.labels, plane.right) for name, (plane, _) in planes.items()}
-        return figures_analysis.features(points, self.class_names, titles=titles)
+        return analysis.features(points, self.class_names, titles=titles)
 
 
 def _cell(mean: float, spread: float) -> str:

@@ -6,10 +6,10 @@ import itertools
 import torch
 from torch import nn
 
-from epsd.devices import to_device
+from epsd.compute.devices import to_device
 from epsd.losses import PlainLoss, cross_entropy
 from epsd.masks import Mask
-from epsd.metagradients import calling, gradient_of, scoring
+from epsd.pruning.metagradients import calling, gradient_of, scoring
 from epsd.types import Batches, Objective
 
 BATCHES = 8

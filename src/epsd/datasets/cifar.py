@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from epsd.archives import Tree, open_tree
-from epsd.downloads import Published, locate
+from epsd.datasets.downloads import Published, locate
+from epsd.files.archives import Tree, open_tree
+from epsd.files.layouts import Labelled, Source, SourceError, Split, below
+from epsd.project.runtime import located
 from epsd.registry import variant
-from epsd.runtime import located
-from epsd.sources import Labelled, Source, SourceError, Split, below
 
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32

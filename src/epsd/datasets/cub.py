@@ -7,11 +7,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from epsd.archives import Tree, open_tree
-from epsd.downloads import Published, locate
+from epsd.datasets.downloads import Published, locate
+from epsd.files.archives import Tree, open_tree
+from epsd.files.layouts import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below
+from epsd.project.runtime import located
 from epsd.registry import variant
-from epsd.runtime import located
-from epsd.sources import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below
 
 PUBLISHED = Published(
     "CUB_200_2011.tgz",

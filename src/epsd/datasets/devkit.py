@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from epsd.archives import ArchiveError, Tree, is_archive, open_tree, unpack
-from epsd.downloads import Published, fetch
+from epsd.datasets.downloads import Published, fetch
+from epsd.files.archives import ArchiveError, Tree, is_archive, open_tree, unpack
+from epsd.files.layouts import UNPACKED
+from epsd.project.runtime import located
 from epsd.registry import variant
-from epsd.runtime import located
-from epsd.sources import UNPACKED
 
 SITE = "http://host.robots.ox.ac.uk/pascal/VOC"
 PUBLISHED = {
@@ -67,7 +67,7 @@ class Devkit:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """Settings for `epsd.voc.read_index`."""
+        """Settings for `epsd.voc.annotations.read_index`."""
         return {
             "class_names": self.class_names,
             "bad_boxes": self.bad_boxes,
@@ -84,7 +84,7 @@ class Devkit:
         `seed`, `images`, `class_names` (of the classification stage) have no part in it.
 
         Raises ArchiveError: `root` is missing, damaged, points outside itself, or lacks an image set. DownloadError:
-        see `epsd.downloads.fetch`.
+        see `epsd.datasets.downloads.fetch`.
         """
         root = located(self.root)
         for part in self.download:

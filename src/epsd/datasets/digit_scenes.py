@@ -73,7 +73,7 @@ class DigitScenes:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """Settings for `epsd.voc.read_index`."""
+        """Settings for `epsd.voc.annotations.read_index`."""
         return {"class_names": CLASS_NAMES}
 
     def __call__(

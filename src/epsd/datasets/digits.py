@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
+from epsd.files.layouts import Labelled, Source
 from epsd.registry import variant
-from epsd.sources import Labelled, Source
 
 _NATIVE = 8
 _LEVELS = 16  # grey values run from 0 to 16

@@ -4,10 +4,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from epsd.archives import open_tree
+from epsd.files.archives import open_tree
+from epsd.files.layouts import Reading, Source, Unreadable, folder_source
+from epsd.project.runtime import located
 from epsd.registry import variant
-from epsd.runtime import located
-from epsd.sources import Reading, Source, Unreadable, folder_source
 
 Pixels = Annotated[int, Field(ge=4, le=4096)]
 

@@ -11,11 +11,22 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from epsd.archives import Tree, open_tree
-from epsd.images import is_image
+from epsd.files.archives import Tree, open_tree
+from epsd.files.images import is_image
+from epsd.files.layouts import (
+    Files,
+    Labelled,
+    Reading,
+    Source,
+    SourceError,
+    Split,
+    Unreadable,
+    as_labels,
+    below,
+    check_apart,
+)
+from epsd.project.runtime import located
 from epsd.registry import variant
-from epsd.runtime import located
-from epsd.sources import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below, check_apart
 
 SITE = "https://image-net.org/download-images"
 DEVKIT = "ILSVRC2012_devkit_t12"

@@ -5,12 +5,12 @@ were never published: as in the literature, the official validation images are t
 is carved from train.
 """
 
-from epsd.archives import Tree, open_tree
-from epsd.downloads import Published, locate
-from epsd.images import is_image
+from epsd.datasets.downloads import Published, locate
+from epsd.files.archives import Tree, open_tree
+from epsd.files.images import is_image
+from epsd.files.layouts import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below
+from epsd.project.runtime import located
 from epsd.registry import variant
-from epsd.runtime import located
-from epsd.sources import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below
 
 PUBLISHED = Published(
     "tiny-imagenet-200.zip",

@@ -7,7 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from epsd import losses, parallel
+from epsd import losses
+from epsd.compute import distributed
 from epsd.registry import stateful_variant
 from epsd.types import Batch, BatchNeeds, Forward, Loss, Purpose
 
@@ -84,10 +85,10 @@ class Dlb:
         named = {
             f"{name}.{part}": tensor for part, last in self.last.items() for name, tensor in last._asdict().items()
         }
-        return {name: parallel.gather(tensor) for name, tensor in named.items()}
+        return {name: distributed.gather(tensor) for name, tensor in named.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batch in `state`."""
-        mine = {name: tensor[parallel.share(len(tensor))] for name, tensor in state.items()}
+        mine = {name: tensor[distributed.share(len(tensor))] for name, tensor in state.items()}
         parts = sorted({int(name.split(".")[1]) for name in mine})
         self.last = {part: Last(*(mine[f"{name}.{part}"] for name in Last._fields)) for part in parts}

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from epsd import losses, parallel
+from epsd import losses
+from epsd.compute import distributed
 from epsd.registry import stateful_variant
 from epsd.types import Batch, BatchNeeds, Forward, Loss, Purpose
 
@@ -95,8 +96,8 @@ class PsKd:
     def _remember(self, indices: Tensor, logits: Tensor) -> None:
         if self.past is None or self.seen is None:
             self.past, self.seen = self._allocated(logits)
-        rows = parallel.gather(indices).to(self.past.device)
-        said = parallel.gather(F.softmax(logits.detach(), dim=1).to(self.past.dtype))
+        rows = distributed.gather(indices).to(self.past.device)
+        said = distributed.gather(F.softmax(logits.detach(), dim=1).to(self.past.dtype))
         self.past[rows] = said.to(self.past.device)
         self.seen[rows] = True
 

@@ -7,11 +7,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from epsd import parallel
-from epsd.derivatives import laid_out, weights_laid_out
+from epsd.compute import distributed
+from epsd.compute.second_order import laid_out, weights_laid_out
 from epsd.losses import cross_entropy
 from epsd.masks import prunable
-from epsd.metagradients import (
+from epsd.pruning.metagradients import (
     MetaGradientError,
     calling,
     contract,
@@ -72,10 +72,10 @@ class Grasp:
         return _normalised(saliency)
 
     def _loss(self, model: nn.Module, weights: dict[str, Tensor], group: tuple[Tensor, Tensor]) -> Tensor:
-        if len(group[1]) % parallel.world():  # cannot be sliced evenly: all of it in each process, to the same end
-            with parallel.alone():
+        if len(group[1]) % distributed.world():  # cannot be sliced evenly: all of it in each process, to the same end
+            with distributed.alone():
                 return self._loss(model, weights, group)
-        images, labels = (part[parallel.share(len(part))] for part in group)
+        images, labels = (part[distributed.share(len(part))] for part in group)
         return cross_entropy(calling(model, weights)(laid_out(images, model)) / self.temperature, labels)
 
     def _curvature(
@@ -92,13 +92,13 @@ class Grasp:
         for group in groups:
             states.append(random_state(device))
             torch._foreach_add_(g, gradient_of(self._loss(model, weights, group), chosen, create_graph=False))
-        parallel.mean_(g)
+        distributed.mean_(g)
         product = [torch.zeros_like(w) for w in g]
         for group, state in zip(groups, states, strict=True):
             set_random_state(device, state)
             part = gradient_of(self._loss(model, weights, group), chosen, create_graph=True)
             torch._foreach_add_(product, contract(part, g, chosen))
-        parallel.mean_(product)
+        distributed.mean_(product)
         return dict(zip(names, product, strict=True))
 
     def _groups(self, source: Iterator[Batch], model: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:

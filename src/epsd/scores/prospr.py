@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from epsd.lookahead import LookAhead, look_ahead_scores
 from epsd.losses import supervised
+from epsd.pruning.look_ahead import LookAhead, look_ahead_scores
 from epsd.registry import variant
 from epsd.types import Batch, Objective, Scores
 

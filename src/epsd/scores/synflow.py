@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from epsd.derivatives import laid_out, weights_laid_out
+from epsd.compute.second_order import laid_out, weights_laid_out
 from epsd.masks import prunable
-from epsd.metagradients import Means, calling, draw, scoring, within
+from epsd.pruning.metagradients import Means, calling, draw, scoring, within
 from epsd.registry import variant
 from epsd.types import Batch, Objective, Scores
 

@@ -1,4 +1,4 @@
-"""Grids of trained models and what came of them: `epsd study FILE` and `epsd compare`.
+"""Grids of trained models and what came of them: `epsd study FILE`.
 
 `plan`: the study file, checked, and every cell (one model to train) with its parameters. `procedures`: how a cell is
 turned into a trained model; `procedures/pipeline.py` is the default, and another one is one file and one line there.
@@ -10,4 +10,4 @@ from epsd.types import EpsdError
 
 
 class StudyError(EpsdError):
-    """A study that cannot be begun or finished, or a comparison of runs that are not there."""
+    """A study that cannot be begun or finished."""

@@ -6,11 +6,11 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from epsd import artifacts, comparing
-from epsd.artifacts import replacing
-from epsd.comparing import ComparisonError, Entry, Table
-from epsd.runtime import note, quiet
-from epsd.studies import tables
+from epsd.comparison import statistics, tables
+from epsd.comparison.statistics import ComparisonError, Entry, Table
+from epsd.project import artifacts
+from epsd.project.artifacts import replacing
+from epsd.project.runtime import note, quiet
 from epsd.studies.plan import Cell, Plan, StudyParams
 from epsd.studies.work import Place, Result, results
 
@@ -45,19 +45,19 @@ def conclude(plan: Plan, place: Place) -> list[Path]:
 
 def entry(cell: Cell, result: Result) -> Entry:
     """A cell as what `epsd compare` reads of its run. The variant's name is the plan's: a renamed one is no other."""
-    machine = {name: value for name, value in result.tags.items() if name in comparing.MACHINE}
+    machine = {name: value for name, value in result.tags.items() if name in statistics.MACHINE}
     return Entry(result.params, result.metrics, result.began, result.tags["data.digest"], cell.variant, machine)
 
 
 def table(entries: list[Entry], study: StudyParams) -> Table:
     """The table of the study's metric, against its baseline where the study names one. Raises ComparisonError."""
-    found = comparing.table(entries, study.metric)
+    found = statistics.table(entries, study.metric)
     if study.baseline is not None:
         try:
-            comparing.against(found, study.baseline)
+            statistics.against(found, study.baseline)
         except ComparisonError as error:
             found.notes.append(f"{error}")
-    comparing.mark_best(found)
+    statistics.mark_best(found)
     return found
 
 
@@ -77,11 +77,12 @@ def points(table: Table) -> "pd.DataFrame":
 
 def figure(table: Table, folder: Path) -> list[Path]:
     """The metric against sparsity with bands over seeds, and the points it was drawn from."""
-    from epsd import figures, figures_study
+    from epsd.figures import study
+    from epsd.figures import style as figures
 
     data = points(table)
     path, csv_path = folder / "accuracy_against_sparsity.png", folder / "accuracy_against_sparsity.csv"
-    figures.save(figures_study.accuracy_against_sparsity(data, metric=table.metric), path)
+    figures.save(study.accuracy_against_sparsity(data, metric=table.metric), path)
     with replacing(csv_path) as temporary:
         data.to_csv(temporary, index=False)
     return [path, csv_path]
@@ -111,13 +112,14 @@ _BESIDE: tuple[Callable[[Cell], str], ...] = (
 
 def cost_figure(done: list[tuple[Cell, Result]], metric: str, folder: Path) -> list[Path]:
     """The metric against seconds and image passes, and the points it was drawn from; nothing where none has a cost."""
-    from epsd import figures, figures_study
+    from epsd.figures import study
+    from epsd.figures import style as figures
 
     data = costs(done, metric)
     if data.empty:
         return []
     path, csv_path = folder / "cost_against_accuracy.png", folder / "cost_against_accuracy.csv"
-    figures.save(figures_study.cost_against_accuracy(data, metric=metric), path)
+    figures.save(study.cost_against_accuracy(data, metric=metric), path)
     with replacing(csv_path) as temporary:
         data.to_csv(temporary, index=False)
     return [path, csv_path]

@@ -13,14 +13,14 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from epsd import presets
 from epsd.objectives import OBJECTIVES
-from epsd.params import DEFAULT_PATH, Choice, Count, Params, Section, Share, flatten, override, parse, read_yaml
-from epsd.pipeline.recorded import method
+from epsd.pipeline.describe import method
+from epsd.pipeline.stage import check
+from epsd.project import presets
+from epsd.project.params import DEFAULT_PATH, Choice, Count, Params, Section, Share, flatten, override, parse, read_yaml
+from epsd.project.runtime import project_root
 from epsd.registry import ParamsError, choose, explain, settings_of, unknown
-from epsd.runtime import project_root
 from epsd.scores import SCORES
-from epsd.stage import check
 from epsd.studies.procedures import PROCEDURES, Procedure
 from epsd.types import EpsdError
 

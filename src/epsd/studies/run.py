@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from epsd import artifacts
-from epsd.console import Progress
-from epsd.devices import determinism, pick_device
-from epsd.runtime import no_telemetry, note, quiet, stops_arrive
+from epsd.compute.devices import determinism, pick_device
+from epsd.project import artifacts
+from epsd.project.progress import Progress
+from epsd.project.runtime import no_telemetry, note, quiet, stops_arrive
 from epsd.studies import StudyError, outcome, plan
 from epsd.studies.plan import Cell, Plan
 from epsd.studies.work import Place, Result, Session, mark, work

@@ -20,24 +20,27 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-from epsd import artifacts, checkpoints, comparing, evaluation, listing
-from epsd.data import Prepared
+from epsd.comparison import statistics
+from epsd.compute.devices import pick_device
+from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
-from epsd.devices import pick_device
-from epsd.params import Params
-from epsd.pipeline import recorded
-from epsd.pipeline.measured import measured
-from epsd.pipeline.trained import card
-from epsd.preparing import prepare
+from epsd.evaluation import evaluate as evaluation
+from epsd.pipeline import changes, describe
+from epsd.pipeline.measure import measured
+from epsd.pipeline.stage import one_line
+from epsd.pipeline.train import card
+from epsd.preparing.write import prepare
+from epsd.project import artifacts
+from epsd.project.params import Params
+from epsd.project.runtime import located, state_folder, versions
 from epsd.registry import choose
-from epsd.runtime import located, state_folder, versions
-from epsd.stage import one_line
 from epsd.studies.plan import Cell, Plan
 from epsd.studies.procedures import Desk, Trained
 from epsd.studies.procedures.types import Cache
 from epsd.tracking import Tracker, track
 from epsd.tracking.recording import as_text
-from epsd.training import Record
+from epsd.training import checkpoints
+from epsd.training.fit import Record
 
 APART = {
     "__init__.py", "__main__.py", "analysis", "artifacts.py", "checkpoints.py", "cli.py", "comparing.py", "console.py",
@@ -91,7 +94,7 @@ class Place:
     def data(self, params: Params, split_seed: int) -> Prepared:
         """The images of a cell, prepared once: the same splits for every seed, so that all read the same test images.
 
-        Raises what `epsd.preparing.prepare` raises.
+        Raises what `epsd.preparing.write.prepare` raises.
         """
         key = self._key(params, split_seed)
         if key not in self._data:
@@ -110,7 +113,7 @@ class Place:
         if hasattr(dataset, "root") and not getattr(dataset, "download", False):  # a download is what it always was
             root = located(dataset.root)
             if root not in self._seen:
-                self._seen[root] = listing.glance(root)
+                self._seen[root] = changes.glance(root)
             made_from["images"] = self._seen[root]
         return _digest(made_from)
 
@@ -306,7 +309,7 @@ def run_cell(plan: Plan, place: Place, own: str, cell: Cell, cache: Cache, key: 
 def _machine() -> dict[str, str]:
     """What the timings of a cell depend on beside its parameters."""
     known = {"threads": str(torch.get_num_threads()), **{f"versions.{name}": of for name, of in versions().items()}}
-    return {name: known[name] for name in comparing.MACHINE if name in known}
+    return {name: known[name] for name in statistics.MACHINE if name in known}
 
 
 def _finite(figures: Mapping[str, Any]) -> dict[str, float]:
@@ -324,11 +327,11 @@ def opened(plan: Plan, place: Place, cell: Cell, data: Prepared, folder: Path) -
     return track(
         "study",
         experiment=params.tracking.experiment,
-        name=recorded.run_name(params, cell.method),
+        name=describe.run_name(params, cell.method),
         run_id=begun,
         parent_run_id=place.parent(),
         params=cell.logged(),
-        tags={**recorded.tags(params, data, kind="study"), "study": plan.study.name, **method, **_machine()},
+        tags={**describe.tags(params, data, kind="study"), "study": plan.study.name, **method, **_machine()},
         description=f"{cell.how().story(params, data)} A cell of the study `{plan.study.name}`.",
     )
 

@@ -15,8 +15,8 @@ from types import FrameType
 
 import torch
 
-from epsd.devices import determinism
-from epsd.runtime import no_telemetry, note, stops_arrive
+from epsd.compute.devices import determinism
+from epsd.project.runtime import no_telemetry, note, stops_arrive
 from epsd.studies import plan
 from epsd.studies.run import INTERRUPTED, Stopped
 from epsd.studies.work import Place, Session, work

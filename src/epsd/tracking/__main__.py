@@ -5,7 +5,7 @@ Before it is started, as before `mlflow models serve`: a project that was moved 
 
 import sys
 
-from epsd.runtime import note
+from epsd.project.runtime import note
 from epsd.tracking import ui_address
 from epsd.types import EpsdError
 

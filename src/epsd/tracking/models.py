@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from epsd.runtime import brief, no_telemetry, note
+from epsd.project.runtime import brief, no_telemetry, note
 from epsd.types import EpsdError
 
 NAME = "epsd"

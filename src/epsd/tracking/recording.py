@@ -23,9 +23,19 @@ from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
-from epsd.runtime import brief, counted, located, no_telemetry, note, project_root, signals_wait, state_folder, versions
-from epsd.spool import Event, Spool, waiting
+from epsd.project.runtime import (
+    brief,
+    counted,
+    located,
+    no_telemetry,
+    note,
+    project_root,
+    signals_wait,
+    state_folder,
+    versions,
+)
 from epsd.tracking import models, pages
+from epsd.tracking.spool import Event, Spool, waiting
 from epsd.types import EpsdError
 
 LOCAL = "local-"

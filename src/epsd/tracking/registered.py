@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from epsd.runtime import brief
+from epsd.project.runtime import brief
 from epsd.tracking.models import CANDIDATE, NAME, quietly
 from epsd.tracking.recording import REPLACES, connection, shown, tracking_uri
 from epsd.types import EpsdError

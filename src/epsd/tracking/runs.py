@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from epsd.project.runtime import brief
 from epsd.registry import unknown
-from epsd.runtime import brief
 from epsd.tracking.recording import _same, _Store, shown, tracking_uri
 from epsd.types import EpsdError
 

@@ -12,16 +12,17 @@ from pathlib import Path
 
 from torch import nn
 
-from epsd import evaluation, sparse
-from epsd.data import Prepared
+from epsd.compute.cost import Meter
+from epsd.data.prepared import Prepared
+from epsd.evaluation import compact_file
+from epsd.evaluation import evaluate as evaluation
 from epsd.masks import Mask, prunable
-from epsd.params import Params
-from epsd.passes import Meter
-from epsd.pipeline.pruned import pruned
-from epsd.pipeline.trained import card, trained
-from epsd.resplitting import resplit
-from epsd.runtime import mix
-from epsd.training import Record
+from epsd.pipeline.prune import pruned
+from epsd.pipeline.train import card, trained
+from epsd.project.params import Params
+from epsd.project.runtime import mix
+from epsd.training.fit import Record
+from epsd.tuning.resplit import resplit
 
 Figures = dict[str, float]
 
@@ -92,7 +93,7 @@ def figures(params: Params, data: Prepared, model: nn.Module, mask: Mask, record
     """All of FIGURES, for the network as it is after the epoch of `record`."""
     cost = evaluation.cost(model, prunable(model), data.image_shape)
     with tempfile.TemporaryDirectory() as folder:
-        size = sparse.save(model.state_dict(), Path(folder) / "model", card(params, data, mask))
+        size = compact_file.save(model.state_dict(), Path(folder) / "model", card(params, data, mask))
     known = {**record, **{f"model/{name}": float(value) for name, value in cost.items()}}
     known["model/bytes_sparse"] = float(size.file)
     return {name: known[name] for name in FIGURES}

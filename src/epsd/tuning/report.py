@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from epsd import presets
-from epsd.artifacts import replacing
-from epsd.params import DEFAULT_PATH, Params, flatten, load, parse, read_yaml
-from epsd.runtime import note
+from epsd.project import presets
+from epsd.project.artifacts import replacing
+from epsd.project.params import DEFAULT_PATH, Params, flatten, load, parse, read_yaml
+from epsd.project.runtime import note
 from epsd.tuning import TuningError
 from epsd.tuning.space import REGISTRIES, SEARCHABLE, Space
 from epsd.tuning.study import slot

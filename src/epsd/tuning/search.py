@@ -17,12 +17,12 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from epsd.console import Progress
-from epsd.devices import pick_device
-from epsd.params import DEFAULT_PATH, Params, load
-from epsd.pipeline.opened import opened
-from epsd.runtime import no_telemetry, note, quiet
-from epsd.stage import check
+from epsd.compute.devices import pick_device
+from epsd.pipeline.prepared import opened
+from epsd.pipeline.stage import check
+from epsd.project.params import DEFAULT_PATH, Params, load
+from epsd.project.progress import Progress
+from epsd.project.runtime import no_telemetry, note, quiet
 from epsd.tracking import Tracker, track
 from epsd.tuning import TuningError, report
 from epsd.tuning.space import Space

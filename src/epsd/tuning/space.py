@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 from epsd.architectures import ARCHITECTURES
 from epsd.objectives import OBJECTIVES
-from epsd.params import Params, RangeParams, TuneParams, flatten, override, parse
+from epsd.pipeline.stage import check
+from epsd.project.params import Params, RangeParams, TuneParams, flatten, override, parse
 from epsd.registry import ParamsError, choose, settings_of, unknown
 from epsd.scores import SCORES
-from epsd.stage import check
 from epsd.tuning.judge import FIGURES
 
 Values = dict[str, Any]

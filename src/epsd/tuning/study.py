@@ -28,8 +28,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from epsd.params import TuneParams
-from epsd.runtime import project_root
+from epsd.project.params import TuneParams
+from epsd.project.runtime import project_root
 from epsd.tuning import TuningError
 from epsd.tuning.space import Space, Values
 

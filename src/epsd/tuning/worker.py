@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from epsd import artifacts
-from epsd.data import Prepared
-from epsd.devices import determinism
-from epsd.params import LimitParams, Params, TuneParams, flatten, parse
-from epsd.pipeline.recorded import method
-from epsd.runtime import mix, no_telemetry, note, stops_arrive
+from epsd.compute.devices import determinism
+from epsd.data.prepared import Prepared
+from epsd.pipeline.describe import method
+from epsd.project import artifacts
+from epsd.project.params import LimitParams, Params, TuneParams, flatten, parse
+from epsd.project.runtime import mix, no_telemetry, note, stops_arrive
 from epsd.tracking import Tracker, track
-from epsd.training import Record
+from epsd.training.fit import Record
 from epsd.tuning import judge
 from epsd.tuning.judge import Figures
 from epsd.tuning.space import Space, Values

@@ -5,7 +5,7 @@ as `procedure: {name: NAME, setting: ...}` and logged as `procedure.setting`) th
 
 * `__call__(params, data, desk) -> Trained`: train with `params` (whole and checked) on `data`. Work that outlives a
   kill goes to files under `desk.folder` (`desk.folder / "last.safetensors"` with `mark=desk.mark` as the checkpoint of
-  `epsd.training.fit`, other names for further trainings); the same call then goes on from there. Per-epoch figures
+  `epsd.training.fit.fit`, other names for further trainings); the same call then goes on from there. Per-epoch figures
   go to `desk.log(record)`. Never read the test split: it is evaluated afterwards, for every procedure alike.
 * `check(params)`: raises for parameters that it cannot work with, before any cell is trained; `story(params, data)`:
   what the run was, in plain words.

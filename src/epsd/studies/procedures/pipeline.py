@@ -4,14 +4,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from epsd.data import Prepared
-from epsd.devices import seed_everything
+from epsd.compute.cost import Meter
+from epsd.compute.devices import seed_everything
+from epsd.data.prepared import Prepared
 from epsd.masks import Mask
-from epsd.params import Params
-from epsd.passes import Meter
-from epsd.pipeline import recorded
-from epsd.pipeline.pruned import Pruned, network, pruned, scored, scoring_key
-from epsd.pipeline.trained import trained
+from epsd.pipeline import describe
+from epsd.pipeline.prune import Pruned, network, pruned, scored, scoring_key
+from epsd.pipeline.train import trained
+from epsd.project.params import Params
 from epsd.registry import variant
 from epsd.studies.procedures.types import Desk, Trained
 
@@ -39,7 +39,7 @@ class Pipeline:
 
     def story(self, params: Params, data: Prepared) -> str:
         """As the stage `train` tells it."""
-        return recorded.story(params, data)
+        return describe.story(params, data)
 
     def shares(self, params: Params) -> Mapping[str, Any] | None:
         """One scoring, where there is one and it is the first and last round."""

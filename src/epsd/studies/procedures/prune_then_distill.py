@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from epsd.data import Prepared
-from epsd.params import Params
-from epsd.pipeline.distilled import StudentKind, distilled, has_width
+from epsd.data.prepared import Prepared
+from epsd.project.params import Params
 from epsd.registry import variant
-from epsd.rewinding import Rewinding
 from epsd.studies.procedures.types import Desk, Trained
-from epsd.training import Recipe
+from epsd.studies.prune_then_distill.rewinding import Rewinding
+from epsd.studies.prune_then_distill.student import StudentKind, distilled, has_width
+from epsd.training.fit import Recipe
 
 
 @variant
@@ -19,7 +19,7 @@ class PruneThenDistill(Rewinding):
     One run: epochs are counted through all phases (`train/phase` 0 teacher, 1 ... n rounds, n + 1 student) under the
     same metric names; `cost/...` includes all of them. The run's `objective` matters to the student `scored` alone.
 
-    student : "narrow" (default, the paper's), "rewound" or "scored": see `epsd.pipeline.distilled.StudentKind`.
+    student : "narrow" (default, the paper's), "rewound" or "scored": see `StudentKind`.
     """
 
     student: StudentKind = "narrow"

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import nn
 
-from epsd.data import Prepared
+from epsd.data.prepared import Prepared
 from epsd.masks import Mask
-from epsd.params import Choice, Params
-from epsd.training import Record
+from epsd.project.params import Choice, Params
+from epsd.training.fit import Record
 
 T = TypeVar("T")
 

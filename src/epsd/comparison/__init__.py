@@ -1,0 +1,1 @@
+"""What differs between runs, and whether it is more than chance."""

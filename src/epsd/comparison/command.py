@@ -1,0 +1,98 @@
+"""`epsd compare`: a table over recorded runs."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from epsd.comparison import statistics, tables
+from epsd.comparison.statistics import ComparisonError, Entry, Table
+from epsd.comparison.tables import ENDINGS, Format
+from epsd.project.artifacts import replacing
+from epsd.project.params import DEFAULT_PATH, load
+from epsd.registry import unknown
+from epsd.tracking.runs import read_runs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Request(NamedTuple):
+    """What the command line asked for. `style` None: by the ending of `out`, else for the terminal."""
+
+    experiments: tuple[str, ...] = ()
+    metric: str = "test/top1"
+    where: tuple[str, ...] = ()
+    baseline: str | None = None
+    best: bool = False
+    style: Format | None = None
+    out: Path | None = None
+
+
+def command(request: Request) -> None:
+    """`epsd compare`: print the table, or write it to a file.
+
+    Raises RunsError, ArtifactError; ComparisonError, for a file of no known kind before the runs are read.
+    """
+    ending = request.out.suffix if request.out else ".txt"
+    if request.style is None and ending not in ENDINGS:
+        raise ComparisonError(f"--out: {unknown('ending', ending, ENDINGS)} Or say what it is to be: --format.")
+    style = request.style or ENDINGS[ending]
+    text = tables.written(compared(request), style)
+    if request.out is None:
+        print(text)
+        return
+    with replacing(request.out) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+    print(f"{request.out} is written.")
+
+
+def compared(request: Request) -> Table:
+    """The table of the runs that the filters leave. Trials of a search are no results: they are left out, unless
+    a filter asks for them (`kind=trial`).
+    """
+    experiments = request.experiments or _own_experiment()
+    frame = read_runs(experiments, request.where)
+    if frame.empty:
+        filters = f" that are {' and '.join(request.where)}" if request.where else ""
+        raise ComparisonError(f"no finished runs in {', '.join(experiments) or 'the store'}{filters}.")
+    if "tags.kind" in frame.columns and not any("kind" in text for text in request.where):
+        frame = frame[frame["tags.kind"] != "trial"]
+    table = statistics.table(entries(frame), request.metric)
+    if request.baseline is not None:
+        statistics.against(table, request.baseline)
+    if request.best:
+        statistics.mark_best(table)
+    return table
+
+
+def _own_experiment() -> tuple[str, ...]:
+    """The one of params.yaml; all, where there is no such file."""
+    return (load(DEFAULT_PATH).tracking.experiment,) if DEFAULT_PATH.is_file() else ()
+
+
+def entries(frame: "pd.DataFrame") -> list[Entry]:
+    """Rows of `epsd.tracking.runs.read_runs` as what is compared."""
+    return [_entry({str(key): value for key, value in row.items()}) for row in frame.to_dict("records")]
+
+
+def _entry(row: Mapping[str, Any]) -> Entry:
+    params = {key.removeprefix("params."): v for key, v in row.items() if key.startswith("params.") and _text(v)}
+    metrics = {
+        key.removeprefix("metrics."): float(value)
+        for key, value in row.items()
+        if key.startswith("metrics.") and isinstance(value, float) and not math.isnan(value)
+    }
+    digest, variant = (row.get(f"tags.{name}") for name in ("data.digest", "variant"))
+    return Entry(
+        params={key: str(value) for key, value in params.items()},
+        metrics=metrics,
+        began=float(row["began"]),
+        digest=str(digest) if _text(digest) else "",
+        variant=str(variant) if _text(variant) else "",
+        machine={name: str(row[f"tags.{name}"]) for name in statistics.MACHINE if _text(row.get(f"tags.{name}"))},
+    )
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)

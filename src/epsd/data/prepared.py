@@ -1,0 +1,241 @@
+"""One prepared data set, and batches of it: from memory (on the device) or streamed from files, behind one interface.
+
+Images of up to `epsd.preparing.write.IN_MEMORY_UP_TO` pixels are uint8 tensors on the device; pad-crop, flip,
+normalisation, second views and same-class partners are made there for a whole batch at once. Larger images
+stream from their files (`epsd.data.streaming`). Either way the batches of epoch n depend on (seed, n) alone: not on
+the global random state, the device, or the number of workers.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from epsd.data.loaders import as_batches
+from epsd.data.sampling import SameClass, Sampler, Share, generator, partner_positions
+from epsd.data.streaming import Augmentation, Normalise, Pictures, StreamedBatches
+from epsd.files.archives import open_tree
+from epsd.files.layouts import UNPACKED, Files, Reading, Split
+from epsd.project.artifacts import ArtifactError, read_json
+from epsd.types import Batch, Batches, BatchNeeds, EpsdError
+
+__all__ = ["Augmentation", "MemoryBatches", "Pixels", "Prepared", "as_batches"]
+
+
+class Draws(NamedTuple):
+    """Random numbers of an epoch on the device: where each crop begins (M,), (M,), and which are mirrored (M,)."""
+
+    top: Tensor
+    left: Tensor
+    mirrored: Tensor
+
+
+class Pixels(NamedTuple):
+    """Images held on a device: `padded` (N, H + 2p, W + 2p, C) uint8 with `padding` p black pixels around.
+
+    Channels come last, so that a pixel's lie together for the gather.
+    """
+
+    padded: Tensor
+    padding: int
+
+    @classmethod
+    def of(cls, images: Tensor, padding: int = 0) -> "Pixels":
+        """From (N, C, H, W) uint8."""
+        count, channels, height, width = images.shape
+        result = images.new_zeros(count, height + 2 * padding, width + 2 * padding, channels)
+        result[:, padding : padding + height, padding : padding + width] = images.permute(0, 2, 3, 1)
+        return cls(result, padding)
+
+
+class MemoryBatches:
+    """Batches of a split that lives on the device.
+
+    Parameters
+    ----------
+    pixels : the images. labels : (N,) int64. mean, std : per channel, of pixels in [0, 1].
+    flip : mirror half of the images; crops move by up to `pixels.padding`. With neither, a second view equals the
+        first.
+    """
+
+    def __init__(
+        self,
+        pixels: Pixels,
+        labels: Tensor,
+        *,
+        num_classes: int,
+        mean: list[float],
+        std: list[float],
+        batch_size: int,
+        seed: int = 0,
+        flip: bool = False,
+        shuffle: bool = False,
+        drop_last: bool = False,
+    ) -> None:
+        self.size, self.num_classes = len(labels), num_classes
+        self._sampler = Sampler(len(labels), batch_size, seed, shuffle, drop_last)
+        self._same_class = SameClass(labels.cpu(), seed)
+        self._pixels, self._flip = pixels, flip
+        self._device = pixels.padded.device
+        self._labels = labels.to(self._device)
+        self._normalise = Normalise(mean, std, self._device)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]:
+        """The batches of epoch `number`; `partner` is filled as `needs` asks, `indices` always."""
+        order = self._sampler.order(number)
+        draws = self._draws(len(order), number, "image")
+        second = partner_positions(needs, order, number, self._same_class)
+        second_draws = self._draws(len(order), number, "partner")
+        chosen, partners = order.to(self._device), None if second is None else second.to(self._device)
+        for part in self._sampler.parts(len(order)):
+            indices = chosen[part]
+            partner = None if partners is None else self._look(partners[part], second_draws, part)
+            yield Batch(self._look(indices, draws, part), self._labels[indices], indices, partner)
+
+    def lengths(self) -> set[int]:
+        """How many images its batches hold."""
+        return self._sampler.lengths()
+
+    def shard(self, share: Share) -> "MemoryBatches":
+        """The same batches, of each of which only the positions `share` are made."""
+        twin = copy.copy(self)
+        twin._sampler = self._sampler.shared(share)
+        return twin
+
+    def _draws(self, size: int, number: int, purpose: str) -> Draws:
+        random = generator(self._sampler.seed, "augment", purpose, number)
+        top, left = torch.randint(0, 2 * self._pixels.padding + 1, (2, size), generator=random).to(self._device)
+        mirrored = torch.rand(size, generator=random) < (0.5 if self._flip else 0.0)
+        return Draws(top, left, mirrored.to(self._device))
+
+    def _look(self, positions: Tensor, draws: Draws, part: slice) -> Tensor:
+        """(B, C, H, W) float32, normalised: one gather that crops and mirrors, then scale and shift."""
+        padded, padding = self._pixels
+        _, padded_height, padded_width, channels = padded.shape
+        down = torch.arange(padded_height - 2 * padding, device=self._device)
+        across = torch.arange(padded_width - 2 * padding, device=self._device)
+        columns = torch.where(draws.mirrored[part, None], across.flip(0), across) + draws.left[part, None]
+        lines = (positions[:, None] * padded_height + draws.top[part, None] + down) * padded_width
+        flat = lines[:, :, None] + columns[:, None, :]
+        picked = padded.view(-1, channels).index_select(0, flat.view(-1)).view(*flat.shape, channels)
+        return self._normalise(picked.permute(0, 3, 1, 2))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` wrote, opened. `sizes`: images per split (0 where a split is not there)."""
+
+    folder: Path
+    class_names: list[str]
+    image_shape: tuple[int, int, int]
+    mean: list[float]
+    std: list[float]
+    sizes: dict[str, int]
+    digest: str
+    index: dict[str, Any]
+    _cache: dict[tuple[str, str, int], Pixels] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Prepared":
+        """Open `folder/data.json`. Raises ArtifactError when it is missing or not what `prepare` writes."""
+        path = Path(folder) / "data.json"
+        index = read_json(path)
+        try:
+            channels, height, width = index["image_shape"]
+            return cls(
+                folder=Path(folder),
+                class_names=list(index["class_names"]),
+                image_shape=(channels, height, width),
+                mean=list(index["mean"]),
+                std=list(index["std"]),
+                sizes=dict(index["sizes"]),
+                digest=index["digest"],
+                index=index,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path}: not written by this version of prepare ({error}). Run it again.") from None
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    def labels(self, split: Split) -> NDArray[np.int64]:
+        """(N,) int64."""
+        return self._array(split, "labels")
+
+    def images(self, split: Split) -> NDArray[np.uint8]:
+        """(N, C, H, W) uint8, not normalised. Raises EpsdError where the images are streamed from files."""
+        if self.index["storage"] != "memory":
+            raise EpsdError(f"{self.folder}: its images are read from files, not held as one array.")
+        return self._array(split, "images")
+
+    def batches(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        augmentation: Augmentation | None = None,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        workers: int = 0,
+    ) -> Batches:
+        """Batches of a split on `device`, normalised by the training split's mean and std.
+
+        `workers`: processes that decode, where images are streamed (no effect on what comes out).
+
+        Raises TooFewImages when `drop_last` leaves no batch; EpsdError for a split that is not there.
+        """
+        if not self.sizes.get(split):
+            raise EpsdError(f"{self.folder}: has no {split} split; set data.{split} above 0 and prepare again.")
+        common: dict[str, Any] = {
+            "num_classes": self.num_classes,
+            "mean": self.mean,
+            "std": self.std,
+            "batch_size": batch_size,
+            "seed": seed,
+            "shuffle": shuffle,
+            "drop_last": drop_last,
+        }
+        labels = torch.from_numpy(self.labels(split))
+        if self.index["storage"] == "memory":
+            pixels = self._on_device(split, torch.device(device), augmentation.crop_padding if augmentation else 0)
+            return MemoryBatches(pixels, labels, flip=bool(augmentation and augmentation.flip), **common)
+        images = Pictures(self._files(split), self._reading(), self.image_shape)
+        return StreamedBatches(images, labels, augmentation=augmentation, device=device, workers=workers, **common)
+
+    def _on_device(self, split: Split, device: torch.device, padding: int) -> Pixels:
+        """Kept, so that several `batches` of a split share one copy."""
+        key = split, str(device), padding
+        if key not in self._cache:
+            self._cache[key] = Pixels.of(torch.from_numpy(self.images(split)).to(device), padding)
+        return self._cache[key]
+
+    def _files(self, split: Split) -> Files:
+        root = self.index["root"]
+        folder = self.folder / UNPACKED if root is None else Path(root)
+        return Files(open_tree(folder), list(read_json(self.folder / f"{split}_files.json")["files"]))
+
+    def _reading(self) -> Reading:
+        return Reading(**self.index["reading"])
+
+    def _array(self, split: Split, kind: str) -> NDArray[Any]:
+        path = self.folder / f"{split}_{kind}.npy"
+        try:
+            array: NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ArtifactError(f"{path}: missing or damaged ({error}). Run prepare again.") from None
+        if len(array) != self.sizes[split]:
+            raise ArtifactError(f"{path}: holds {len(array)} entries, data.json says {self.sizes[split]}.")
+        return array

@@ -1,0 +1,1 @@
+"""A backbone becomes a detector: trained, scored, drawn."""

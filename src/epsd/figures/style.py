@@ -1,0 +1,155 @@
+"""Figures for reports: readable in black and white, every axis with its unit. matplotlib is imported on first use.
+
+Each function returns a matplotlib `Figure`; `save` writes it. Lines differ by style and marker, bars by hatching.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from epsd.evaluation.metrics import ReliabilityTable
+from epsd.project.artifacts import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 120
+NUMBERS_UP_TO = 12
+NAMES_UP_TO = 40
+STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+
+
+def figure_of_size(width: float, height: float) -> "Figure":
+    """An empty figure, in inches; its parts make room for each other."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write `figure` as PNG; the same figure gives the same bytes. Raises ArtifactError: cannot be written."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def confusion(table: Tensor, class_names: Sequence[str]) -> "Figure":
+    """`table` (K, K): rows true, columns predicted. Shades are shares of the true class; counts are written up to
+    a dozen classes, names up to forty.
+    """
+    classes = len(class_names)
+    side = min(3 + 0.4 * classes, 12)
+    figure = figure_of_size(side + 1, side)
+    axes = figure.subplots()
+    shares = table.double() / table.sum(dim=1, keepdim=True).clamp(min=1)
+    picture = axes.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the true class")
+    axes.set(xlabel="predicted class", ylabel="true class", title=f"Confusion, {int(table.sum()):,} test images")
+    if classes <= NAMES_UP_TO:
+        axes.set_xticks(range(classes), class_names, rotation=90 if max(map(len, class_names)) > 2 else 0)
+        axes.set_yticks(range(classes), class_names)
+    if classes <= NUMBERS_UP_TO:
+        _write_counts(axes, table, shares)
+    return figure
+
+
+def _write_counts(axes: "Axes", table: Tensor, shares: Tensor) -> None:
+    for row, column in table.nonzero().tolist():
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, str(int(table[row, column])), ha="center", va="center", color=colour, fontsize=8)
+
+
+def reliability(table: ReliabilityTable) -> "Figure":
+    """Accuracy by confidence against the diagonal of perfect calibration, and how many predictions lie where."""
+    figure = figure_of_size(5, 5.5)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    filled = table.images > 0
+    width, left = (table.upper - table.lower)[filled].numpy(), table.lower[filled].numpy()
+    upper.bar(
+        left, table.accuracy[filled].numpy(), width, align="edge", color="0.8", edgecolor="black", label="network"
+    )
+    upper.plot([0, 1], [0, 1], "k--", label="perfectly calibrated")
+    upper.plot(table.confidence[filled].numpy(), table.accuracy[filled].numpy(), "ko", markersize=4)
+    upper.set(ylabel="accuracy (share right)", ylim=(0, 1), title=f"Calibration, ECE {table.ece():.4f}")
+    upper.legend(loc="upper left")
+    share = (table.images / table.images.sum().clamp(min=1))[filled].numpy()
+    lower.bar(left, share, width, align="edge", color="white", edgecolor="black", hatch="//")
+    lower.set(xlabel="confidence (largest probability)", ylabel="share of images", xlim=(0, 1), ylim=(0, 1))
+    return figure
+
+
+def density_per_layer(layers: Mapping[str, float], overall: float | None = None) -> "Figure":
+    """Share of each layer's prunable weights that is kept, input layer on top; `overall`: the whole network's."""
+    figure = figure_of_size(7, min(1.5 + 0.22 * len(layers), 30))
+    axes = figure.subplots()
+    names, values = list(layers), [100 * value for value in layers.values()]
+    axes.barh(range(len(names)), values, color="0.75", edgecolor="black")
+    for place, value in enumerate(values):
+        axes.text(value, place, f" {value:.3g}" if value else " 0: dead layer", va="center", fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set(
+        xlabel="density (% of the layer's weights kept)",
+        xlim=(0, 1.12 * max([*values, 1e-9])),
+        title="Density by layer",
+    )
+    if overall is not None:
+        axes.axvline(100 * overall, color="black", linestyle="--", label=f"network: {100 * overall:.3g} %")
+        axes.legend(loc="lower right")
+    return figure
+
+
+def curves(panels: Mapping[str, Mapping[str, Sequence[float | None]]], title: str = "Training") -> "Figure":
+    """One panel for each quantity (its key labels the axis, unit included), one line for each series, by epoch.
+
+    Epochs count from 1; None and NaN leave a gap.
+    """
+    figure = figure_of_size(6.5, 2.6 * len(panels) + 0.4)
+    for axes, (label, series) in zip(
+        figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels.items(), strict=True
+    ):
+        _lines(axes, series)
+        axes.set_ylabel(label)
+    axes.set_xlabel("epoch")
+    figure.suptitle(title)
+    return figure
+
+
+def _lines(axes: "Axes", series: Mapping[str, Sequence[float | None]]) -> None:
+    for number, (name, values) in enumerate(series.items()):
+        line, marker = STYLES[number % len(STYLES)]
+        points = [float("nan") if value is None else value for value in values]
+        step = max(1, len(points) // 10)
+        axes.plot(
+            range(1, len(points) + 1),
+            points,
+            line,
+            marker=marker,
+            markevery=step,
+            color="black",
+            label=name,
+            markersize=4,
+        )
+    axes.legend(fontsize=8)
+    axes.grid(color="0.9")
+
+
+def history_panels(history: Mapping[str, Sequence[float | None]]) -> dict[str, dict[str, Sequence[float | None]]]:
+    """Columns of history.csv (`train/loss`, `val/top1`) as panels of `curves`; those without a unit are dropped."""
+    labels = {
+        "loss": "loss (nats)",
+        "nll": "loss (nats)",
+        "cross_entropy": "terms of the objective (nats)",
+        "distillation": "terms of the objective (nats)",
+        "top1": "top-1 (share right)",
+        "grad_norm": "gradient norm\n(nats per unit of weight)",
+        "lr": "learning rate",
+    }
+    panels: dict[str, dict[str, Sequence[float | None]]] = {}
+    for column, values in history.items():
+        quantity = column.rsplit("/", 1)[-1]
+        if quantity in labels:
+            panels.setdefault(labels[quantity], {})[column] = values
+    return panels

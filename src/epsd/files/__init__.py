@@ -1,0 +1,1 @@
+"""Bytes on disk become pictures, safely: archives, image files, folder layouts."""

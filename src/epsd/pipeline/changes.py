@@ -1,0 +1,67 @@
+"""Whether the images that `prepare` read have changed since, told by names, sizes and times: no file is opened.
+
+DVC watches the files that dvc.yaml names. A user's images lie somewhere else, may be a million, and are named in
+params.yaml only; so `make repro` asks here before it asks DVC.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from epsd.files.archives import open_tree
+from epsd.project.artifacts import write_json
+from epsd.project.runtime import state_folder
+
+_SEEN = "read.json"
+"""Beside the checkpoints, not among the artifacts: times differ between copies of the same images."""
+
+Read = Mapping[Path, str]
+"""Folder or archive -> digest of what was made from it."""
+
+
+def glance(root: Path) -> str | None:
+    """A digest over names, sizes and times of what lies at `root`, hidden files left out; None where nothing does.
+
+    Raises ArchiveError: a folder that cannot be listed.
+    """
+    if not root.exists():
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    names = [""] if root.is_file() else open_tree(root).names
+    for path in (root / name for name in names):
+        with contextlib.suppress(OSError):  # gone meanwhile, or a link to nowhere
+            found = path.stat()
+            digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def remember(read: Read) -> None:
+    """Note how these folders and archives look now, as what was made from them."""
+    seen = _remembered()
+    for root, digest in read.items():
+        if found := glance(root):
+            seen[_key(root, digest)] = found
+    state_folder().mkdir(exist_ok=True)
+    write_json(state_folder(_SEEN), seen)
+
+
+def changed(read: Read) -> list[Path]:
+    """Those that look otherwise than when this was made from them. What nobody remembers is not among them.
+
+    By what was made, as DVC may have brought back from its cache what an earlier state of the images gave.
+    """
+    seen = _remembered()
+    known = {root: seen[key] for root, digest in read.items() if (key := _key(root, digest)) in seen}
+    return [root for root, before in known.items() if glance(root) not in (None, before)]
+
+
+def _key(root: Path, digest: str) -> str:
+    return f"{root} {digest}"
+
+
+def _remembered() -> dict[str, str]:
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads(state_folder(_SEEN).read_text(encoding="utf-8")))
+    return {}

@@ -1,0 +1,74 @@
+"""What a run of a trained model says about itself: name, tags, plain words. For the stages and for cells of a study."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from epsd.data.prepared import Prepared
+from epsd.project import artifacts
+from epsd.project.params import Params, flatten
+from epsd.tracking import Tracker, track
+
+
+def method(params: Params) -> str:
+    """Score and control, `dense` where nothing is removed: `epsd`, `epsd-shuffled`, `dense`."""
+    if params.prune.sparsity == 0:
+        return "dense"
+    control = "" if params.prune.control == "none" else f"-{params.prune.control}"
+    return f"{params.prune.score['name']}{control}"
+
+
+def run_name(params: Params, named: str = "") -> str:
+    """The run's story in a few words: data, method (`named`, or the score), objective, sparsity, seed."""
+    return (
+        f"{params.dataset['name']}-{(named or method(params)).replace(' ', '_')}-{params.objective['name']}"
+        f"-s{params.prune.sparsity:g}-seed{params.seed}"
+    )
+
+
+def tags(params: Params, data: Prepared, kind: str = "pipeline") -> dict[str, Any]:
+    """What runs are searched by in MLflow."""
+    return {
+        "kind": kind,
+        "method": f"{method(params)}+{params.objective['name']}",
+        "dataset": params.dataset["name"],
+        "data.digest": data.digest,
+        "seed": params.seed,
+    }
+
+
+def story(params: Params, data: Prepared) -> str:
+    """What the run was, in plain words, for its page."""
+    shape = "x".join(str(size) for size in data.image_shape)
+    return (
+        f"A {params.architecture['name']} network for {data.num_classes} classes of `{params.dataset['name']}` "
+        f"({shape}, {data.sizes['train']} training images). {_removal(params)} `{params.objective['name']}` trained "
+        f"it for {params.train.epochs} epochs. Seed {params.seed}."
+    )
+
+
+def _removal(params: Params) -> str:
+    prune = params.prune
+    if prune.sparsity == 0:
+        return "Dense: it keeps all of its weights."
+    share, score = f"{prune.sparsity:.1%}", f"`{prune.score['name']}`"
+    return {
+        "none": f"{score} removed {share} of its weights before training.",
+        "shuffled": f"A control: {share} of its weights were removed before training, in each layer as many as {score} "
+        "would have removed, but others, drawn at random.",
+        "reinitialised": f"A control: {score} removed {share} of its weights before training; those that stayed were "
+        "drawn anew.",
+    }[prune.control]
+
+
+def reopened(stage: str, params: Params, tags: dict[str, Any]) -> AbstractContextManager[Tracker]:
+    """A session of a later stage in the run that `train` opened; whole again where that is no more in the store."""
+    run = artifacts.read_json(artifacts.RUN)
+    return track(
+        stage,
+        experiment=params.tracking.experiment,
+        name=run.get("name", stage),
+        run_id=run["run_id"],
+        params=dict(flatten(params.model_dump())),
+        tags=run.get("tags", {}) | tags,
+        description=run.get("description", ""),
+    )

@@ -1,0 +1,113 @@
+"""Starts the processes of one stage on this machine and ends them together: torchrun's part, in one clear line.
+
+On several machines the user's own torchrun starts them; the stage takes part in either.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from epsd.compute import distributed
+from epsd.types import EpsdError
+
+LAUNCHER = "EPSD_LAUNCHER"
+"""Set in the processes that `run` starts: the PID of the one that waits for them."""
+LOST = 75
+"""Status of a process that ended because another one was gone."""
+
+_LOOK_EVERY = 0.05
+_LEAVE_WITHIN = 10.0
+_OTHERS_FAIL_WITHIN = 3.0
+"""Seconds: between two looks; for a clean end after SIGTERM; for the others to notice that one is gone."""
+
+
+class LaunchError(EpsdError):
+    """A process of the stage was killed, or the processes lost each other."""
+
+
+def wanted(processes: int | str, device: str) -> int:
+    """Processes to start here: the number itself, or one per GPU ("auto"), or one on the CPU."""
+    if processes != "auto":
+        return int(processes)
+    return max(1, torch.cuda.device_count()) if distributed.on_gpus(device) else 1
+
+
+def launched() -> bool:
+    """True in a process that `run` started."""
+    return LAUNCHER in os.environ
+
+
+def run(command: Sequence[str], processes: int) -> int:
+    """Run `command` as so many processes of one group; the status of the first that failed, 0 where none did.
+
+    When one fails, or a signal ends the wait, the others are ended too. Raises LaunchError where a process was
+    killed and could not tell why itself.
+    """
+    with tempfile.TemporaryDirectory(prefix="epsd-", ignore_cleanup_errors=True) as folder:
+        meeting = Path(folder) / "rendezvous"
+        children = [subprocess.Popen(command, env=_environment(n, processes, meeting)) for n in range(processes)]
+        try:
+            return _status(_ended(children))
+        except KeyboardInterrupt:  # of a terminal: the children have it too
+            _wait(children, _OTHERS_FAIL_WITHIN)
+            raise
+        finally:
+            _end(children)
+
+
+def _environment(rank: int, processes: int, meeting: Path) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    usual = {"OMP_NUM_THREADS": str(threads)}
+    if sys.platform == "linux":
+        usual["GLOO_SOCKET_IFNAME"] = "lo"  # they are on one machine, whose name need not resolve
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    mine = {name: str(value) for name, value in ranks.items()}
+    return {**usual, **os.environ, **mine, distributed.RENDEZVOUS: str(meeting), LAUNCHER: str(os.getpid())}
+
+
+def _ended(children: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Statuses of the processes that ended: of all, or after a failure of those that did so by themselves."""
+    while True:
+        statuses = [child.poll() for child in children]
+        if any(statuses):
+            _wait(children, _OTHERS_FAIL_WITHIN)
+            return [status for child in children if (status := child.poll()) is not None]
+        if all(status == 0 for status in statuses):
+            return [0]
+        time.sleep(_LOOK_EVERY)
+
+
+def _status(statuses: list[int]) -> int:
+    told = [status for status in statuses if 0 < status < 128 and status != LOST]
+    killed = [abs(status) % 128 for status in statuses if status < 0 or status >= 128]
+    if told:
+        return told[0]
+    if killed:
+        raise LaunchError(f"one of the processes was ended by {signal.Signals(killed[0]).name}, so all of them end.")
+    if LOST in statuses:
+        raise LaunchError("the processes lost each other: a connection between them broke.")
+    return 0
+
+
+def _wait(children: list[subprocess.Popen[bytes]], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+        time.sleep(_LOOK_EVERY)
+
+
+def _end(children: list[subprocess.Popen[bytes]]) -> None:
+    for child in children:
+        if child.poll() is None:
+            child.terminate()
+    _wait(children, _LEAVE_WITHIN)
+    for child in children:
+        if child.poll() is None:
+            child.kill()
+            child.wait()

@@ -1,0 +1,88 @@
+"""From a pruned network to a trained one: the composition behind the stage `train` and every trial of the search."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from epsd.compute.cost import Meter
+from epsd.compute.devices import pick_device
+from epsd.compute.speed import keep_freed_memory
+from epsd.data.prepared import Augmentation, Prepared
+from epsd.data.sampling import naming
+from epsd.masks import Mask
+from epsd.objectives import OBJECTIVES
+from epsd.project.params import Params
+from epsd.project.runtime import mix
+from epsd.registry import choose
+from epsd.training.fit import Recipe, Record, fit
+from epsd.types import Batches
+
+
+def trained(
+    params: Params,
+    data: Prepared,
+    model: nn.Module,
+    mask: Mask,
+    *,
+    on_epoch: Callable[[Record], None],
+    checkpoint: Path | None = None,
+    mark: str = "",
+    meter: Meter | None = None,
+) -> list[Record]:
+    """Train `model` in place under `mask`, judged on validation after every epoch where there is such a split.
+
+    `meter`: what was spent before (`Meter.of` the prune report); each record's `cost/...` then includes it.
+    `checkpoint`, `mark`, `on_epoch` and the errors: see `epsd.training.fit.fit`.
+    """
+    keep_freed_memory()
+    return fit(
+        model,
+        batches(params, data, "train"),
+        objective=choose(OBJECTIVES, params.objective, "objective"),
+        mask=mask,
+        recipe=recipe(params),
+        validation=batches(params, data, "validation") if data.sizes["validation"] else None,
+        seed=params.seed,
+        checkpoint=checkpoint,
+        mark=mark,
+        meter=meter,
+        on_epoch=on_epoch,
+    )
+
+
+def recipe(params: Params) -> Recipe:
+    """The section `train` as an object."""
+    return Recipe(**params.train.model_dump(exclude={"batch_size"}))
+
+
+def batches(params: Params, data: Prepared, split: Any) -> Batches:
+    """Augmented and shuffled for train; as they are for validation."""
+    training = split == "train"
+    with naming("train.batch_size"):
+        return data.batches(
+            split,
+            batch_size=params.train.batch_size,
+            seed=mix(params.seed, "train"),
+            device=pick_device(params.device),
+            augmentation=Augmentation(params.data.crop_padding, params.data.flip) if training else None,
+            shuffle=training,
+            drop_last=training,
+            workers=params.data.workers,
+        )
+
+
+def card(params: Params, data: Prepared, mask: Mask) -> dict[str, Any]:
+    """What stands beside saved weights: how to build the network again, to feed it, and what was removed from it."""
+    return {
+        "architecture": params.architecture,
+        "num_classes": data.num_classes,
+        "class_names": data.class_names,
+        "image_shape": data.image_shape,
+        "mean": data.mean,
+        "std": data.std,
+        "reading": data.index.get("reading", {}),
+        "mask": mask.summary(),
+        "seed": params.seed,
+    }

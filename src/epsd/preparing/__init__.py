@@ -1,0 +1,1 @@
+"""A data set becomes artifacts/data: checked, split, written once."""

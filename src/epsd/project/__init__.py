@@ -1,0 +1,1 @@
+"""The folder that one works in: parameters, presets, artifacts, the terminal."""

@@ -1,0 +1,45 @@
+"""What a person sees while a stage works: one progress bar on a terminal, nothing per step elsewhere."""
+
+from types import TracebackType
+from typing import Self
+
+from epsd.project.runtime import watched
+
+
+class Progress:
+    """A bar over `total` steps with a text that says how it goes. Silent when quiet or when stderr is no terminal.
+
+    `time_left`: estimated from the last half minute, so not for steps that take longer.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0, *, time_left: bool = True) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            *([TimeRemainingColumn()] if time_left else []),
+            TextColumn("{task.fields[text]}"),
+        )
+        self._bar = Bar(*columns, console=Console(stderr=True), disable=not watched(), transient=True)
+        self._task = self._bar.add_task(title, total=total, completed=done, text="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, count: int = 1) -> None:
+        """`count` more steps are done."""
+        self._bar.advance(self._task, count)
+
+    def say(self, text: str) -> None:
+        """Replace the text beside the bar."""
+        self._bar.update(self._task, text=text)

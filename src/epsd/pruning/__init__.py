@@ -1,0 +1,1 @@
+"""Scores become a mask; the meta-gradient through the training steps that follow."""

@@ -1,0 +1,289 @@
+"""Early pruning: score → schedule → mask, on a copy of the model."""
+
+import copy
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from epsd.compute import distributed
+from epsd.data.loaders import as_batches
+from epsd.losses import PlainLoss, as_objective, cross_entropy
+from epsd.masks import Mask, MaskError, Scope, check_fits, hidden, prunable
+from epsd.pruning.look_ahead import LookAhead, planned
+from epsd.pruning.metagradients import Following, MetaGradientError, gradient_norms, keeping_random_state, scoring
+from epsd.types import Batch, Batches, BatchNeeds, EpsdError, Objective, Score, Scores
+
+Source = Batches | Iterable[Batch] | DataLoader[Any]
+LossLike = Objective | Callable[[Tensor, Tensor], Tensor]
+
+
+class PruneError(EpsdError):
+    """A model, score or setting that cannot be pruned, or pruned with, as it is."""
+
+
+class Stream(Iterator[Batch]):
+    """Batches for scoring, one after the other; with `restart`, from the beginning again when used up.
+
+    `passes` : how often the data was begun.  `image` : (1, C, H, W) of the last batch, None before the first.
+    """
+
+    def __init__(self, source: Source, needs: BatchNeeds = BatchNeeds(), restart: bool = True, seed: int = 0) -> None:
+        given = as_batches(source, seed=seed) if isinstance(source, DataLoader) else source
+        self._epoch: Callable[[int], Iterator[Batch]]
+        if isinstance(given, Batches):
+            self._epoch = partial(given.epoch, needs=needs)
+        else:
+            drawn, first = iter(given), list[Batch]()
+            self._epoch = lambda number: iter(first) if number else _noting(drawn, first)
+        self._restart = restart
+        self._batches = self._epoch(0)
+        self.passes = 1
+        self.image: Tensor | None = None
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches, None)
+        if batch is None and self._restart:
+            self._batches = self._epoch(self.passes)
+            self.passes += 1
+            batch = next(self._batches, None)
+        if batch is None:
+            raise StopIteration
+        if not isinstance(batch, Batch):
+            raise MetaGradientError(
+                f"scoring needs batches of type epsd.Batch, the data gave {type(batch).__name__}. A DataLoader of "
+                "(image, label) pairs is turned into such."
+            )
+        self.image = batch.images[:1].clone()
+        return batch
+
+
+def _noting(batches: Iterator[Batch], seen: list[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        seen.append(batch)
+        yield batch
+
+
+def _sizes(source: Source) -> tuple[int, int]:
+    """(images, classes) where the source says so; 0 where it does not: an objective needs them only to train."""
+    return getattr(source, "size", 0), getattr(source, "num_classes", 0)
+
+
+def prune(
+    model: nn.Module,
+    batches: Source,
+    *,
+    score: Score,
+    sparsity: float,
+    objective: LossLike = cross_entropy,
+    scope: Scope = "global",
+    rounds: int = 1,
+    keep_at_least_one: bool = False,
+    restart: bool = True,
+    seed: int = 0,
+) -> Mask:
+    """The mask that keeps the highest-scoring weights of `model`, which is left as it is in every respect.
+
+    After `parallel.start` in each of several processes they share every scoring batch, and all of them get the mask
+    that one process would find (its weights may differ in rank where rounding does).
+
+    Parameters
+    ----------
+    model : its weights are the ones that will be trained; on any device.
+    batches : prepared batches, a `DataLoader` of (image, label) pairs, or any iterable of `Batch`.
+    score : which weights matter, e.g. `Epsd(steps=3)`.
+    sparsity : share of prunable weights removed, [0, 1); exactly round(sparsity · N) are.
+    objective : what the score differentiates: a self-distillation method, or a plain `loss(logits, labels)`.
+    scope : scores compete in the whole net ("global") or within each layer ("layer").
+    rounds : mask and score again this often, the density after round k being (1 − sparsity)^(k/rounds). Default 1;
+        SynFlow: 100.
+    keep_at_least_one : no layer loses its last weight. Otherwise a layer that does is named in a warning.
+    restart : begin the data again when a score needs more batches than there are.
+    seed : of order and augmentation where `batches` is a DataLoader.
+
+    Raises
+    ------
+    MaskError : nothing to prune, scores that are not finite or all zero, a layer whose initial weights are all zero,
+        fewer weights left than layers.
+    MetaGradientError : too few batches, or a loss that is not differentiable as often as the score needs.
+    PruneError : `rounds` below 1; a model that cannot be pruned as it is (DataParallel, TorchScript, no copy of it);
+        something else than a score or an objective.
+    ParallelError : a batch that several processes cannot split evenly.
+    """
+    if rounds < 1:
+        raise PruneError(f"rounds: {rounds} is below 1.")
+    objective = copy.deepcopy(as_objective(_checked(model, score, objective)))
+    check_fits({name: p.numel() for name, p in prunable(model).items()}, sparsity, scope)
+    work = _copied(model)
+    drawn = Stream(batches, objective.needs, restart, seed)
+    mask: Mask | None = None
+    for done in range(1, rounds + 1):
+        objective.begin("score", *_sizes(batches))
+        density = (1 - sparsity) ** (done / rounds)
+        target = sparsity if done == rounds else 1 - density
+        scores = score(work, drawn, objective)
+        distributed.same_everywhere(scores.values())
+        if mask is None and sparsity:
+            _refuse_zeros(model, scores)
+        mask = Mask.from_scores(scores, target, scope, keep_at_least_one=keep_at_least_one, within=mask)
+        mask.apply_(work)
+    assert mask is not None
+    _warn_of_dead_layers(mask)
+    return mask
+
+
+def scored(model: nn.Module, batches: Source, *, score: Score, objective: LossLike = cross_entropy) -> Scores:
+    """The scores that `prune` ranks in its first round; `selected` makes a mask of them at any sparsity.
+
+    `model` and `objective` are left as they are. Raises MetaGradientError, MaskError and PruneError as `prune` does.
+    """
+    objective = copy.deepcopy(as_objective(_checked(model, score, objective)))
+    objective.begin("score", *_sizes(batches))
+    scores = score(_copied(model), Stream(batches, objective.needs), objective)
+    distributed.same_everywhere(scores.values())
+    _refuse_zeros(model, scores)
+    return scores
+
+
+def _checked(model: nn.Module, score: object, objective: LossLike) -> LossLike:
+    """`objective`; what cannot be scored, and what cannot score, is named first."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise PruneError(f"the model is wrapped in {type(model).__name__}: prune what is inside, model.module.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PruneError(
+            "the model is a TorchScript module, which has no layers to look at: prune it before scripting."
+        )
+    if isinstance(score, type):
+        raise PruneError(f"score: got the class {score.__name__}: make one, {score.__name__}().")
+    if not callable(score):
+        raise PruneError(f"score: expected a score such as Epsd(steps=3), got {score!r}.")
+    if layers := hidden(model):
+        warnings.warn(
+            f"not pruned, as their weights are computed from other parameters (weight_norm, spectral_norm, ...): "
+            f"{', '.join(layers)}.",
+            stacklevel=3,
+        )
+    return objective
+
+
+def _refuse_zeros(model: nn.Module, scores: Scores) -> None:
+    """A layer that starts at zero would be taken whole by every score that multiplies by the initial weights."""
+    for name, weight in prunable(model).items():
+        if not scores[name].any() and not weight.any():
+            raise MaskError(
+                f"every weight of '{name}' is zero, so that no score can rank them and all would be removed. "
+                "Initialise the layer, or leave it out by freezing it (requires_grad_(False))."
+            )
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy to work on, the main process's weights in all of them."""
+    try:
+        work = copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        kept = [
+            f"{name}.{key}".strip(".")
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        told = f"it keeps {', '.join(kept)}, computed from other tensors: set that to None" if kept else str(error)
+        raise PruneError(f"the model cannot be copied: {told}.") from None
+    distributed.same_everywhere(work.state_dict().values())
+    return work
+
+
+def selected(scores: Scores, *, sparsity: float, scope: Scope = "global", keep_at_least_one: bool = False) -> Mask:
+    """The mask that `prune` would give with `rounds=1` on these scores, without scoring again. Raises MaskError."""
+    mask = Mask.from_scores(scores, sparsity, scope, keep_at_least_one=keep_at_least_one)
+    _warn_of_dead_layers(mask)
+    return mask
+
+
+def _warn_of_dead_layers(mask: Mask) -> None:
+    if dead := mask.dead_layers():
+        warnings.warn(
+            f"no weight survives in {', '.join(dead)}: nothing flows through there. "
+            "Lower prune.sparsity, or set prune.keep_at_least_one.",
+            stacklevel=3,
+        )
+
+
+def controlled(mask: Mask, control: Literal["none", "shuffled", "reinitialised"], seed: int) -> Mask:
+    """The mask that a control trains: shuffled inside each layer, or as it is (the others change no mask)."""
+    return mask.shuffled(seed) if control == "shuffled" else mask
+
+
+def signal(model: nn.Module, batches: Source, score: Score, objective: Objective) -> dict[str, float]:
+    """How live the self-distillation term is while scoring: ‖g_KL‖/‖g_CE‖ at θ₀ and at θ_i, where the outer loss
+    stands.
+
+    Empty for a score that does not look ahead along the objective, for an objective that distils nothing, and for one
+    without a label loss to compare with (PS-KD with alpha 1).
+    """
+    if not isinstance(score, LookAhead) or not follows_objective(score):
+        return {}
+    objective = copy.deepcopy(objective)
+    objective.begin("score", *_sizes(batches))
+    device = next(model.parameters()).device
+    loss = Following(objective)
+    drawn = score.drawn(Stream(batches, objective.needs), "the signal report", device)
+    with scoring(model):
+        with keeping_random_state(device):
+            together = planned(model, loss, drawn[0], score).micro_batch
+        norms = gradient_norms(model, loss, drawn, lr=score.lr, momentum=score.momentum, micro_batch=together)
+    if "distillation" not in norms[-1] or not all(norm["supervised"] for norm in norms):
+        return {}
+    ratios = [norm["distillation"] / norm["supervised"] for norm in norms]
+    return {"distillation_signal_start": ratios[0], "distillation_signal": ratios[-1]}
+
+
+def overlap_with_cross_entropy(
+    mask: Mask, model: nn.Module, batches: Source, *, score: Score, objective: Objective, **selection: Any
+) -> float:
+    """Jaccard overlap of `mask` with the mask of the same score, on the same images, under cross entropy.
+
+    1 without scoring again where the score does not look at the objective.
+    """
+    if not follows_objective(score):
+        return 1.0
+    plain = PlainLoss(cross_entropy, objective.needs)
+    return mask.jaccard(prune(model, batches, score=score, objective=plain, **selection))
+
+
+def follows_objective(score: Score) -> bool:
+    """Whether the run's objective enters `score`. One that does not say so (`follows_objective`) is taken to do."""
+    return bool(getattr(score, "follows_objective", True))
+
+
+class Stopwatch:
+    """Seconds and peak memory (MiB: of the process, or of the GPU where there is one) of a `with` block."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __enter__(self) -> "Stopwatch":
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds = time.perf_counter() - self._start
+
+    @property
+    def peak_memory(self) -> float:
+        """MiB, the highest since the process began (CPU) or since the block began (GPU)."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 2**20
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,1 @@
+"""What EPSD is compared with for its cost: a teacher, pruned in rounds, distilled."""

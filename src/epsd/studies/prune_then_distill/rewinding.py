@@ -1,0 +1,312 @@
+"""Prune, then distill: a dense teacher, iterative magnitude pruning with learning-rate rewinding, a distilled student.
+
+The procedure of Park and No, "Prune Your Model Before Distill It" (ECCV 2022, official code ososos888/prune-then-
+distill), which EPSD saves: no teacher is trained there. Rounds are those of Renda, Frankle and Carbin, "Comparing
+Rewinding and Fine-tuning" (ICLR 2020): a share of the remaining weights of least magnitude goes, the others keep their
+values, and training runs again through the last part of the learning-rate schedule.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from epsd.compute.cost import Meter
+from epsd.compute.devices import pick_precision
+from epsd.data.loaders import as_batches
+from epsd.losses import cross_entropy
+from epsd.masks import Mask, Scope, check_fits, prunable
+from epsd.project.runtime import mix
+from epsd.registry import settings_of, variant
+from epsd.studies.prune_then_distill.distillation import Distillation
+from epsd.training import checkpoints
+from epsd.training.fit import Recipe, Record, fit
+from epsd.types import Batch, Batches, BatchNeeds, EpsdError, Objective
+
+OnEpoch = Callable[[Record], None]
+Student = Callable[[Mask], tuple[nn.Module, Mask]]
+"""The mask that the rounds found -> an untrained student on its device, and the mask to train it under."""
+
+
+class RewindingError(EpsdError):
+    """Settings that do not fit together or the data."""
+
+
+@variant
+class Rewinding:
+    """How the teacher is trained and pruned and the student distilled.
+
+    share : (0, 1) of the remaining weights removed in each round. Default 0.2 (both papers).
+    teacher_epochs, student_epochs : null = as many as the recipe has (official for CIFAR-100: 200 and 200).
+    round_epochs : of each round; null = 65 % of the teacher's (official for CIFAR-100: 130 of 200; for Tiny-ImageNet
+        50 of 100).
+    temperature, alpha : of the distillation, see `Distillation`. Default 10 and 0.95 (official).
+    select : "validation" (default, official: 10 % of train held out): each phase hands on the weights of the epoch
+        with the highest validation top-1, of equal ones the lowest NLL. "last": of the last epoch, as for methods that
+        report it.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    teacher_epochs: Annotated[int, Field(ge=1)] | None = None
+    round_epochs: Annotated[int, Field(ge=1)] | None = None
+    student_epochs: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(gt=0)] = 10.0
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.95
+    select: Literal["validation", "last"] = "validation"
+
+    def epochs(self, recipe: Recipe) -> tuple[int, int, int]:
+        """Of the teacher, of each round, of the student. Raises RewindingError: a round longer than its schedule."""
+        teacher = self.teacher_epochs or recipe.epochs
+        rounds = self.round_epochs or max(1, round(0.65 * teacher))
+        if rounds > teacher:
+            raise RewindingError(
+                f"round_epochs: {rounds} is more than the teacher's {teacher}: a round runs through the last part of "
+                "the teacher's schedule."
+            )
+        return teacher, rounds, self.student_epochs or recipe.epochs
+
+    def densities(self, sparsity: float) -> list[float]:
+        """Density after each round: (1 − share)^k, the last one cut short at 1 − `sparsity`."""
+        rounds = math.ceil(math.log(1 - sparsity) / math.log(1 - self.share) - 1e-9)
+        return [max((1 - self.share) ** done, 1 - sparsity) for done in range(1, rounds + 1)]
+
+
+@variant
+class RewoundRecipe(Recipe):
+    """The last `epochs` epochs of the schedule of `whole`."""
+
+    whole: Recipe
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of optimiser step `step` (from 0) of the part."""
+        return self.whole.lr_at(step + (self.whole.epochs - self.epochs) * steps_per_epoch, steps_per_epoch)
+
+
+def lasting(recipe: Recipe, epochs: int) -> Recipe:
+    """The same recipe over `epochs` epochs: its schedule is stretched."""
+    return Recipe(**{**_settings(recipe), "epochs": epochs})
+
+
+def rewound(recipe: Recipe, epochs: int) -> Recipe:
+    """The last `epochs` epochs of `recipe`, its learning rate rewound to what it was there."""
+    return RewoundRecipe(**{**_settings(recipe), "epochs": epochs}, whole=recipe)
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return {name: getattr(recipe, name) for name in settings_of(Recipe)}
+
+
+class Outcome(NamedTuple):
+    """`teacher`: pruned under `teacher_mask`. `student`: trained, under `student_mask`.
+
+    `history`: the records of all phases, `epoch` counted through, `train/phase` 0 (teacher), 1 ... n (rounds) and
+    n + 1 (student). `chosen`: of each phase the record of the epoch whose weights were handed on.
+    """
+
+    teacher: nn.Module
+    teacher_mask: Mask
+    student: nn.Module
+    student_mask: Mask
+    history: list[Record]
+    chosen: list[Record]
+
+
+def prune_then_distill(
+    teacher: nn.Module,
+    student: Student,
+    train: Batches | DataLoader[Any],
+    *,
+    sparsity: float,
+    settings: Rewinding | None = None,
+    recipe: Recipe | None = None,
+    scope: Scope = "global",
+    keep_at_least_one: bool = False,
+    validation: Batches | DataLoader[Any] | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+    mark: str = "",
+    meter: Meter | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> Outcome:
+    """Train `teacher` in place with cross entropy, prune it in rounds to `sparsity`, distil it into a student.
+
+    Parameters
+    ----------
+    teacher : randomly initialised, on its device.
+    student : asked for once the teacher is pruned.
+    train, validation, recipe, seed, meter : as of `epsd.training.fit.fit`; every epoch of every phase is another
+        epoch of `train`. The meter also counts the teacher's forward passes while it teaches.
+    scope, keep_at_least_one : of each round's selection, as of `epsd.pruning.prune.prune`.
+    folder, mark : where and as what every epoch is kept; called again with the same arguments after a kill, it goes on
+        there to the same result. The caller deletes the folder when the result is safe.
+    on_epoch : called with the record of each epoch; after a resume also with those of the epochs done before.
+
+    Raises
+    ------
+    RewindingError : `select: validation` without validation images; rounds longer than the teacher's training.
+    And what `epsd.training.fit.fit` and `Mask.from_scores` raise.
+    """
+    settings, recipe = settings or Rewinding(), recipe or Recipe()
+    if settings.select == "validation" and validation is None:
+        raise RewindingError("select: 'validation' needs validation images: set data.validation, or select: last.")
+    check_fits({name: p.numel() for name, p in prunable(teacher).items()}, sparsity, scope)
+    teacher_epochs, round_epochs, student_epochs = settings.epochs(recipe)
+    course = _Course(
+        as_batches(train, seed=mix(seed, "train")),
+        validation,
+        settings.select,
+        seed,
+        folder,
+        mark,
+        meter or Meter(),
+        on_epoch,
+    )
+    dense = lasting(recipe, teacher_epochs)
+    mask = course.restored(teacher)
+    densities = [1.0, *settings.densities(sparsity)]
+    for number in range(course.done, len(densities)):
+        if number:
+            # the last round's target is `sparsity` itself, so that rounding removes what a one-shot method would
+            target = sparsity if number == len(densities) - 1 else 1 - densities[number]
+            magnitudes = {name: weight.detach().abs() for name, weight in prunable(teacher).items()}
+            mask = Mask.from_scores(magnitudes, target, scope, keep_at_least_one=keep_at_least_one, within=mask)
+        course.run(number, teacher, mask, rewound(dense, round_epochs) if number else dense)
+        course.keep(teacher, mask)
+    learner, learner_mask = student(mask)
+    precision = pick_precision(recipe.precision, next(teacher.parameters()).device)
+    objective = Distillation(
+        teacher, temperature=settings.temperature, alpha=settings.alpha, precision=precision, meter=course.meter
+    )
+    course.run(len(densities), learner, learner_mask, lasting(recipe, student_epochs), objective)
+    return Outcome(teacher, mask, learner, learner_mask, course.history, course.chosen)
+
+
+class _Later:
+    """Batches from epoch `start` on, so that each phase sees the images in other orders and augmentations."""
+
+    def __init__(self, batches: Batches, start: int) -> None:
+        self._batches, self._start = batches, start
+        self.size, self.num_classes = batches.size, batches.num_classes
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]:
+        return self._batches.epoch(self._start + number, needs)
+
+
+class _Course:
+    """Phases one after the other, kept on disk: `course.safetensors` after each, beside it the one that is at work."""
+
+    def __init__(
+        self,
+        train: Batches,
+        validation: Batches | DataLoader[Any] | None,
+        select: Literal["validation", "last"],
+        seed: int,
+        folder: Path | None,
+        mark: str,
+        meter: Meter,
+        on_epoch: OnEpoch | None,
+    ) -> None:
+        self._train, self._validation, self._select, self._seed = train, validation, select, seed
+        self._folder, self._mark, self._on_epoch = folder, mark, on_epoch or (lambda record: None)
+        self.meter = meter
+        self.history: list[Record] = []
+        self.chosen: list[Record] = []
+
+    @property
+    def done(self) -> int:
+        """Phases that are over."""
+        return len(self.chosen)
+
+    def run(
+        self, number: int, model: nn.Module, mask: Mask, recipe: Recipe, objective: Objective | None = None
+    ) -> None:
+        """Train `model` in place as phase `number`; it ends with the weights of the chosen epoch."""
+        before = len(self.history)
+        best = Best(model, self._path(number, "best"), self._mark)
+
+        def follow(record: Record) -> None:
+            if self._select == "validation":
+                best.consider(record)
+            self.history.append({**record, "epoch": before + record["epoch"], "train/phase": float(number)})
+            self._on_epoch(self.history[-1])
+
+        fit(
+            model,
+            _Later(self._train, before),
+            objective=objective or cross_entropy,
+            mask=mask,
+            recipe=recipe,
+            validation=self._validation,
+            seed=mix(self._seed, "phase", number),
+            checkpoint=self._path(number, "last"),
+            mark=self._mark,
+            meter=self.meter,
+            on_epoch=follow,
+        )
+        self.chosen.append(self.history[before + best.restore() - 1] if best.found else self.history[-1])
+
+    def keep(self, teacher: nn.Module, mask: Mask) -> None:
+        """The phase is over: from here on a kill cannot lose it."""
+        if self._folder is None:
+            return
+        state = {"model": teacher.state_dict(), "mask": mask.keep, "history": self.history, "chosen": self.chosen}
+        checkpoints.save(self._folder / "course.safetensors", state, self._mark)
+        for name in ("best", "last"):
+            self._file(self.done - 1, name).unlink(missing_ok=True)
+
+    def restored(self, teacher: nn.Module) -> Mask:
+        """The mask of the last phase that is over, whose weights `teacher` then has; a dense one where none is."""
+        if self._folder is None or not (state := checkpoints.load(self._folder / "course.safetensors", self._mark)):
+            return Mask.dense(teacher)
+        teacher.load_state_dict(state["model"])
+        self.history, self.chosen = list(state["history"]), list(state["chosen"])
+        self.meter.stand_at(Meter.of(self.history[-1], "cost/"))
+        for record in self.history:
+            self._on_epoch(record)
+        return Mask(state["mask"])
+
+    def _path(self, number: int, name: str) -> Path | None:
+        return None if self._folder is None else self._file(number, name)
+
+    def _file(self, number: int, name: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"phase-{number:02d}-{name}.safetensors"
+
+
+class Best:
+    """The weights of the epoch that validation likes best; on disk too, where there is a folder.
+
+    Records of epochs before a kill are told again with later weights in the model. None of them is better than what is
+    kept, except that of the very last epoch, whose weights the model has, where the kill came before they were kept.
+    """
+
+    def __init__(self, model: nn.Module, path: Path | None, mark: str) -> None:
+        self._model, self._path, self._mark = model, path, mark
+        self._state = (checkpoints.load(path, mark) if path is not None else None) or {}
+
+    @property
+    def found(self) -> bool:
+        """Whether any epoch was considered."""
+        return bool(self._state)
+
+    def consider(self, record: Record) -> None:
+        """Keep the model as it is, if it is better than the one kept."""
+        rank = [record["val/top1"], -record["val/nll"]]
+        if self._state and rank <= self._state["rank"]:
+            return
+        weights: dict[str, Tensor] = {name: value.clone() for name, value in self._model.state_dict().items()}
+        self._state = {"rank": rank, "epoch": int(record["epoch"]), "model": weights}
+        if self._path is not None:
+            checkpoints.save(self._path, self._state, self._mark)
+
+    def restore(self) -> int:
+        """Put the kept weights into the model; their epoch of this phase, from 1."""
+        self._model.load_state_dict(self._state["model"])
+        return int(self._state["epoch"])

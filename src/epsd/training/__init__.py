@@ -1,0 +1,1 @@
+"""A mask becomes a trained network: the loop, its recipe, its checkpoints."""

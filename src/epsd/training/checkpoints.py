@@ -1,0 +1,121 @@
+"""Checkpoints: any nest of tensors and plain values in one safetensors file, bound to what it was trained on.
+
+They live outside DVC's outputs, under a folder named by a fingerprint of everything that the training depends on, so
+that a run with other parameters never resumes from them (DVC keeps persistent outputs across such changes).
+"""
+
+import hashlib
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epsd.project.artifacts import replacing
+from epsd.types import EpsdError
+
+_FORMAT = "epsd-checkpoint-1"
+
+
+class CheckpointError(EpsdError):
+    """A checkpoint that is damaged, or that belongs to other parameters, data or code."""
+
+
+def fingerprint(values: Mapping[str, Any], files: Iterable[Path] = ()) -> str:
+    """32 hexadecimal digits over plain values and the content of files. Raises EpsdError for a missing file."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    for path in files:
+        try:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except FileNotFoundError:
+            raise EpsdError(f"{path}: missing. `dvc repro` runs the stage that writes it.") from None
+        except OSError as error:
+            raise EpsdError(f"{path}: cannot be read ({error.strerror}).") from None
+    return digest.hexdigest()[:32]
+
+
+def _encode(node: Any, tensors: dict[str, Tensor]) -> Any:
+    """Plain JSON in which tensors are names and mappings keep the type of their keys."""
+    if isinstance(node, Tensor):
+        name = f"t{len(tensors)}"
+        tensors[name] = node.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(node, Mapping):
+        return {"mapping": [[key, _encode(value, tensors)] for key, value in node.items()]}
+    if isinstance(node, list | tuple):
+        return {"list": [_encode(value, tensors) for value in node]}
+    return {"value": node}
+
+
+def _decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    kind, content = next(iter(node.items()))
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "mapping":
+        return {key: _decode(value, tensors) for key, value in content}
+    if kind == "list":
+        return [_decode(value, tensors) for value in content]
+    return content
+
+
+def _digest(mark: str, tree: str, tensors: Mapping[str, Tensor]) -> str:
+    """A checksum over all that a checkpoint holds. A CRC finds every flipped byte, at a gigabyte per second or more."""
+    crc = zlib.crc32(f"{mark}\n{tree}".encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"crc32:{crc:08x}"
+
+
+def save(path: Path, state: Mapping[str, Any], mark: str) -> None:
+    """Write `state` under `mark` (a fingerprint); the previous checkpoint stays until the new one is on disk."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_encode(state, tensors))
+    metadata = {"format": _FORMAT, "mark": mark, "tree": tree, "digest": _digest(mark, tree, tensors)}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def load(path: Path, mark: str) -> dict[str, Any] | None:
+    """What `save` wrote, on the CPU; None where there is no checkpoint.
+
+    Raises CheckpointError for a damaged file and for one written under another fingerprint.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found, tree = metadata["mark"], metadata["tree"]
+        digest = metadata.get("digest")  # of checkpoints written before there was one nothing can be said
+        if digest is not None and digest != _digest(found, tree, tensors):
+            raise ValueError("its content is not what was written")
+        plain = json.loads(tree)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged checkpoint ({error}). Delete it to start again.") from None
+    if found != mark:
+        raise CheckpointError(
+            f"{path}: this checkpoint belongs to other parameters, data or code ({found[:8]}, this run is {mark[:8]}). "
+            "Delete it to start again."
+        )
+    state: dict[str, Any] = _decode(plain, tensors)
+    return state
+
+
+def code_files() -> list[Path]:
+    """The files of this package that the running process has loaded: the code that its result depends on."""
+    found = {Path(file) for name, module in list(sys.modules.items()) if name.split(".")[0] == "epsd"
+             if (file := getattr(module, "__file__", None))}  # fmt: skip
+    return sorted(found)

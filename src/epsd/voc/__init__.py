@@ -1,0 +1,1 @@
+"""Boxes as people annotate them: a devkit is read and checked."""

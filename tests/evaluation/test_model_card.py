@@ -1,0 +1,110 @@
+"""The model card says what the files say."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from epsd.data.prepared import Prepared
+from epsd.evaluation import model_card
+from epsd.pipeline import describe, stage
+from epsd.project.params import DEFAULT_PATH, load
+
+REPORT = {
+    "test": {"top1": 0.9861, "top5": 1.0, "nll": 0.12, "ece": 0.0916},
+    "model": {
+        "sparsity": 0.95,
+        "parameters": 77754,
+        "parameters_nonzero": 4520,
+        "compression": 17.2,
+        "gflops_dense": 1,
+    },
+}
+SUBJECT = model_card.Subject(
+    params={
+        "seed": 3,
+        "architecture": {"name": "resnet", "depth": 8},
+        "objective": {"name": "cskd"},
+        "prune": {"score": {"name": "snip"}, "sparsity": 0.95, "scope": "global", "control": "none"},
+        "train": {"epochs": 60, "batch_size": 64, "lr": 0.1, "clip_norm": None},
+        "detect": {"epochs": 4},
+    },
+    data={
+        "source": "some digits",
+        "digest": "0123456789abcdef0123",
+        "sizes": {"train": 12, "test": 5},
+        "class_names": [f"class{i}" for i in range(30)],
+        "image_shape": [3, 20, 30],
+    },
+    story="A small network.",
+    run={"run_id": "abc", "name": "digits-snip"},
+    report=REPORT,
+    classes=[("class0", 3, 0.5), ("class1", 2, 1.0), ("class2", 0, "")],
+)
+
+
+def test_every_part_is_there() -> None:
+    text = model_card.model_card(SUBJECT)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    assert titles == ["digits-snip", "Data", "Method", "Metrics", "Limits", "How to use it", "Parameters"]
+    for words in (
+        "A small network.",
+        "some digits, digest `0123456789abcdef`",
+        "12 train, 5 test, of 3x20x30 pixels",
+        "class19, ...",
+        "snip; sparsity 0.95, scope global",
+        "| top-1 accuracy | 0.9861 |",
+        "| of these not zero | 4,520 |",
+        "Weakest classes: class0 50.0% of 3, class1 100.0% of 2.",
+        "One training, seed 3",
+        "epsd promote abc",
+        "Images of 20x30 are taken as they are",
+        "train.clip_norm: null",
+    ):
+        assert words in text, words
+    assert "class20" not in text and "detect.epochs" not in text and "EPSD (Chen" not in text
+
+
+def test_the_method_is_named_where_it_is_epsd() -> None:
+    params = {**SUBJECT.params, "prune": {**SUBJECT.params["prune"], "score": {"name": "epsd", "steps": 3}}}
+    assert "EPSD (Chen et al., AAAI 2024)" in model_card.model_card(SUBJECT._replace(params=params))
+
+
+def test_a_dense_network_and_a_control_are_called_so() -> None:
+    def card(**changed: object) -> str:
+        params = {**SUBJECT.params, "prune": {**SUBJECT.params["prune"], "score": {"name": "epsd"}, **changed}}
+        return model_card.model_card(SUBJECT._replace(params=params))
+
+    dense = card(sparsity=0.0).partition("## Parameters")[0]
+    assert "The dense network, for comparison: no weight is removed." in dense
+    assert not any(word in dense for word in ("epsd;", "EPSD (", "sparsity 0", "Zeros"))
+    control = card(control="shuffled")
+    assert "A control (shuffled)" in control and "EPSD (" not in control and "epsd; sparsity 0.95" in control
+    report = {**REPORT, "model": {**REPORT["model"], "sparsity": 0.0}}
+    assert model_card.results(report, 359).endswith("ECE 0.0916; dense, 77,754 parameters.")
+
+
+@pytest.mark.parametrize(
+    "changed, method, words",
+    [
+        ({}, "epsd", "). `epsd` removed 95.0% of its weights before training. `cskd` trained it for"),
+        ({"sparsity": 0.0, "control": "shuffled"}, "dense", "). Dense: it keeps all of its weights. `cskd` trained"),
+        ({"control": "shuffled"}, "epsd-shuffled", "A control: 95.0% of its weights were removed before training, in"),
+        ({"control": "reinitialised"}, "epsd-reinitialised", "A control: `epsd` removed 95.0% of its weights before"),
+    ],
+)
+def test_a_run_says_what_it_is(changed: dict[str, object], method: str, words: str, root: Path) -> None:
+    params = load(root / DEFAULT_PATH)
+    params = params.model_copy(update={"prune": params.prune.model_copy(update=changed)})
+    sizes = {"train": 12}
+    data = cast(Prepared, SimpleNamespace(num_classes=3, image_shape=(1, 8, 8), sizes=sizes, digest="d"))
+    assert words in describe.story(params, data)
+    assert describe.tags(params, data)["method"] == f"{method}+cskd"
+    said = "resnet on digits stays dense" if method == "dense" else f"to sparsity 0.95 by {method} under cskd"
+    assert said in stage.describe(params, "prune")
+
+
+def test_results_in_a_sentence() -> None:
+    assert model_card.results(REPORT, 359).startswith("Top-1 accuracy 0.9861 on 359 test images, ECE 0.0916; 95.00% of")

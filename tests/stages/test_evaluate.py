@@ -1,0 +1,179 @@
+"""stages/evaluate.py on a network and data that the test makes: every file, and figures that agree with each other."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from epsd.architectures.resnet import ResNet
+from epsd.evaluation import compact_file
+from epsd.masks import Mask, prunable
+from epsd.project import artifacts
+
+NET = ResNet(depth=20, width=0.5)
+STAGE = Path(__file__).resolve().parents[2] / "stages" / "evaluate.py"
+
+
+def run(folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "EPSD_QUIET": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", **more}
+    environment.pop("DVC_ROOT", None)
+    command = [sys.executable, str(STAGE)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `train` leaves it: digits prepared, and a network of which 90 % was pruned, not trained at all."""
+    from epsd.datasets.digits import Digits
+    from epsd.preparing.write import prepare
+
+    folder = tmp_path_factory.mktemp("evaluate")
+    text = (STAGE.parent.parent / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("latency_repeats: 20", "latency_repeats: 2"))
+    index = prepare(Digits()(), folder / artifacts.DATA, seed=0, limit=20, validation=0.1, test=0.2)
+    shape = tuple(index["image_shape"])
+    torch.manual_seed(0)
+    net = NET(10, shape)
+    mask = Mask.from_scores({name: weight.detach().abs() for name, weight in prunable(net).items()}, 0.9)
+    mask.apply_(net)
+    card = {
+        "architecture": {"name": "resnet", "depth": NET.depth, "width": NET.width},
+        "num_classes": 10,
+        "class_names": index["class_names"],
+        "image_shape": shape,
+        "mean": index["mean"],
+        "std": index["std"],
+    }
+    artifacts.save_model(net, folder / artifacts.MODEL, card)
+    artifacts.write_csv(folder / artifacts.HISTORY, ["epoch", "train/loss", "val/top1"], [[1, 2.3, 0.1], [2, 2.0, 0.3]])
+    artifacts.write_json(folder / artifacts.RUN, {"run_id": "none-yet"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(project: Path) -> subprocess.CompletedProcess[str]:
+    return run(project)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_writes_every_file(project: Path, done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stderr
+    others = artifacts.SPARSE_MODEL, artifacts.MODEL_README
+    for path in (*artifacts.EVALUATE_FIGURES, *artifacts.EVALUATE_TABLES, *others):
+        assert (project / path).stat().st_size > 0
+    assert (project / artifacts.SERVED_MODEL / "data" / "model.pt2").is_file()
+    assert done.stderr.count("\n") == 1 and "a new one takes its place" in done.stderr, "this test made no run"
+    assert done.stdout.count("\n") == 1
+
+
+def test_figures_agree_with_each_other(project: Path, done: subprocess.CompletedProcess[str]) -> None:
+    report = json.loads((project / artifacts.METRICS).read_text())
+    predictions = read(project / artifacts.CONFUSION)
+    right = sum(row["actual"] == row["predicted"] for row in predictions)
+    assert report["test"]["top1"] == pytest.approx(right / len(predictions))
+    assert report["test"]["top5"] >= report["test"]["top1"]
+    classes = read(project / artifacts.PER_CLASS)
+    assert sum(int(row["images"]) for row in classes) == len(predictions)
+    bins = read(project / artifacts.RELIABILITY)
+    gaps = [float(b["images"]) * abs(float(b["accuracy"]) - float(b["confidence"])) for b in bins]
+    assert report["test"]["ece"] == pytest.approx(sum(gaps) / len(predictions))
+    assert f"test top-1 {report['test']['top1']:.4f}" in done.stdout
+
+
+def test_cost_is_recounted_from_the_weights(project: Path, done: subprocess.CompletedProcess[str]) -> None:
+    model = json.loads((project / artifacts.METRICS).read_text())["model"]
+    weights = prunable(NET(10, (1, 8, 8)))
+    total = sum(weight.numel() for weight in weights.values())
+    assert model["prunable"] == total
+    assert model["prunable"] - model["prunable_nonzero"] == round(0.9 * total)
+    assert model["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    assert model["compression"] > 5
+    assert 0 < model["gflops_sparse"] < model["gflops_dense"]
+    assert model["bytes_dense"] == (project / artifacts.MODEL).stat().st_size
+    assert model["bytes_sparse"] == (project / artifacts.SPARSE_MODEL).stat().st_size
+    assert model["bytes_sparse"] < model["bytes_dense"] / 2
+    assert model["latency_dense_ms"] > 0 and model["latency_pruned_ms"] > 0
+
+
+def test_the_compact_file_is_the_network(project: Path, done: subprocess.CompletedProcess[str]) -> None:
+    compact, card = compact_file.load(project / artifacts.SPARSE_MODEL)
+    dense = artifacts.load_state(project / artifacts.MODEL)
+    assert compact.keys() == dense.keys()
+    assert all(torch.equal(compact[name], dense[name]) for name in dense)
+    assert card["num_classes"] == 10
+
+
+def test_the_run_holds_the_figures(project: Path, done: subprocess.CompletedProcess[str]) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    (run_,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    report = json.loads((project / artifacts.METRICS).read_text())
+    for name in ("test/top1", "test/top5", "test/nll", "test/ece", "model/compression", "model/sparsity"):
+        group, _, key = name.partition("/")
+        assert run_.data.metrics[name] == pytest.approx(report[group][key])
+    assert run_.data.params["evaluate.ece_bins"] == "15"
+
+
+def test_the_run_says_what_came_out_and_its_model_is_the_candidate(
+    project: Path, done: subprocess.CompletedProcess[str]
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    version = client.get_model_version_by_alias("epsd", "candidate")
+    assert "model 'epsd' version 1 (candidate)" in done.stdout
+    run_ = client.get_run(version.run_id)
+    assert f"**Test.** Top-1 accuracy {run_.data.metrics['test/top1']:.4f}" in run_.data.tags["mlflow.note.content"]
+    assert "model_card.md" in [file.path for file in client.list_artifacts(version.run_id)]
+
+
+def test_the_exported_model_gets_as_many_right_as_evaluation_says(
+    project: Path, done: subprocess.CompletedProcess[str]
+) -> None:
+    import numpy as np
+
+    from epsd.data.prepared import Prepared
+    from epsd.tracking import models
+
+    data = Prepared.load(project / artifacts.DATA)
+    module = models.load_exported(project / artifacts.SERVED_MODEL)
+    chosen = module(torch.from_numpy(data.images("test").astype(np.float32))).argmax(1).numpy()
+    report = json.loads((project / artifacts.METRICS).read_text())
+    assert (chosen == data.labels("test")).mean() == pytest.approx(report["test"]["top1"])
+
+
+def test_a_store_that_is_away_is_one_line(
+    project: Path, done: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "away"
+    shutil.copytree(project, folder, ignore=shutil.ignore_patterns("mlflow.db", "mlruns", ".epsd"))
+    result = run(folder, MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+    assert result.returncode == 0
+    assert result.stderr.count("\n") == 1 and "kept in" in result.stderr
+    assert "test top-1" in result.stdout and "candidate" not in result.stdout
+    assert len(list(folder.glob(".epsd/spool/*.files/*/model/MLmodel"))) == 1
+
+
+def test_a_model_of_another_network_is_one_line(
+    project: Path, done: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(project, folder, ignore=shutil.ignore_patterns("mlflow.db", "mlruns", ".epsd"))
+    card = artifacts.read_json(folder / artifacts.MODEL_CARD)
+    card["architecture"]["width"] = 1.0
+    artifacts.write_json(folder / artifacts.MODEL_CARD, card)
+    result = run(folder)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "model.safetensors" in result.stderr and "Traceback" not in result.stderr

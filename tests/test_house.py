@@ -1,0 +1,315 @@
+"""dvc.yaml, stages/ and the imports tell the same story; imports point the way the house is laid out."""
+
+import ast
+import functools
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from epsd.project import artifacts
+from epsd.project.params import flatten, load, read_yaml
+
+PACKAGE = ROOT / "src" / "epsd"
+REGISTRIES = {  # name of the registry -> (package, dotted key of the choice in params.yaml)
+    "DATASETS": ("datasets", "dataset.name"),
+    "DEVKITS": ("datasets", "voc.name"),
+    "ARCHITECTURES": ("architectures", "architecture.name"),
+    "OBJECTIVES": ("objectives", "objective.name"),
+    "SCORES": ("scores", "prune.score.name"),
+    "DETECTORS": ("detectors", "detect.detector.name"),
+}
+CHOICES = {package for package, _ in REGISTRIES.values()}
+ORDER = (  # from the ground up: a room imports rooms of the lines above its own, and itself
+    {"types"},
+    {"registry", "masks", "losses"},
+    {"compute", "files"},
+    {"project"},
+    {"architectures", "objectives", "detectors"},
+    {"data", "datasets", "preparing", "voc", "tracking"},
+    {"pruning", "training", "evaluation", "comparison"},
+    {"scores", "figures", "detection"},
+    {"pipeline"},
+    {"tuning", "studies", "analysis"},
+    {"cli"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
+NAMERS = {"pipeline", "tuning", "studies", "analysis", "cli"}  # know variants by name; all others receive objects
+# Modules that no result depends on (a download is checked against its checksum): an edit of one makes no stage stale.
+PLUMBING = {
+    "types",
+    "registry",
+    "params",
+    "artifacts",
+    "stage",
+    "tracking",
+    "recording",
+    "registered",
+    "spool",
+    "progress",
+    "checkpoints",
+    "downloads",
+    "launch",
+    "changes",
+}
+
+
+def stages() -> dict[str, dict]:
+    return read_yaml(ROOT / "dvc.yaml")["stages"]
+
+
+def module_file(module: str) -> Path | None:
+    """File of `epsd.a.b`, None when there is no such module."""
+    path = ROOT.joinpath("src", *module.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node except what stands under `if TYPE_CHECKING:`, which never runs."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        yield node
+        yield from _runtime_nodes(node)
+
+
+@functools.cache
+def imports(file: Path) -> frozenset[tuple[str, str]]:
+    """(module, name) of every import in `file`, anywhere in it; name is "" for a plain `import module`."""
+    found = set()
+    for node in _runtime_nodes(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, "") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: write absolute imports"
+            found |= {(node.module or "", alias.name) for alias in node.names}
+    return frozenset(found)
+
+
+def first_party(file: Path) -> set[tuple[str, str]]:
+    """(module, name) of the project's own imports, `from epsd import losses` read as module epsd.losses."""
+    found = set()
+    for module, name in imports(file):
+        if module.split(".")[0] != "epsd":
+            continue
+        inner = f"{module}.{name}"
+        found.add((inner, "") if name and module_file(inner) else (module, name))
+    return found
+
+
+def variants(registry: str) -> dict[str, Path]:
+    package, _ = REGISTRIES[registry]
+    entries = getattr(importlib.import_module(f"epsd.{package}"), registry)
+    return {name: module_file(entry.__module__) for name, entry in entries.items()}
+
+
+def needed(file: Path) -> set[str]:
+    """Paths (as in dvc.yaml) that the result of `file` depends on: itself, its imports, theirs ..."""
+    found, waiting, seen = {str(file.relative_to(ROOT))}, [file], set()
+    while waiting:
+        for module, name in first_party(waiting.pop()):
+            if (module, name) in seen:
+                continue
+            seen.add((module, name))
+            if name in REGISTRIES:
+                package, key = REGISTRIES[name]
+                found.add(f"src/epsd/{package}/${{{key}}}.py")
+                waiting += variants(name).values()
+            elif (path := module_file(module)) and path.stem not in {*PLUMBING, "__init__"}:
+                found.add(str(path.relative_to(ROOT)))
+                waiting.append(path)
+    every = {str(path.relative_to(ROOT)) for registry in REGISTRIES for path in variants(registry).values()}
+    return found - every
+
+
+# --- dvc.yaml -------------------------------------------------------------------------------------------------------
+
+
+def test_stages_are_the_scripts():
+    assert list(stages()) == ["prepare", "prune", "train", "evaluate", "detect"]
+    assert {path.stem for path in (ROOT / "stages").glob("*.py")} == set(stages())
+
+
+@pytest.mark.parametrize("name", ["prepare", "prune", "train", "evaluate", "detect"])
+def test_stage_is_one_command(name):
+    assert stages()[name]["cmd"] == f"python stages/{name}.py"
+
+
+@pytest.mark.parametrize("name", ["prepare", "prune", "train", "evaluate", "detect"])
+def test_declared_code_is_the_code_it_imports(name):
+    declared = {dep for dep in stages()[name]["deps"] if dep.endswith(".py")}
+    wanted = needed(ROOT / "stages" / f"{name}.py")
+    assert declared == wanted, f"\nmissing: {sorted(wanted - declared)}\ntoo many: {sorted(declared - wanted)}"
+
+
+def test_needed_follows_imports():
+    """The check above would pass on nothing if the walk found nothing."""
+    wanted = needed(ROOT / "stages" / "prune.py")
+    assert {
+        "src/epsd/pruning/metagradients.py",
+        "src/epsd/losses.py",
+        "src/epsd/scores/${prune.score.name}.py",
+    } <= wanted
+    assert not any(path.startswith("src/epsd/scores/") and "$" not in path for path in wanted)
+
+
+@pytest.mark.parametrize("name", ["prepare", "prune", "train", "evaluate", "detect"])
+def test_every_file_between_stages_is_written_by_an_earlier_one(name):
+    written: set[str] = set()
+    for other, stage in stages().items():
+        if other == name:
+            break
+        written |= set(outputs(stage))
+    assert {dep for dep in stages()[name]["deps"] if dep.startswith("artifacts/")} <= written
+
+
+def outputs(stage: dict) -> Iterator[str]:
+    for kind in ("outs", "metrics", "plots"):
+        for entry in stage.get(kind, []):
+            yield entry if isinstance(entry, str) else next(iter(entry))
+
+
+def test_artifact_paths_are_those_of_the_code():
+    known = {path for path in flat(vars(artifacts).values()) if artifacts.ROOT in path.parents}
+    declared = {Path(path) for stage in stages().values() for path in outputs(stage)}
+    assert declared <= known, f"not in artifacts.py: {sorted(map(str, declared - known))}"
+    covered = {path for path in known if path in declared or declared & set(path.parents)}
+    folders = {path for path in known if not path.suffix}
+    assert known - covered - folders == set(), "artifacts that no stage declares"
+
+
+def flat(values) -> Iterator[Path]:
+    for value in values:
+        if isinstance(value, Path):
+            yield value
+        elif isinstance(value, tuple):
+            yield from flat(value)
+
+
+def test_declared_parameters_exist_and_every_parameter_is_declared():
+    tree = load(ROOT / "params.yaml").model_dump()
+    declared = {key for stage in stages().values() for key in stage["params"]}
+    names = {name for name, _ in flatten(tree)}
+    for key in declared:
+        assert any(name == key or name.startswith(f"{key}.") for name in names), f"{key} is not in params.yaml"
+    free = {name for name in names if not any(name == key or name.startswith(f"{key}.") for key in declared)}
+    assert free == {"data.workers", "launch.processes", "tracking.experiment"}, "parameters that make no stage stale"
+
+
+def test_training_parameters_rerun_nothing_before_train():
+    for name in ("prepare", "prune"):
+        assert not [key for key in stages()[name]["params"] if key.startswith("train")]
+
+
+def test_detect_does_not_wait_for_evaluate():
+    assert not [dep for dep in stages()["detect"]["deps"] if dep.startswith("artifacts/evaluate")]
+
+
+def test_no_checkpoint_is_an_output():
+    """DVC keeps `persist` outputs when parameters change: a stale checkpoint would be taken for a finished training."""
+    assert "persist" not in (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+
+
+def test_plots_name_declared_files():
+    content = read_yaml(ROOT / "dvc.yaml")
+    declared = {path for stage in content["stages"].values() for path in outputs(stage)}
+    for plot in content["plots"]:
+        for settings in plot.values():
+            assert set(settings["y"]) <= declared
+
+
+# --- imports --------------------------------------------------------------------------------------------------------
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def place(file: Path) -> str:
+    """The room a module is in: the choice's package, or its own name."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def own(file: Path) -> set[str]:
+    return {module.split(".")[1] for module, _ in first_party(file) if "." in module}
+
+
+def test_every_module_is_in_a_known_room_and_few_lie_flat():
+    assert {place(file) for file in MODULES} - {"__init__"} == set(FLOOR)
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_go_down(file):
+    room = place(file)
+    if room == "__init__":
+        return
+    above = {other for other in own(file) if other != room and FLOOR[other] >= FLOOR[room]}
+    assert not above, f"{room} imports {sorted(above)}"
+    if room not in NAMERS | CHOICES | {"registry"}:
+        assert ("epsd.registry", "choose") not in first_party(file), "machinery receives objects, never names"
+
+
+@pytest.mark.parametrize("package", ["mlflow", "optuna", "dvc"])
+def test_heavy_libraries_have_one_door(package):
+    doors = {"mlflow": {"tracking"}, "optuna": {"tuning"}, "dvc": set()}
+    files = [*MODULES, *(ROOT / "stages").glob("*.py")]
+    users = {
+        place(f) if PACKAGE in f.parents else f.stem
+        for f in files
+        if package in {m.split(".")[0] for m, _ in imports(f)}
+    }
+    assert users <= doors[package]
+
+
+def test_there_are_no_circles():
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail, module])
+        if module in done or not (file := module_file(module)):
+            return
+        for other, _ in first_party(file):
+            visit(other, (*trail, module))
+        done.add(module)
+
+    done: set[str] = set()
+    for file in MODULES:
+        if file.stem != "__init__":
+            visit(".".join(file.relative_to(ROOT / "src").with_suffix("").parts), ())
+
+
+@pytest.mark.parametrize("registry", REGISTRIES)
+def test_key_is_file_stem(registry):
+    found = variants(registry)
+    assert found
+    assert {name: path.stem for name, path in found.items()} == {name: name for name in found}
+
+
+def test_start_is_light():
+    """`import epsd` pulls nothing in; the start-up path of a stage does not load what only some stages need."""
+    heavy = "{'mlflow', 'optuna', 'sklearn', 'pandas', 'matplotlib'}"
+    code = "import sys, epsd; print('torch' in sys.modules); import epsd.pipeline.stage, epsd.tracking; "
+    code += f"print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["False", "set()"]
+
+
+def test_commands_that_train_nothing_start_without_torch():
+    code = "import sys, epsd.cli, epsd.project.presets, epsd.project.params, epsd.project.artifacts; "
+    code += "print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# --- the lock and the presets ---------------------------------------------------------------------------------------
+
+
+def test_lock_pins_every_dependency_and_names_no_host():
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert "://" not in lock
+    pinned = set(re.findall(r"^([a-z0-9._-]+)==", lock, re.M))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = {re.split(r"[<>=\[ ]", entry)[0].lower().replace(".", "-") for entry in project["dependencies"]}
+    assert wanted <= {name.replace(".", "-") for name in pinned}

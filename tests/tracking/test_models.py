@@ -1,0 +1,107 @@
+"""A model's folder as MLflow keeps it: exported without pickled code, for any number and size of images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from epsd.evaluation.servable import Intake
+from epsd.tracking import models
+from handed_on import INTAKE, contents, model_folder, servable
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 4), (2, 1, 4, 4), (7, 1, 4, 4), (3, 1, 9, 13), (1, 1, 2, 40)])
+def test_the_export_answers_as_the_module(folder: Path, shape: tuple[int, ...]) -> None:
+    images = torch.randint(0, 256, shape).float()
+    loaded = models.load_exported(folder)
+    torch.testing.assert_close(loaded(images), servable()(images))
+
+
+def test_mlflow_knows_signature_example_and_class_names(folder: Path) -> None:
+    import mlflow
+
+    words = yaml.safe_load((folder / "MLmodel").read_text())
+    assert words["metadata"]["class_names"] == INTAKE.class_names
+    assert Intake.of(models.card_of(folder)) == INTAKE
+    assert (folder / "extra_files" / "model_card.md").read_text() == "# A model\n"
+    loaded = mlflow.pyfunc.load_model(str(folder))
+    assert loaded.input_example.shape == (2, 1, 4, 4)
+    answer = loaded.predict(loaded.input_example)
+    assert answer.shape == (2, 3) and answer.sum(1) == pytest.approx([1, 1], abs=1e-5)
+    with pytest.raises(mlflow.MlflowException, match="shape"):
+        loaded.predict(np.zeros((2, 4, 4, 1), dtype=np.float32))
+
+
+def test_nothing_in_it_is_pickled_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow.pytorch
+
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    mlflow.pytorch.load_model(str(folder))
+    assert not list(folder.rglob("*.pth")) and not list(folder.rglob("*.pkl"))
+
+
+class Stubborn(nn.Module):
+    """Exports only where `accepts` agrees with the height that the export gives it."""
+
+    def __init__(self, accepts: type) -> None:
+        super().__init__()
+        self.accepts = accepts
+        self.inner = servable()
+
+    def forward(self, images: Tensor) -> Tensor:
+        if torch.compiler.is_exporting() and not isinstance(images.shape[2], self.accepts):
+            raise RuntimeError("only one size")
+        answer: Tensor = self.inner(images)
+        return answer
+
+
+def test_a_network_for_one_size_is_exported_for_that_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert models.write(tmp_path / "model", Stubborn(int).eval(), contents(tmp_path)) == "pt2"
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "a model for images of any size was not possible" in errors
+    images = torch.randint(0, 256, (5, 1, 4, 4)).float()
+    torch.testing.assert_close(models.load_exported(tmp_path / "model")(images), servable()(images))
+
+
+def test_what_cannot_be_exported_is_pickled_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    given = contents(tmp_path, weights=[tmp_path / "model.safetensors"])
+    assert models.write(tmp_path / "model", Stubborn(str).eval(), given) == "pickle"
+    assert "is a pickle: load it only where you trust" in capsys.readouterr().err
+    assert (tmp_path / "model" / "extra_files" / "model.safetensors").read_bytes() == b"weights"
+    import mlflow
+
+    images = np.ones((3, 1, 4, 4), dtype=np.float32)
+    answer = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(images)
+    assert answer == pytest.approx(servable()(torch.from_numpy(images)).detach().numpy(), abs=1e-6)
+    with pytest.raises(models.ModelError, match="nothing is unpickled here"):
+        models.load_exported(tmp_path / "model")
+
+
+def test_writing_again_replaces_the_old_one_only_when_the_new_is_whole(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    before = (folder / "MLmodel").read_text()
+    with pytest.raises(FileNotFoundError):
+        models.write(folder, servable(), contents(tmp_path)._replace(files=[tmp_path / "gone.md"], weights=[]))
+    assert (folder / "MLmodel").read_text() == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_other_folders_are_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(models.ModelError, match="no model of MLflow"):
+        models.card_of(tmp_path)
+    (tmp_path / "MLmodel").write_text("flavors: {}\n")
+    with pytest.raises(models.ModelError, match="not a model that epsd wrote"):
+        models.card_of(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "model.pt2").write_bytes(b"no archive")
+    with pytest.raises(models.ModelError, match="cannot be loaded"):
+        models.load_exported(tmp_path)
