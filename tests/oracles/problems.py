@@ -67,6 +67,53 @@ class Mlp(nn.Module):
         return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(images.flatten(1))))))
 
 
+class LayerNorms(nn.Module):
+    """Patches of 2x2, one residual block behind a LayerNorm, mean over positions, LayerNorm, one linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 2, stride=2)
+        self.ln1, self.fc1, self.fc2 = nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(32, 8)
+        self.ln2, self.fc = nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.conv1(images).flatten(2).transpose(1, 2)
+        tokens = tokens + self.fc2(nn.functional.gelu(self.fc1(self.ln1(tokens))))
+        return self.fc(self.ln2(tokens.mean(1)))
+
+
+class GroupNorms(Cnn):
+    """`Cnn` with GroupNorm."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+        self.gn1, self.gn2 = nn.GroupNorm(4, 8), nn.GroupNorm(4, 16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.relu(self.gn1(self.conv1(images)))
+        return self.fc(torch.relu(self.gn2(self.conv2(hidden))).mean((2, 3)))
+
+
+def norm_cases() -> list[dict[str, Any]]:
+    """SynFlow with norms that subtract: one case per net, [] where the files are absent."""
+    file = FOLDER / "synflow_norms.json"
+    return json.loads(file.read_text())["cases"] if file.exists() else []
+
+
+def norm_arrays(name: str) -> dict[str, Tensor]:
+    """Every array of one of those nets, its state by `state/<name>`."""
+    start, content = f"{name}/", arrays("synflow_norms.npz")
+    return {key.removeprefix(start): torch.from_numpy(a) for key, a in content.items() if key.startswith(start)}
+
+
+def norm_net(name: str) -> nn.Module:
+    """One of those nets in its initial state, in eval mode."""
+    model = {"gn": GroupNorms, "ln": LayerNorms}[name]().double().eval()
+    given = norm_arrays(name)
+    model.load_state_dict({key.removeprefix("state/"): a for key, a in given.items() if key.startswith("state/")})
+    return model
+
+
 def net(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A net of the oracles in its initial state."""
     model = {"cnn": lambda: Cnn(False), "cnn_bn": lambda: Cnn(True), "mlp": Mlp}[name]().to(dtype)

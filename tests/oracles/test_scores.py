@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from epsd.losses import supervised
 from epsd.masks import Mask, prunable
@@ -93,22 +94,47 @@ def test_synflow_scores(case: dict[str, Any]) -> None:
     check_masks(scores, case)
 
 
+def hundred_rounds(model: nn.Module, batches: list[Batch], kept_each: list[int]) -> Mask:
+    """SynFlow's mask where every round keeps as many weights as the official one."""
+    mask = Mask.dense(model)
+    for kept in kept_each:
+        scores = SCORES["synflow"]()(model, batches, CE)
+        mask = Mask.from_scores(scores, 1 - kept / mask.total, within=mask)
+        assert mask.kept == kept
+        mask.apply_(model)
+    return mask
+
+
 @pytest.mark.parametrize("case", cases("synflow_mask"), ids=identity)
 def test_synflow_hundred_rounds(case: dict[str, Any]) -> None:
     """With the official count in every round the official mask; with ours the exact count, nearly the same mask."""
     batches = [problems.batch(case["net"], 0)]
     for row, sparsity in enumerate(case["hyper"]["sparsities"]):
-        model, mask, reference = net(case["net"]), None, array(case, "masks")[row].bool()
-        for kept in array(case, "kept_per_iter")[row].tolist():
-            scores = SCORES["synflow"]()(model, batches, CE)
-            total = flat(scores).numel()
-            mask = Mask.from_scores(scores, 1 - kept / total, within=mask)
-            assert mask.kept == kept
-            mask.apply_(model)
-        assert torch.equal(flat(mask.keep), reference)
+        mask = hundred_rounds(net(case["net"]), batches, array(case, "kept_per_iter")[row].tolist())
+        assert torch.equal(flat(mask.keep), array(case, "masks")[row].bool())
         ours = prune(net(case["net"]), batches, score=SCORES["synflow"](), sparsity=sparsity, rounds=100)
-        assert ours.kept == total - round(sparsity * total)
+        assert ours.kept == mask.total - round(sparsity * mask.total)
         assert ours.jaccard(mask) > 0.8
+
+
+@pytest.mark.parametrize("case", problems.norm_cases(), ids=lambda case: case["net"])
+def test_synflow_with_norms_that_subtract(case: dict[str, Any]) -> None:
+    """GroupNorm and LayerNorm, where half of the derivatives are negative: scores, masks and hundred rounds."""
+    name, given = case["net"], problems.norm_arrays(case["net"])
+    model = problems.norm_net(name)
+    assert_close(model(given["x"]), given["logits"])
+    batch = Batch(given["x"], torch.zeros(len(given["x"])).long(), torch.arange(len(given["x"])))
+    scores = SCORES["synflow"]()(model, [batch], CE)
+    assert list(scores) == case["layers"]
+    assert flat(scores).numel() == case["total"]
+    assert_close(flat(scores), given["scores"])
+    for sparsity, kept, mask in zip(case["sparsities"], case["kept"], given["masks"], strict=True):
+        kept_like(scores, kept, mask)
+        kept_as_ranking(scores, sparsity, mask)
+    for mask, each in zip(given["masks100"], given["kept_per_iter"], strict=True):
+        assert torch.equal(flat(hundred_rounds(problems.norm_net(name), [batch], each.tolist()).keep), mask.bool())
+    single = SCORES["synflow"]()(model.float(), [batch], CE)
+    assert_close(flat(single), given["scores"], 1e-6)
 
 
 @pytest.mark.parametrize("case", cases("magnitude", "random_given_scores"), ids=identity)

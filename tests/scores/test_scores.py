@@ -220,6 +220,42 @@ def test_synflow_in_single_precision_is_that_in_double(scale: float) -> None:
     assert all(score.dtype == torch.float32 for score in single.values())
 
 
+class Attending(nn.Module):
+    """Patches of 2x2, attention with a residual connection, and what SynFlow shall leave alone: a buffer outside the
+    state, here a mask of attention, and inside it one that is not of floating point.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(1, 8, 2, stride=2), nn.LayerNorm(8)
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1), persistent=False)
+        self.register_buffer("calls", torch.tensor(True))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        normed = self.norm(tokens)
+        tokens = tokens + self.attention(normed, normed, normed, attn_mask=self.mask, need_weights=False)[0]
+        return self.head(tokens.mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_synflow_of_attention_is_an_independent_one(dtype: torch.dtype) -> None:
+    """By torch alone in double precision: half of the derivatives are negative there, and none of the scores."""
+    torch.manual_seed(0)
+    model = Attending().to(dtype)
+    apart = copy.deepcopy(model).double().eval()
+    for tensor in apart.state_dict().values():
+        tensor.copy_(tensor.abs()) if tensor.is_floating_point() else None
+    apart(torch.ones(1, 1, 4, 4, dtype=torch.float64)).sum().backward()
+    signed = {name: apart.get_parameter(name) * apart.get_parameter(name).grad for name in prunable(apart)}
+    scores = SCORES["synflow"]()(model, ToyBatches(dtype=dtype).epoch(0), CE)
+    assert 0.2 < (flat(signed) < 0).double().mean() < 0.8
+    assert {"attention.in_proj_weight", "attention.out_proj.weight"} < set(scores) == set(signed)
+    largest = flat(signed).abs().max()
+    assert (flat(scores) - flat(signed).abs()).abs().max() < 1e-12 * largest
+
+
 @pytest.mark.parametrize("name", ["epsd", "prospr"])
 def test_too_few_batches_says_how_many_are_needed(name: str) -> None:
     with pytest.raises(MetaGradientError, match=r"needs 6 batches, the data gave 4.*restart"):

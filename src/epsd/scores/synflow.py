@@ -22,13 +22,15 @@ _SAFE_WEIGHTS = 1e-10, 1e10
 
 @variant
 class SynFlow:
-    """|w| ⊙ ∂R/∂|w|, R the summed output of the net with every parameter and buffer replaced by its absolute value,
+    """| |w| ⊙ ∂R/∂|w| |, R the summed output of the net with every tensor of its state replaced by its absolute value,
     for one image of ones.
 
     Use `prune.rounds: 100`, as the paper does (the official command line defaults to 1). In eval mode, so BatchNorm
-    stays at its initial statistics. Computed in the precision of the weights while the flow through every layer keeps
-    well inside its range, else again in double precision: single precision over- or underflows in deep nets
-    (official issue). All terms are positive, so that nothing cancels.
+    stays at its initial statistics. A layer that subtracts (GroupNorm, LayerNorm, attention) makes half of the
+    derivatives negative, for which the official code takes the outer absolute value; without one all are positive.
+
+    Computed in the precision of the weights while nothing cancels and the flow through every layer keeps well inside
+    its range, else again in double precision: single precision over- or underflows in deep nets (official issue).
     """
 
     follows_objective: ClassVar[bool] = False
@@ -43,25 +45,31 @@ class SynFlow:
         image = draw(batches, 1, "score synflow", device)[0].images[:1] if seen is None else seen.to(device)
         with within(Means()), scoring(model, train=False):
             dtype = model.get_parameter(names[0]).dtype
-            scores = _scores(model, names, torch.ones_like(image, dtype=dtype)) if dtype != torch.float64 else None
+            safe = dtype != torch.float64 and device.type != "mps"  # which has no double precision
+            scores = _scores(model, names, torch.ones_like(image, dtype=dtype), safe)
             return scores or _scores(model, names, torch.ones_like(image, dtype=torch.float64), safe=False) or {}
 
 
-def _scores(model: nn.Module, names: list[str], image: Tensor, safe: bool = True) -> Scores | None:
+def _scores(model: nn.Module, names: list[str], image: Tensor, safe: bool) -> Scores | None:
     """In the precision of `image`; None where that is not enough and `safe` asks for more."""
     weights = {n: w.abs().requires_grad_() for n, w in weights_laid_out(model, image.dtype).items()}
-    buffers = {n: b.to(image.dtype).abs() if b.is_floating_point() else b for n, b in model.named_buffers()}
+    floating = {n: b.to(image.dtype) for n, b in model.named_buffers() if b.is_floating_point()}
+    state = model.state_dict()  # what is not in there, a mask of −∞ say, stays as it is, as in the official code
+    buffers = {n: b.abs() if n in state else b for n, b in floating.items()}
     with _Range() as flow:
         total = calling(model, {**weights, **buffers})(laid_out(image, model)).sum()
     gradients = torch.autograd.grad(total, [weights[name] for name in names], materialize_grads=True)
-    scores = {name: weights[name].detach() * g for name, g in zip(names, gradients, strict=True)}
+    scores = {name: weights[name].detach() * g.abs() for name, g in zip(names, gradients, strict=True)}
+    if not safe:
+        return scores
+    cancelling = torch.stack([g.amin() for g in gradients]).amin() < 0  # up to 10⁻⁴ of a score with many norms
     flowing = flow.holds(list(scores.values())) and _within(list(weights.values()), _SAFE_WEIGHTS)
-    return scores if flowing or not safe else None
+    return scores if flowing and not cancelling else None
 
 
 def _within(tensors: list[Tensor], ends: tuple[float, float]) -> bool:
     """Whether the largest of each tensor lies between `ends`, or is 0."""
-    largest = torch.stack([tensor.detach().amax() for tensor in tensors])
+    largest = torch.stack([tensor.detach().abs().amax() for tensor in tensors])
     return bool(((largest == 0) | ((largest > ends[0]) & (largest < ends[1]))).all())
 
 
@@ -82,7 +90,7 @@ class _Range(TorchFunctionMode):
         return result
 
     def _note(self, tensor: Tensor) -> None:
-        self._largest.append(tensor.amax())
+        self._largest.append(tensor.abs().amax())
 
     def holds(self, tensors: list[Tensor]) -> bool:
         """Whether all that was noted, and the largest of each of `tensors`, lies where nothing is lost."""
