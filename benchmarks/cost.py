@@ -38,7 +38,7 @@ from epsd.registry import choose
 from epsd.studies.prune_then_distill.rewinding import Best, Rewinding
 from epsd.studies.prune_then_distill.student import StudentKind, distilled, initial
 from epsd.training.checkpoints import code_files, fingerprint
-from epsd.training.fit import Record
+from epsd.training.record import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = {"name": "cross_entropy"}

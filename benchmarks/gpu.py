@@ -29,7 +29,9 @@ from epsd.project.params import override
 from epsd.project.runtime import versions
 from epsd.pruning.prune import prune
 from epsd.scores.epsd import Epsd
-from epsd.training.fit import Recipe, Record, fit
+from epsd.training.fit import fit
+from epsd.training.recipe import Recipe
+from epsd.training.record import Record
 from training import NAMES, SHAPE, Repeated, drawn, half, network
 
 Compile = Literal["none", "kernels", "graphs"]

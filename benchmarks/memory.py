@@ -40,7 +40,8 @@ from epsd.project.runtime import versions
 from epsd.pruning.prune import prune
 from epsd.registry import choose
 from epsd.scores import SCORES
-from epsd.training.fit import Recipe, fit
+from epsd.training.fit import fit
+from epsd.training.recipe import Recipe
 from epsd.types import Batch
 from epsd.voc.annotations import Scene
 

@@ -39,7 +39,9 @@ from epsd.objectives import OBJECTIVES
 from epsd.project.runtime import versions
 from epsd.registry import choose
 from epsd.training import checkpoints
-from epsd.training.fit import Recipe, Record, fit
+from epsd.training.fit import fit
+from epsd.training.recipe import Recipe
+from epsd.training.record import Record
 from epsd.types import Batch, BatchNeeds, Objective
 
 SHAPE = (3, 32, 32)

@@ -22,7 +22,7 @@ from epsd.project.runtime import counted, state_folder
 from epsd.registry import choose
 from epsd.tracking import Tracker, track
 from epsd.training import checkpoints
-from epsd.training.fit import Record
+from epsd.training.record import Record
 
 
 def main(params: Params) -> str:

@@ -21,7 +21,8 @@ from epsd.objectives import OBJECTIVES
 from epsd.pruning.metagradients import Means, within
 from epsd.pruning.prune import prune, scored, signal
 from epsd.scores import Epsd, Grasp, ProsPr, Random, Snip, SynFlow
-from epsd.training.fit import Recipe, fit
+from epsd.training.fit import fit
+from epsd.training.recipe import Recipe
 from epsd.types import Batch
 from epsd.voc import annotations
 from toys import ToyBatches, convnet, mlp

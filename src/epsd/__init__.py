@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from epsd.scores.random import Random
     from epsd.scores.snip import Snip
     from epsd.scores.synflow import SynFlow
-    from epsd.training.fit import Recipe, fit
+    from epsd.training.fit import fit
+    from epsd.training.recipe import Recipe
     from epsd.types import Batch, EpsdError
 
 _HOME = {
@@ -44,7 +45,7 @@ _HOME = {
     "Random": "scores",
     "Snip": "scores",
     "SynFlow": "scores",
-    "Recipe": "training.fit",
+    "Recipe": "training.recipe",
     "fit": "training.fit",
     "Batch": "types",
     "EpsdError": "types",

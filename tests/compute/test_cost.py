@@ -15,7 +15,8 @@ from epsd.objectives import OBJECTIVES
 from epsd.pruning.metagradients import Following, gradient_norms, mask_gradient, scoring
 from epsd.pruning.prune import prune
 from epsd.scores import SCORES
-from epsd.training.fit import Recipe, fit
+from epsd.training.fit import fit
+from epsd.training.recipe import Recipe
 from toys import ToyBatches, convnet, mlp
 
 B = 12  # images in a batch of ToyBatches

@@ -12,7 +12,9 @@ from conftest import ROOT
 from epsd.compute import shortage
 from epsd.compute.shortage import Need, OutOfMemory
 from epsd.objectives import OBJECTIVES
-from epsd.training.fit import Recipe, Record, fit
+from epsd.training.fit import fit
+from epsd.training.recipe import Recipe
+from epsd.training.record import Record
 from epsd.types import Batch
 from toys import ToyBatches, convnet
 
@@ -155,7 +157,7 @@ def test_automatic_parts_fit_and_stay_after_a_resume(
 def test_memory_that_runs_out_on_the_way_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if loss.left == 0 and len(labels) > 4:  # type: ignore[attr-defined]
-            raise torch.OutOfMemoryError("CUDA out of fitting. Tried to allocate 20.00 MiB.")
+            raise torch.OutOfMemoryError("CUDA out of shortage. Tried to allocate 20.00 MiB.")
         loss.left -= len(labels) == 12  # type: ignore[attr-defined]
         return nn.functional.cross_entropy(logits, labels)
 
@@ -178,7 +180,7 @@ def test_other_errors_keep_their_traceback() -> None:
     "error",
     [
         MemoryError(),
-        torch.OutOfMemoryError("CUDA out of fitting."),
+        torch.OutOfMemoryError("CUDA out of shortage."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried ..."),
         RuntimeError("std::bad_alloc"),
     ],
@@ -194,7 +196,8 @@ import resource, sys
 import torch
 from torch import nn
 from epsd.compute import shortage
-from epsd.training.fit import Recipe, fit
+from epsd.training.fit import fit
+from epsd.training.recipe import Recipe
 sys.path.insert(0, {tests!r})
 from toys import ToyBatches
 
@@ -206,11 +209,11 @@ fit(net, ToyBatches(size=16, batch_size=8, shape=(1, 32, 32)), recipe=Recipe(epo
 data = ToyBatches(size=512, batch_size=256, shape=(1, 32, 32))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + {extra}, used + {extra}))
-fitting.TRANSIENT = {factor}
+shortage.TRANSIENT = {factor}
 try:
     fit(net, data, recipe=Recipe(epochs=1, precision="fp32", accumulate={accumulate!r}))
     print("trained")
-except fitting.OutOfMemory as error:
+except shortage.OutOfMemory as error:
     print(error)
 """
 

@@ -19,7 +19,8 @@ from epsd.project.params import Params, flatten, load, read_yaml
 from epsd.pruning import prune as pruning
 from epsd.registry import ParamsError, choose
 from epsd.scores import SCORES
-from epsd.training import fit as training
+from epsd.training.fit import fit
+from epsd.training.recipe import Recipe
 from epsd.types import Batch, BatchNeeds
 
 FOLDER = Path(__file__).resolve().parents[2] / "presets"
@@ -118,9 +119,9 @@ def test_one_mini_step(name: str) -> None:
         net, noise, score=score, objective=objective, sparsity=params.prune.sparsity, scope=params.prune.scope
     )
     assert mask.total - mask.kept == round(params.prune.sparsity * mask.total)
-    recipe = training.Recipe(**{**params.train.model_dump(exclude={"batch_size"}), "epochs": 1, "warmup_epochs": 0})
+    recipe = Recipe(**{**params.train.model_dump(exclude={"batch_size"}), "epochs": 1, "warmup_epochs": 0})
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    (record,) = training.fit(net, noise, objective=objective, mask=mask, recipe=recipe)
+    (record,) = fit(net, noise, objective=objective, mask=mask, recipe=recipe)
     assert 0 < record["train/loss"] < math.inf
     weights = dict(net.named_parameters())
     assert all(not weights[layer][~keep].any() for layer, keep in mask.keep.items())

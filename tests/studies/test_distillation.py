@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from epsd.compute.cost import Meter
 from epsd.studies.prune_then_distill.distillation import Distillation
-from epsd.training.fit import Recipe, fit
+from epsd.training.fit import fit
+from epsd.training.recipe import Recipe
 from epsd.types import EpsdError
 from toys import ToyBatches, convnet
 

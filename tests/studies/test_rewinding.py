@@ -29,7 +29,8 @@ from epsd.studies.prune_then_distill.rewinding import (
 )
 from epsd.training import checkpoints
 from epsd.training.checkpoints import CheckpointError
-from epsd.training.fit import Recipe, Record
+from epsd.training.recipe import Recipe
+from epsd.training.record import Record
 from epsd.types import Batch
 from toys import ToyBatches, convnet
 

@@ -16,7 +16,9 @@ from epsd.masks import Mask, MaskError, prunable
 from epsd.objectives import OBJECTIVES
 from epsd.project.runtime import mix
 from epsd.training.checkpoints import CheckpointError
-from epsd.training.fit import Recipe, Record, TrainingError, fit
+from epsd.training.fit import fit
+from epsd.training.recipe import Recipe
+from epsd.training.record import Record, TrainingError
 from toys import ToyBatches, convnet
 
 NAMES = sorted(OBJECTIVES)

@@ -19,7 +19,7 @@ from epsd.project.params import Params
 from epsd.project.runtime import mix
 from epsd.registry import choose, settings_of
 from epsd.scores import SCORES
-from epsd.training.fit import Record
+from epsd.training.record import Record
 from epsd.types import Batches
 
 EARLY = 5

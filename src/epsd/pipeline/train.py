@@ -16,7 +16,9 @@ from epsd.objectives import OBJECTIVES
 from epsd.project.params import Params
 from epsd.project.runtime import mix
 from epsd.registry import choose
-from epsd.training.fit import Recipe, Record, fit
+from epsd.training.fit import fit
+from epsd.training.recipe import Recipe
+from epsd.training.record import Record
 from epsd.types import Batches
 
 

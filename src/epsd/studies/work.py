@@ -40,7 +40,7 @@ from epsd.studies.procedures.types import Cache
 from epsd.tracking import Tracker, track
 from epsd.tracking.recording import as_text
 from epsd.training import checkpoints
-from epsd.training.fit import Record
+from epsd.training.record import Record
 
 APART = {
     "__init__.py", "__main__.py", "analysis", "artifacts.py", "checkpoints.py", "cli.py", "comparing.py", "console.py",

@@ -3,89 +3,29 @@
 import contextlib
 import copy
 import dataclasses
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from epsd.compute import distributed, joint_layers, shortage
 from epsd.compute.cost import Meter
 from epsd.compute.devices import pick_memory_format, pick_precision, to_device
-from epsd.compute.speed import Compile, Update, align_, compiled, lay_out_, pick_update, sgd
+from epsd.compute.speed import align_, compiled, lay_out_, pick_update, sgd
 from epsd.data.loaders import as_batches
 from epsd.losses import as_objective, cross_entropy, no_such_class
 from epsd.masks import Mask, MaskHolder
 from epsd.project.progress import Progress
-from epsd.project.runtime import mix, note
-from epsd.registry import variant
+from epsd.project.runtime import mix
 from epsd.training import checkpoints
-from epsd.types import Batch, Batches, EpsdError, Loss, Objective
-
-Record = dict[str, float]
-"""One epoch: `epoch` (from 1), `train/loss`, `train/<term>`, `train/grad_norm` (mean over steps of the norm of the
-whole gradient, masked, before clipping), `train/top1`, `train/lr`, `time/epoch`, `val/top1`, ...; what was spent up to
-its end (validation excluded): `cost/images_forward`, ..., `cost/image_passes`, `cost/seconds`."""
-
-_CHECK_EVERY = 50
-"""Steps between looks at the loss on a GPU: each look waits for the device."""
-
-
-class TrainingError(EpsdError):
-    """Training cannot go on: the loss is not finite, or there is nothing to train on."""
-
-
-@variant
-class Recipe:
-    """How to train. Defaults: the CIFAR recipe shared by ProsPr and CS-KD (200 epochs, SGD, 0.1, ÷10 at 50 and 75 %).
-
-    epochs : passes over train.  lr : peak learning rate.  momentum, nesterov, weight_decay : of SGD, on every
-        parameter.
-    schedule : "step" (× gamma at each of `milestones`, shares of the epochs), "cosine" (to 0 at the end) or "constant".
-    warmup_epochs : linear warm-up from lr / steps.  clip_norm : largest gradient norm, null = none.
-    precision : "auto" (bf16 on a GPU or processor that computes in it, else fp32), "fp32", "bf16", "fp16" (with loss
-        scaling).  memory_format : of images and convolution weights, "auto" (channels_last; contiguous for a network
-        that it breaks on a CPU, `epsd.compute.devices.breaks_channels_last`), "channels_last" or "contiguous".
-    update : how optimiser and mask go over the parameters ("auto", "fused", "foreach", "loop"), and
-    compile : of the passes through the network ("auto", "none", "kernels", "graphs"): see `epsd.compute.speed`.
-    accumulate : parts of equal size in which a batch is computed, their gradients added, "auto": 1, doubled until a
-        step fits into memory. Each part is normalised by BatchNorm statistics of its own, so the result is that of
-        the smaller batch there and of the whole one everywhere else. DLB distils part n from part n of the last batch.
-    """
-
-    epochs: Annotated[int, Field(ge=1)] = 200
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = True
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    schedule: Literal["step", "cosine", "constant"] = "step"
-    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.5, 0.75])
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
-    update: Update = "auto"
-    compile: Compile = "auto"
-    accumulate: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
-
-    def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of optimiser step `step` (from 0)."""
-        warmup = self.warmup_epochs * steps_per_epoch
-        if step < warmup:
-            return self.lr * (step + 1) / warmup
-        if self.schedule == "step":
-            passed = sum(step // steps_per_epoch >= max(1, round(share * self.epochs)) for share in self.milestones)
-            return self.lr * self.gamma**passed
-        if self.schedule == "cosine":
-            total = max(1, self.epochs * steps_per_epoch - warmup)
-            return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / total))
-        return self.lr
+from epsd.training.parts import Fitting, added
+from epsd.training.recipe import Recipe
+from epsd.training.record import Record, Tally, TrainingError
+from epsd.types import Batch, Batches, Loss, Objective
 
 
 def fit(
@@ -176,7 +116,7 @@ class _Loop:
             weight_decay=recipe.weight_decay,
         )
         self.history: list[Record] = []
-        self.room = _Fitting(self, recipe.accumulate)
+        self.room = Fitting(self, recipe.accumulate)
         objective.begin("train", self.train.size, self.train.num_classes)
 
     def run(
@@ -243,7 +183,7 @@ class _Loop:
         torch.manual_seed(mix(self.seed, "train", epoch))
         self.model.train()
         started = time.perf_counter()
-        tally = _Tally(len(self.train), self.device, epoch)
+        tally = Tally(len(self.train), self.device, epoch)
         progress = (epoch + 1) / self.recipe.epochs
         step = -1
         for step, drawn in enumerate(self.train.epoch(epoch, self.objective.needs)):
@@ -276,7 +216,7 @@ class _Loop:
                     logits = self.net(images).float()
         return logits.clone() if self.recipe.compile == "graphs" else logits  # the next replay writes over them
 
-    def _step(self, number: int, batch: Batch, progress: float, tally: "_Tally") -> None:
+    def _step(self, number: int, batch: Batch, progress: float, tally: "Tally") -> None:
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.lr_at(number, len(self.train))
         loss = self.backward(shortage.parts(batch, self.room.parts), progress)
@@ -379,171 +319,4 @@ class _Loop:
         self.room.known, self.room.parts = True, state["parts"]
 
 
-class _Fitting:
-    """In how many parts a batch is computed so that a step fits into memory: found at the first batch, then fixed.
-
-    A resumed training keeps the number it began with: it is a part of the result. Several processes take the number
-    that the one with least memory needs.
-    """
-
-    def __init__(self, loop: _Loop, asked: int | Literal["auto"]) -> None:
-        self.loop, self.asked = loop, asked
-        self.parts = 1 if asked == "auto" else asked
-        self.known = False
-        self._batch: Batch | None = None
-
-    def find(self, batch: Batch) -> None:
-        """Estimate on a CPU, which gives no second chance where memory runs out; with "auto" also try on a GPU.
-
-        Several processes estimate there too: one that ran out while trying would leave the others waiting.
-        """
-        self._batch, self.known = batch, True
-        size, device = len(batch.labels), self.loop.device
-        tried = device.type != "cpu" and distributed.world() == 1
-        with self._untouched():
-            room = None if tried else _room(device)
-            if room is not None and size >= shortage.SAMPLE:
-                needed = self._need()
-                while needed.of(-(-size // self.parts)) > room:
-                    if self.asked != "auto" or self.parts * 4 > size:
-                        raise shortage.OutOfMemory(self.advice())
-                    self.parts *= 2
-            while self.asked == "auto" and tried and not self._fits():
-                self.parts *= 2
-        if self.asked == "auto" and self.parts > 1 and distributed.is_main():
-            note(f"train: a batch of {size} does not fit into memory: computed in {self.parts} parts.")
-
-    def advice(self) -> str:
-        """What to do about a batch that does not fit. Asks no other process, which may be elsewhere."""
-        processes = distributed.world()
-        with distributed.alone():
-            return self._advice(processes)
-
-    def _advice(self, processes: int) -> str:
-        device = self.loop.device
-        if self._batch is None or len(self._batch.labels) < shortage.SAMPLE:
-            return f"out of memory on {device} before the first step. Take a smaller network, or free memory."
-        self.loop.optimiser.zero_grad(set_to_none=True)
-        with self._untouched():
-            needed = self._need()
-        size = len(self._batch.labels)
-        return shortage.advice(size, self.parts, needed, shortage.free(device), device, processes)
-
-    def _need(self) -> shortage.Need:
-        """From a few images of the batch under the objective itself, with a state of its own."""
-        assert self._batch is not None
-        objective = copy.copy(self.loop.objective)
-        objective.begin("score", self.loop.train.size, self.loop.train.num_classes)
-        copies = 1 + (self.loop.recipe.momentum > 0) + (self.loop.holder is not None)
-
-        def graph(batch: Batch) -> object:
-            with torch.no_grad():
-                objective.loss(self.loop.forward, batch, 1.0)  # DLB looks back at it
-            return objective.loss(self.loop.forward, batch, 1.0)
-
-        net, self.loop.net = self.loop.net, self.loop.model  # nothing is compiled for so few images
-        try:
-            return shortage.need(self.loop.model, graph, self._batch, copies)
-        finally:
-            self.loop.net = net
-
-    def _fits(self) -> bool:
-        """Whether the gradient of the batch can be computed in that many parts."""
-        assert self._batch is not None
-        try:
-            self.loop.backward(shortage.parts(self._batch, self.parts), 1.0)
-        except (RuntimeError, MemoryError) as error:
-            if not shortage.is_shortage(error) or self.parts * 4 > len(self._batch.labels):
-                raise
-            shortage.release(error, self.loop.device)
-            return False
-        return True
-
-    @contextlib.contextmanager
-    def _untouched(self) -> Iterator[None]:
-        """What is tried leaves no trace in the network's buffers, gradients, or a training that has not begun."""
-        loop = self.loop
-        buffers = {name: buffer.clone() for name, buffer in loop.model.named_buffers()}
-        state, meter = loop.objective.state_dict(), copy.copy(loop.meter)
-        try:
-            yield
-        finally:
-            loop.meter.stand_at(meter)
-            for name, buffer in loop.model.named_buffers():
-                buffer.copy_(buffers[name])
-            loop.optimiser.zero_grad(set_to_none=True)
-            if not state:
-                loop.objective.begin("train", loop.train.size, loop.train.num_classes)
-
-
-def _room(device: torch.device) -> float | None:
-    """Bytes for each process; on a CPU those of a machine share what is free."""
-    free = shortage.free(device)
-    if free is None or distributed.world() == 1:
-        return free
-    return distributed.least(0.9 * free if device.type == "cuda" else free / distributed.neighbours())
-
-
-def added(parts: list[Loss]) -> Loss:
-    """The loss of a batch from those of its parts, each already weighted by its share; logits (B, K) in order."""
-    total = torch.stack([part.total for part in parts]).sum()
-    terms = {name: torch.stack([part.terms[name] for part in parts]).sum() for name in parts[0].terms}
-    return Loss(total, terms, torch.cat([part.logits for part in parts]))
-
-
 _SHOWN = {"epoch": "epoch", "loss": "train/loss", "val": "val/top1"}
-
-
-class _Tally:
-    """Sums of an epoch, kept on the device so that no step waits for it; watches that the loss stays finite."""
-
-    def __init__(self, steps: int, device: torch.device, epoch: int) -> None:
-        self._every = 1 if device.type == "cpu" else _CHECK_EVERY
-        self._device, self._epoch = device, epoch
-        self._losses: list[Tensor] = []
-        self._checked = 0
-        self._sums: dict[str, Tensor] = {}
-        self._right = torch.zeros((), device=device)
-        self._norms: list[Tensor] = []
-        self._images = 0
-        self._steps = steps
-
-    def add(self, total: Tensor, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
-        self._losses.append(total)
-        for name, term in terms.items():
-            self._sums[name] = self._sums.get(name, 0) + term
-        self._right += (logits.argmax(1) == labels).sum()
-        self._images += len(labels)
-        if len(self._losses) % self._every == 0:
-            self._check()
-
-    def add_gradient(self, norm: Tensor) -> None:
-        """`norm`: of the step's gradient; infinite where scaled half precision overflowed and the step is skipped."""
-        self._norms.append(norm)
-
-    def _check(self) -> None:
-        fresh = torch.stack(self._losses[self._checked :])
-        distributed.mean_([fresh])
-        bad = torch.nonzero(~torch.isfinite(fresh)).flatten()
-        if len(bad):
-            step = self._checked + int(bad[0]) + 1
-            raise TrainingError(
-                f"the loss is {float(fresh[bad[0]])} at epoch {self._epoch + 1}, step {step} of {self._steps}. "
-                "The last good epoch is kept. A smaller train.lr, a warm-up or train.clip_norm usually helps."
-            )
-        self._checked = len(self._losses)
-
-    def means(self) -> Record:
-        if self._checked < len(self._losses):
-            self._check()
-        count = max(1, len(self._losses))
-        loss = torch.stack(self._losses).mean() if self._losses else torch.zeros(())
-        distributed.mean_([loss, *self._sums.values()])
-        images = torch.tensor(self._images, device=self._device)
-        distributed.sum_([self._right, images])
-        record = {"train/loss": float(loss)}
-        record |= {f"train/{name}": float(total) / count for name, total in self._sums.items()}
-        norms = torch.stack(self._norms)
-        finite = norms[torch.isfinite(norms)]
-        record["train/grad_norm"] = float((finite if len(finite) else norms).mean())
-        return record | {"train/top1": float(self._right) / max(1, int(images))}

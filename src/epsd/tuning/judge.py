@@ -21,7 +21,7 @@ from epsd.pipeline.prune import pruned
 from epsd.pipeline.train import card, trained
 from epsd.project.params import Params
 from epsd.project.runtime import mix
-from epsd.training.fit import Record
+from epsd.training.record import Record
 from epsd.tuning.resplit import resplit
 
 Figures = dict[str, float]

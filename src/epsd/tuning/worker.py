@@ -24,7 +24,7 @@ from epsd.project import artifacts
 from epsd.project.params import LimitParams, Params, TuneParams, flatten, parse
 from epsd.project.runtime import mix, no_telemetry, note, stops_arrive
 from epsd.tracking import Tracker, track
-from epsd.training.fit import Record
+from epsd.training.record import Record
 from epsd.tuning import judge
 from epsd.tuning.judge import Figures
 from epsd.tuning.space import Space, Values

@@ -9,7 +9,7 @@ from epsd.registry import variant
 from epsd.studies.procedures.types import Desk, Trained
 from epsd.studies.prune_then_distill.rewinding import Rewinding
 from epsd.studies.prune_then_distill.student import StudentKind, distilled, has_width
-from epsd.training.fit import Recipe
+from epsd.training.recipe import Recipe
 
 
 @variant

@@ -10,7 +10,7 @@ from torch import nn
 from epsd.data.prepared import Prepared
 from epsd.masks import Mask
 from epsd.project.params import Choice, Params
-from epsd.training.fit import Record
+from epsd.training.record import Record
 
 T = TypeVar("T")
 

@@ -24,7 +24,9 @@ from epsd.project.runtime import mix
 from epsd.registry import settings_of, variant
 from epsd.studies.prune_then_distill.distillation import Distillation
 from epsd.training import checkpoints
-from epsd.training.fit import Recipe, Record, fit
+from epsd.training.fit import fit
+from epsd.training.recipe import Recipe
+from epsd.training.record import Record
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError, Objective
 
 OnEpoch = Callable[[Record], None]

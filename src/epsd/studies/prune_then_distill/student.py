@@ -21,7 +21,7 @@ from epsd.pipeline.train import batches, recipe
 from epsd.project.params import Choice, Params
 from epsd.registry import ParamsError, choose, settings_of
 from epsd.studies.prune_then_distill.rewinding import Outcome, Rewinding, prune_then_distill
-from epsd.training.fit import Record
+from epsd.training.record import Record
 
 StudentKind = Literal["narrow", "rewound", "scored"]
 """narrow : the same architecture, dense, of the `width` at which it has as many parameters as the sparse network has
