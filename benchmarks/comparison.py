@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from ruamel.yaml import YAML
 
+from epsd.compute.seeds import mix
 from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
 from epsd.evaluation import evaluate as evaluation
@@ -28,7 +29,7 @@ from epsd.pipeline.prune import pruned
 from epsd.pipeline.train import trained
 from epsd.preparing.write import prepare
 from epsd.project.params import override, parse, read_yaml
-from epsd.project.runtime import mix, versions
+from epsd.project.runtime import versions
 from epsd.registry import choose
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,6 +25,7 @@ from ruamel.yaml import YAML
 from torch import nn
 
 from epsd.compute.cost import Meter
+from epsd.compute.seeds import mix
 from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
 from epsd.evaluation import evaluate as evaluation
@@ -33,7 +34,7 @@ from epsd.pipeline.prune import pruned
 from epsd.pipeline.train import trained
 from epsd.preparing.write import prepare
 from epsd.project.params import Params, override, parse, read_yaml
-from epsd.project.runtime import mix, versions
+from epsd.project.runtime import versions
 from epsd.registry import choose
 from epsd.studies.prune_then_distill.rewinding import Best, Rewinding
 from epsd.studies.prune_then_distill.student import StudentKind, distilled, initial

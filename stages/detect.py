@@ -11,6 +11,7 @@ from torch import nn
 from epsd.architectures import ARCHITECTURES
 from epsd.compute import distributed
 from epsd.compute.devices import pick_device, pick_precision, seed_everything
+from epsd.compute.seeds import mix
 from epsd.compute.speed import keep_freed_memory
 from epsd.data.prepared import Prepared
 from epsd.detection import drawing
@@ -23,7 +24,7 @@ from epsd.pipeline.stage import run_stage
 from epsd.pipeline.train import trained as train_classifier
 from epsd.project import artifacts
 from epsd.project.params import Params
-from epsd.project.runtime import counted, mix, state_folder
+from epsd.project.runtime import counted, state_folder
 from epsd.registry import choose
 from epsd.tracking import Tracker
 from epsd.training import checkpoints

@@ -46,6 +46,7 @@ PLUMBING = {
     "types",
     "registry",
     "params",
+    "runtime",
     "artifacts",
     "stage",
     "tracking",

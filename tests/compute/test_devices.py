@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from epsd.compute import devices
-from epsd.project import runtime
+from epsd.compute.seeds import mix
 from epsd.types import EpsdError
 
 
@@ -23,7 +23,7 @@ def test_seed_everything_repeats_all_three():
 
 
 def test_seed_everything_takes_what_mix_gives():
-    devices.seed_everything(runtime.mix(0, "train"))
+    devices.seed_everything(mix(0, "train"))
     devices.seed_everything(2**63 - 1)
 
 

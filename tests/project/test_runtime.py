@@ -11,20 +11,6 @@ import torch
 from epsd.project import runtime
 
 
-def test_mix_is_the_same_on_every_machine():
-    """Results of published runs hang on these numbers: they may never change."""
-    assert runtime.mix(0, "order", 3) == 361703984695591259
-    code = "from epsd.project.runtime import mix; print(mix(0, 'order', 3))"
-    assert int(subprocess.check_output([sys.executable, "-c", code])) == runtime.mix(0, "order", 3)
-
-
-def test_mix_tells_parts_apart():
-    calls = [(1,), ("1",), (1, 2), (12,), ("a", "b"), ("ab",), ("a", "b", ""), (-1,), (2**63,)]
-    seeds = {runtime.mix(*call) for call in calls}
-    assert len(seeds) == len(calls)
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
 def test_root_is_where_dvc_says(monkeypatch, tmp_path):
     copy = tmp_path / ".dvc" / "tmp" / "exps" / "tmp1"
     copy.mkdir(parents=True)

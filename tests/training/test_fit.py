@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
+from epsd.compute.seeds import mix
 from epsd.data.loaders import as_batches
 from epsd.masks import Mask, MaskError, prunable
 from epsd.objectives import OBJECTIVES
-from epsd.project.runtime import mix
 from epsd.training.checkpoints import CheckpointError
 from epsd.training.fit import fit
 from epsd.training.recipe import Recipe

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from epsd.compute.seeds import mix
 from epsd.evaluation.metrics import evaluating
 from epsd.masks import Mask
-from epsd.project.runtime import mix
 from epsd.pruning.metagradients import calling
 
 REACH = 1.0

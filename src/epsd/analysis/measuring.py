@@ -8,6 +8,7 @@ from epsd.analysis import features, landscape
 from epsd.analysis.distillation import QUANTITIES, Probe
 from epsd.analysis.trainability import gradient_norms
 from epsd.compute.devices import pick_device
+from epsd.compute.seeds import mix
 from epsd.data.prepared import Augmentation, Prepared
 from epsd.evaluation import evaluate as evaluation
 from epsd.evaluation import metrics
@@ -16,7 +17,6 @@ from epsd.objectives import OBJECTIVES
 from epsd.pipeline.prune import pruned
 from epsd.pipeline.train import batches, trained
 from epsd.project.params import Params
-from epsd.project.runtime import mix
 from epsd.registry import choose, settings_of
 from epsd.scores import SCORES
 from epsd.training.record import Record

@@ -19,9 +19,9 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from epsd.compute.seeds import mix
 from epsd.data.sampling import SameClass, Sampler, cut, partner_positions
 from epsd.data.streaming import Requests, as_requests, draw_batches, drawing_from
-from epsd.project.runtime import mix
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError
 
 

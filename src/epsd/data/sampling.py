@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epsd.project.runtime import mix
+from epsd.compute.seeds import mix
 from epsd.types import BatchNeeds, EpsdError
 
 Share = Callable[[int], slice]

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from epsd.compute.seeds import mix
 from epsd.data.sampling import SameClass, Sampler, Share, partner_positions
 from epsd.files.images import decode, decode_planes, fit, pixels
 from epsd.files.layouts import Files, Reading
-from epsd.project.runtime import mix
 from epsd.types import Batch, BatchNeeds, EpsdError
 
 _SCALE, _RATIO = [0.08, 1.0], [3 / 4, 4 / 3]

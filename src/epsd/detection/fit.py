@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from epsd.compute import distributed, joint_layers
+from epsd.compute.seeds import mix
 from epsd.compute.speed import align_
 from epsd.detection.whole_batch import Whole
 from epsd.masks import Mask, MaskHolder
 from epsd.project.progress import Progress
-from epsd.project.runtime import mix
 from epsd.training import checkpoints
 from epsd.types import EpsdError
 from epsd.voc.annotations import Curve, Detections, Scene, ap_11point, ap_area, curve, read_picture

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from epsd.compute import distributed
 from epsd.compute.devices import reseed
-from epsd.project.runtime import mix
+from epsd.compute.seeds import mix
 
 _DRAWN = {"rpn": ("loss_objectness", "loss_rpn_box_reg"), "roi_heads": ("loss_classifier", "loss_box_reg")}
 """The parts of Faster R-CNN that draw samples, and the losses that are divided by their number."""

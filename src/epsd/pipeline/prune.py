@@ -10,6 +10,7 @@ from epsd.architectures import ARCHITECTURES
 from epsd.compute.cost import Meter
 from epsd.compute.devices import pick_device, pick_precision, seed_everything
 from epsd.compute.memory import GIB
+from epsd.compute.seeds import mix
 from epsd.compute.speed import keep_freed_memory
 from epsd.data.prepared import Augmentation, Prepared
 from epsd.data.sampling import naming
@@ -17,7 +18,6 @@ from epsd.losses import PlainLoss, cross_entropy
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
 from epsd.project.params import Params
-from epsd.project.runtime import mix
 from epsd.pruning import prune as pruning
 from epsd.pruning.metagradients import Means, within
 from epsd.registry import choose

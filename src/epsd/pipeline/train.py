@@ -8,13 +8,13 @@ from torch import nn
 
 from epsd.compute.cost import Meter
 from epsd.compute.devices import pick_device
+from epsd.compute.seeds import mix
 from epsd.compute.speed import keep_freed_memory
 from epsd.data.prepared import Augmentation, Prepared
 from epsd.data.sampling import naming
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
 from epsd.project.params import Params
-from epsd.project.runtime import mix
 from epsd.registry import choose
 from epsd.training.fit import fit
 from epsd.training.recipe import Recipe

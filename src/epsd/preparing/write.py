@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from epsd.compute.seeds import mix
 from epsd.files.archives import ArchiveError, open_tree, unpack
 from epsd.files.images import ImageError, decode, fit, pixels
 from epsd.files.layouts import (
@@ -30,7 +31,7 @@ from epsd.files.layouts import (
     check_labels,
 )
 from epsd.project.artifacts import ArtifactError, replacing, write_json
-from epsd.project.runtime import mix, watched
+from epsd.project.runtime import watched
 
 IN_MEMORY_UP_TO = 64
 """Pixels on the longer side up to which a whole set is kept in memory (Tiny-ImageNet at 64 px: 1.2 GB)."""

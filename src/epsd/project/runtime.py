@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import os
 import platform
 import re
@@ -132,15 +131,6 @@ def no_telemetry() -> None:
     """Turn off what mlflow, dvc and others would send home. Call before importing them; the user's own choice wins."""
     for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "DVC_NO_ANALYTICS": "1"}.items():
         os.environ.setdefault(name, value)
-
-
-def mix(*parts: int | str) -> int:
-    """A stable seed in [0, 2^63) for the thing that `parts` name, e.g. `mix(seed, "order", epoch)`.
-
-    The same on every machine and in every process (`hash()` is not); 1 and "1" differ, ("ab",) and ("a", "b") too.
-    """
-    text = "\x1f".join(f"{'text' if isinstance(part, str) else 'int'}:{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _git(*arguments: str) -> str | None:

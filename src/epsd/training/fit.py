@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 from epsd.compute import distributed, joint_layers, shortage
 from epsd.compute.cost import Meter
 from epsd.compute.devices import pick_memory_format, pick_precision, to_device
+from epsd.compute.seeds import mix
 from epsd.compute.speed import align_, compiled, lay_out_, pick_update, sgd
 from epsd.data.loaders import as_batches
 from epsd.losses import as_objective, cross_entropy, no_such_class
 from epsd.masks import Mask, MaskHolder
 from epsd.project.progress import Progress
-from epsd.project.runtime import mix
 from epsd.training import checkpoints
 from epsd.training.parts import Fitting, added
 from epsd.training.recipe import Recipe

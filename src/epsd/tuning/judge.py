@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from epsd.compute.cost import Meter
+from epsd.compute.seeds import mix
 from epsd.data.prepared import Prepared
 from epsd.evaluation import compact_file
 from epsd.evaluation import evaluate as evaluation
@@ -20,7 +21,6 @@ from epsd.masks import Mask, prunable
 from epsd.pipeline.prune import pruned
 from epsd.pipeline.train import card, trained
 from epsd.project.params import Params
-from epsd.project.runtime import mix
 from epsd.training.record import Record
 from epsd.tuning.resplit import resplit
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from epsd.compute.seeds import mix
 from epsd.data.prepared import Prepared
 from epsd.files.layouts import Files, Split
-from epsd.project.runtime import mix
 
 POOL: tuple[Split, ...] = ("train", "validation")
 """What is dealt anew."""

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from epsd.compute.devices import determinism
+from epsd.compute.seeds import mix
 from epsd.data.prepared import Prepared
 from epsd.pipeline.describe import method
 from epsd.project import artifacts
 from epsd.project.params import LimitParams, Params, TuneParams, flatten, parse
-from epsd.project.runtime import mix, no_telemetry, note, stops_arrive
+from epsd.project.runtime import no_telemetry, note, stops_arrive
 from epsd.tracking import Tracker, track
 from epsd.training.record import Record
 from epsd.tuning import judge

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 
 from epsd.compute.cost import Meter
 from epsd.compute.devices import pick_precision
+from epsd.compute.seeds import mix
 from epsd.data.loaders import as_batches
 from epsd.losses import cross_entropy
 from epsd.masks import Mask, Scope, check_fits, prunable
-from epsd.project.runtime import mix
 from epsd.registry import settings_of, variant
 from epsd.studies.prune_then_distill.distillation import Distillation
 from epsd.training import checkpoints
