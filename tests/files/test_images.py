@@ -1,11 +1,12 @@
 import io
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from epsd.files.images import ImageError, decode, decode_planes, fit, is_image, pixels
+from epsd.files.images import ImageError, Shortage, decode, decode_planes, fit, is_image, pixels
 from pictures import picture
 
 
@@ -210,3 +211,22 @@ def test_fit_averages_when_it_shrinks() -> None:
 
 def test_is_image_goes_by_the_ending() -> None:
     assert is_image("a/B.JPEG") and is_image("x.tif") and not is_image("jpg") and not is_image("a.txt")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OSError("Cannot allocate memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+@pytest.mark.parametrize("read", [decode, decode_planes])
+def test_too_little_memory_is_no_damage(
+    read: Callable[..., object], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = picture(0, mode="L")
+    monkeypatch.setattr(Image.Image, "convert", Mock(side_effect=error))
+    with pytest.raises(Shortage, match=r"a\.png: there is too little memory to decode it"):
+        read(content, "a.png")
+
+
+@pytest.mark.parametrize("ending", ["jpg", "JPEG", "jpe", "jfif", "JFIF", "jif", "jfi"])
+def test_every_ending_of_a_jpeg_is_that_of_an_image(ending: str) -> None:
+    assert is_image(f"a.{ending}")

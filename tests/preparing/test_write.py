@@ -5,13 +5,15 @@ import tracemalloc
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from epsd.data.prepared import Prepared
 from epsd.files.archives import ArchiveError, open_tree
-from epsd.files.images import ImageError
+from epsd.files.images import ImageError, Shortage
 from epsd.files.layouts import Labelled, Reading, Source, SourceError, folder_source
 from epsd.preparing.write import Tally, carved, limited, prepare, summary, written_arrays
 from epsd.project.artifacts import ArtifactError
@@ -256,6 +258,16 @@ def test_a_link_to_nothing_and_a_damaged_entry_are_skipped_too(tmp_path: Path, s
         index = prepare(folder_source(tree, Reading(unreadable="skip")), tmp_path / "out")
         assert list(chain(*index["skipped"].values())) == ["cat/gone.png"]
         assert sum(index["sizes"].values()) == 16
+
+
+@pytest.mark.parametrize("short", [(Image.Image, "load", MemoryError()), (Path, "read_bytes", OSError(24, "too many"))])
+def test_a_shortage_skips_no_image(tmp_path: Path, short: tuple[type, str, Exception]) -> None:
+    kind, name, error = short
+    source = folder_source(open_tree(write(tmp_path / "tree", classes(8))), Reading(size=12, unreadable="skip"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Shortage, match=r"/\d\.png"):
+        patch.setattr(kind, name, Mock(side_effect=error))
+        prepare(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "data.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])

@@ -4,6 +4,7 @@ Archives are read where they are, under clean names (`./a//b` is `a/b`). An entr
 absolute path, `..`, a link to outside) makes the whole archive refused when it is opened, before any entry is used.
 """
 
+import errno
 import os
 import posixpath
 import stat
@@ -16,11 +17,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
+from epsd.files.images import Shortage
 from epsd.types import EpsdError
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _LINKS = 40
 """Links followed one after another, as on Linux; more are taken for a circle."""
+
+_SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Errors of the system that say nothing about the file."""
 
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
 
@@ -77,8 +82,10 @@ class Tree(ABC):
         """The error for a file that is not there."""
         return ArchiveError(f"{self.where}: has no file '{name}'.")
 
-    def broken(self, name: str, error: BaseException | str) -> ArchiveError:
+    def broken(self, name: str, error: BaseException | str) -> EpsdError:
         """The error for a file that is there and cannot be read."""
+        if isinstance(error, OSError) and error.errno in _SHORTAGES:
+            return Shortage(f"{self.where}: '{name}' cannot be read now ({error.strerror}).")
         return ArchiveError(f"{self.where}: '{name}' cannot be read ({error or type(error).__name__}).")
 
 

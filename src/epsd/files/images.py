@@ -1,7 +1,9 @@
 """From the bytes of an image file to uint8 pixels: every mode to RGB or grey, EXIF rotation applied, damage named."""
 
 import contextlib
+import errno
 import io
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi")
+SUFFIXES = (*_JPEG, ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+_SHORTAGES = ("allocate memory", "bad_alloc", os.strerror(errno.ENOMEM))
+"""What the decoders say when memory is short, where they raise no MemoryError."""
 _SIXTEEN_TO_EIGHT = 257  # 65535 / 255
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
 """The EXIF tag, and its values for pictures that are stored turned by a right angle."""
@@ -27,6 +32,10 @@ to resize a part, Pillow takes the part's corners in single precision: 3 % of a 
 
 class ImageError(EpsdError):
     """An image file that is truncated, corrupt, or no image."""
+
+
+class Shortage(EpsdError):
+    """Too little memory, or too many open files, to read a file, which may well be sound: no reason to skip it."""
 
 
 def is_image(name: str) -> bool:
@@ -48,7 +57,7 @@ def decode(
     stored, for boxes that were drawn on them so. `least`: a JPEG is decoded at a half, quarter or eighth of its size
     where that is no smaller, in as much less time; it is not asked about other files.
 
-    Raises ImageError naming `name` when the content is truncated, corrupt, or no image.
+    Raises ImageError naming `name` when the content is truncated, corrupt, or no image; Shortage.
     """
     from PIL import Image
 
@@ -106,7 +115,7 @@ def _loaded(picture: "Image", mode: str, upright: bool) -> "Image":
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Pillow's many errors as an ImageError that names the file."""
+    """Pillow's many errors as an ImageError that names the file; a Shortage where the file is not to blame."""
     from PIL import UnidentifiedImageError
 
     try:
@@ -114,6 +123,8 @@ def _named(name: str) -> Iterator[None]:
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not an image, or one that is damaged at its start.") from None
     except Exception as error:  # Pillow's readers raise nearly any type on damaged input
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _SHORTAGES):
+            raise Shortage(f"{name}: there is too little memory to decode it.") from None
         raise ImageError(f"{name}: cannot be read as an image ({' '.join(str(error).split())}).") from None
 
 
