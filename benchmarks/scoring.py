@@ -35,8 +35,8 @@ from epsd.compute.speed import keep_freed_memory
 from epsd.masks import Mask, prunable
 from epsd.objectives import OBJECTIVES
 from epsd.project.runtime import versions
-from epsd.pruning.metagradients import Means, within
 from epsd.pruning.prune import prune
+from epsd.pruning.scoring import Means, within
 from epsd.registry import choose
 from epsd.scores import SCORES
 from epsd.types import Batch, Scores

@@ -18,8 +18,8 @@ from epsd.detection import fit as detection
 from epsd.detectors import DETECTORS, Picture
 from epsd.masks import Mask, prunable
 from epsd.objectives import OBJECTIVES
-from epsd.pruning.metagradients import Means, within
 from epsd.pruning.prune import prune, scored, signal
+from epsd.pruning.scoring import Means, within
 from epsd.scores import Epsd, Grasp, ProsPr, Random, Snip, SynFlow
 from epsd.training.fit import fit
 from epsd.training.recipe import Recipe

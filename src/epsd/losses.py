@@ -53,7 +53,7 @@ def partner_of(batch: Batch) -> Tensor:
 
 
 def supervised(forward: Forward, batch: Batch) -> Loss:
-    """Plain cross entropy as a `metagradients.LossFunction`: what SNIP, GraSP and ProsPr differentiate."""
+    """Plain cross entropy as a `pruning.scoring.LossFunction`: what SNIP, GraSP and ProsPr differentiate."""
     logits = forward(batch.images)
     total = cross_entropy(logits, batch.labels)
     return Loss(total, {"cross_entropy": total.detach()}, logits.detach(), {"supervised": total})

@@ -12,8 +12,9 @@ from epsd.compute.cost import Meter
 from epsd.losses import cross_entropy
 from epsd.masks import prunable
 from epsd.objectives import OBJECTIVES
-from epsd.pruning.metagradients import Following, gradient_norms, mask_gradient, scoring
+from epsd.pruning.metagradients import gradient_norms, mask_gradient
 from epsd.pruning.prune import prune
+from epsd.pruning.scoring import Following, scoring
 from epsd.scores import SCORES
 from epsd.training.fit import fit
 from epsd.training.recipe import Recipe

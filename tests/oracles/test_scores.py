@@ -10,8 +10,9 @@ from torch import nn
 from epsd.losses import supervised
 from epsd.masks import Mask, prunable
 from epsd.objectives import OBJECTIVES
-from epsd.pruning.metagradients import Following, LossFunction, MetaGradient, mask_gradient, scoring
+from epsd.pruning.metagradients import MetaGradient, mask_gradient
 from epsd.pruning.prune import prune
+from epsd.pruning.scoring import Following, LossFunction, scoring
 from epsd.scores import SCORES
 from epsd.types import Batch, Scores
 from oracles import problems

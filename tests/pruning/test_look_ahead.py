@@ -13,7 +13,8 @@ from epsd.losses import as_objective, supervised
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
 from epsd.pruning.look_ahead import Need, Plan, measured, planned
-from epsd.pruning.metagradients import Following, Means, MetaGradientError, calling, gradient_of, scoring, within
+from epsd.pruning.scoring import Following, Means, MetaGradientError, calling, scoring, within
+from epsd.pruning.unroll import gradient_of
 from epsd.scores import SCORES
 from epsd.types import Batch, BatchNeeds
 from toys import ToyBatches, convnet, mlp

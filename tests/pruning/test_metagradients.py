@@ -16,15 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from epsd.losses import supervised
 from epsd.masks import prunable
 from epsd.objectives import OBJECTIVES
-from epsd.pruning.metagradients import (
-    Following,
-    MetaGradientError,
-    Unroll,
-    gradient_norms,
-    mask_gradient,
-    normalised,
-    scoring,
-)
+from epsd.pruning.metagradients import gradient_norms, mask_gradient
+from epsd.pruning.scoring import Following, MetaGradientError, normalised, scoring
+from epsd.pruning.unroll import Unroll
 from epsd.types import Batch, Forward, Loss
 from toys import ToyBatches, convnet, mlp
 

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from epsd.masks import Mask, MaskError, prunable
 from epsd.objectives import OBJECTIVES
 from epsd.pruning import prune as pruning
-from epsd.pruning.metagradients import MetaGradientError
 from epsd.pruning.prune import (
     PruneError,
     Stopwatch,
@@ -22,6 +21,7 @@ from epsd.pruning.prune import (
     prune,
     signal,
 )
+from epsd.pruning.scoring import MetaGradientError
 from epsd.scores import SCORES
 from epsd.types import Batch, BatchNeeds, EpsdError
 from toys import ToyBatches, convnet, mlp

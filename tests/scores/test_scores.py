@@ -9,8 +9,8 @@ from torch import nn
 
 from epsd.masks import Mask, prunable
 from epsd.objectives import OBJECTIVES
-from epsd.pruning.metagradients import MetaGradientError
 from epsd.pruning.prune import prune
+from epsd.pruning.scoring import MetaGradientError
 from epsd.registry import ParamsError, choose
 from epsd.scores import SCORES
 from epsd.types import BatchNeeds, Scores

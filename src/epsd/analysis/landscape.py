@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from epsd.compute.seeds import mix
 from epsd.evaluation.metrics import evaluating
 from epsd.masks import Mask
-from epsd.pruning.metagradients import calling
+from epsd.pruning.scoring import calling
 
 REACH = 1.0
 """The slice is [−REACH, REACH]²: 1 is a step as long, filter by filter, as the weights themselves."""

@@ -9,7 +9,8 @@ from torch import nn
 from epsd.compute.devices import to_device
 from epsd.losses import PlainLoss, cross_entropy
 from epsd.masks import Mask
-from epsd.pruning.metagradients import calling, gradient_of, scoring
+from epsd.pruning.scoring import calling, scoring
+from epsd.pruning.unroll import gradient_of
 from epsd.types import Batches, Objective
 
 BATCHES = 8

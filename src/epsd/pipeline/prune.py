@@ -19,7 +19,7 @@ from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
 from epsd.project.params import Params
 from epsd.pruning import prune as pruning
-from epsd.pruning.metagradients import Means, within
+from epsd.pruning.scoring import Means, within
 from epsd.registry import choose
 from epsd.scores import SCORES
 from epsd.types import Batches, Objective, Score, Scores

@@ -11,25 +11,14 @@ from torch import nn
 
 from epsd.compute import distributed
 from epsd.compute.memory import GIB, Saved, free_bytes
+from epsd.compute.random_state import keeping_random_state
 from epsd.compute.second_order import weights_laid_out
 from epsd.losses import PlainLoss
 from epsd.masks import prunable
 from epsd.project.runtime import note
-from epsd.pruning.metagradients import (
-    Following,
-    LossFunction,
-    MetaGradientError,
-    Reading,
-    batch_laid_out,
-    calling,
-    draw,
-    gradient_of,
-    keeping_random_state,
-    mask_gradient,
-    means,
-    normalised,
-    scoring,
-)
+from epsd.pruning.metagradients import Reading, mask_gradient
+from epsd.pruning.scoring import Following, LossFunction, MetaGradientError, calling, draw, means, normalised, scoring
+from epsd.pruning.unroll import batch_laid_out, gradient_of
 from epsd.registry import variant
 from epsd.types import Batch, Scores
 

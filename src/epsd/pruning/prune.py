@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from epsd.compute import distributed
+from epsd.compute.random_state import keeping_random_state
 from epsd.data.loaders import as_batches
 from epsd.losses import PlainLoss, as_objective, cross_entropy
 from epsd.masks import Mask, MaskError, Scope, check_fits, hidden, prunable
 from epsd.pruning.look_ahead import LookAhead, planned
-from epsd.pruning.metagradients import Following, MetaGradientError, gradient_norms, keeping_random_state, scoring
+from epsd.pruning.metagradients import gradient_norms
+from epsd.pruning.scoring import Following, MetaGradientError, scoring
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError, Objective, Score, Scores
 
 Source = Batches | Iterable[Batch] | DataLoader[Any]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from epsd.pruning.look_ahead import LookAhead, look_ahead_scores
-from epsd.pruning.metagradients import Following
+from epsd.pruning.scoring import Following
 from epsd.registry import variant
 from epsd.types import Batch, Objective, Scores
 

@@ -8,20 +8,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from epsd.compute import distributed
+from epsd.compute.random_state import random_state, set_random_state
 from epsd.compute.second_order import laid_out, weights_laid_out
 from epsd.losses import cross_entropy
 from epsd.masks import prunable
-from epsd.pruning.metagradients import (
-    MetaGradientError,
-    calling,
-    contract,
-    draw,
-    gradient_of,
-    random_state,
-    scoring,
-    set_random_state,
-    wide,
-)
+from epsd.pruning.scoring import MetaGradientError, calling, draw, scoring, wide
+from epsd.pruning.unroll import contract, gradient_of
 from epsd.registry import variant
 from epsd.types import Batch, Objective, Scores
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from epsd.losses import supervised
 from epsd.masks import prunable
-from epsd.pruning.metagradients import draw, mask_gradient, normalised, scoring
+from epsd.pruning.metagradients import mask_gradient
+from epsd.pruning.scoring import draw, normalised, scoring
 from epsd.registry import variant
 from epsd.types import Batch, Objective, Scores
 

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from epsd.compute.second_order import laid_out, weights_laid_out
 from epsd.masks import prunable
-from epsd.pruning.metagradients import Means, calling, draw, scoring, within
+from epsd.pruning.scoring import Means, calling, draw, scoring, within
 from epsd.registry import variant
 from epsd.types import Batch, Objective, Scores
 
