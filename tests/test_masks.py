@@ -1,12 +1,14 @@
 """Masks: exact counts, ties by position, saving, and what is refused."""
 
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
-from epsd.masks import Mask, MaskError, MaskHolder, hidden, prunable
+from epsd import masks
+from epsd.masks import Mask, MaskError, MaskHolder, Scope, check_fits, erk_ranked, hidden, prunable
 from toys import convnet
 
 
@@ -171,9 +173,129 @@ def test_a_mask_is_a_value() -> None:
     assert mask != "mask"
 
 
-def test_scope_is_one_of_two() -> None:
-    with pytest.raises(MaskError, match=r"scope: unknown 'Global'\. Valid: global, layer"):
+def test_an_unknown_scope_is_named() -> None:
+    with pytest.raises(MaskError, match=r"scope: unknown 'Global'\. Valid: global, layer, erk, lamp"):
         Mask.from_scores({"a": torch.arange(4.0)}, 0.5, "Global")  # type: ignore[arg-type]
+
+
+# --- high sparsity: layers, channels, schedules ---
+
+SHAPES = {"stem": (8, 3, 3, 3), "deep": (32, 32, 3, 3), "shortcut": (32, 8, 1, 1), "head": (10, 32)}
+TOTAL = sum(torch.Size(shape).numel() for shape in SHAPES.values())
+
+
+def drawn(**powers: float) -> dict[str, torch.Tensor]:
+    """Positive scores by layer, of scale 10^power."""
+    torch.manual_seed(0)
+    return {name: torch.rand(shape).pow(3) * 10 ** powers.get(name, 0.0) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9, 0.98, 0.995])
+def test_scope_erk_gives_every_layer_what_random_erk_gives(sparsity: float) -> None:
+    chance = {name: erk_ranked(score.shape)[torch.randperm(score.numel())] for name, score in drawn().items()}
+    found = Mask.from_scores(drawn(stem=9.0), sparsity, "erk")
+    expected = Mask.from_scores({n: s.view(SHAPES[n]) for n, s in chance.items()}, sparsity)
+    assert found.per_layer() == expected.per_layer()
+    assert found.kept == TOTAL - round(sparsity * TOTAL)
+    for name, score in drawn(stem=9.0).items():
+        ordered = score.flatten().sort(descending=True).values
+        assert torch.equal(score[found.keep[name]].sort(descending=True).values, ordered[: found.keep[name].sum()])
+    assert list(found.keep) == list(SHAPES)
+
+
+def test_scope_lamp_is_the_scores_share_of_what_is_not_smaller() -> None:
+    scores = {"a": torch.tensor([4.0, 1.0, 3.0, 2.0]), "b": torch.tensor([1e-6, 3e-6, -1.0])}
+    # a: 4/4, 3/7, 2/9, 1/10; b: 3/3, 1/4, negative ones last
+    order = [("a", 0), ("b", 1), ("a", 2), ("b", 0), ("a", 3), ("a", 1), ("b", 2)]
+    for kept in range(2, 8):
+        mask = Mask.from_scores(scores, 1 - kept / 7, "lamp")
+        assert {(n, i) for n, keep in mask.keep.items() for i in keep.nonzero().flatten().tolist()} == set(order[:kept])
+
+
+def test_scope_lamp_leaves_no_layer_without_a_weight() -> None:
+    scores = drawn(deep=-9.0)
+    assert Mask.from_scores(scores, 0.98).dead_layers() == ["deep"]
+    assert Mask.from_scores(scores, 0.999, "lamp").dead_layers() == []
+    equal = Mask.from_scores({"a": torch.ones(4), "b": torch.ones(4)}, 0.5, "lamp")
+    assert equal.keep["a"].tolist() == equal.keep["b"].tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("scope", get_args(Scope))
+@pytest.mark.parametrize("densities", [{"stem": 1.0}, {"s*": 0.5, "stem": 1.0}, {"head": 0.3, "deep": 0.01}])
+def test_given_densities_are_kept_and_the_others_share_the_rest(scope: Scope, densities: dict[str, float]) -> None:
+    mask = Mask.from_scores(drawn(stem=-9.0), 0.95, scope, densities=densities)
+    kept = {name: count for name, (count, _) in mask.per_layer().items()}
+    exact = {"stem": {"stem": 216}, "s*": {"stem": 108, "shortcut": 128}, "head": {"head": 96, "deep": 92}}
+    for name, count in exact[next(iter(densities))].items():
+        assert kept[name] == count
+    slack = 2 if scope == "layer" else 0  # every layer is rounded by itself
+    assert abs(mask.kept - (TOTAL - round(0.95 * TOTAL))) <= slack
+
+
+def test_densities_of_all_layers_meet_the_total_exactly() -> None:
+    densities = {"stem": 0.4, "deep": 0.0431, "shortcut": 0.1, "head": 0.2}
+    total = sum(round(d * torch.Size(SHAPES[n]).numel()) for n, d in densities.items())
+    for off in (-2, 0, 2):
+        mask = Mask.from_scores(drawn(), 1 - (total + off) / TOTAL, densities=densities)
+        assert mask.kept == total + off
+        assert mask.per_layer()["deep"][0] == round(0.0431 * 9216) + off
+
+
+@pytest.mark.parametrize(
+    ("densities", "message"),
+    [
+        ({"stemm": 0.5}, "densities: no layer fits 'stemm'. Layers: stem, deep"),
+        ({"stem": 0.0}, r"densities: 0.0 of 'stem' is outside \(0, 1\]"),
+        ({"deep": 0.5}, "they keep 4608 weights, prune.sparsity 0.95 keeps 500 of"),
+        ({"*": 0.01}, "they keep 100 weights, prune.sparsity 0.95 keeps 500 of"),
+        ({"deep": 0.001, "stem": 0.01, "head": 0.01}, "the other layers keep 486 of 256 weights"),
+        ({"deep": 0.054}, "fewer weights than layers"),
+    ],
+)
+def test_densities_that_cannot_be_are_named(densities: dict[str, float], message: str) -> None:
+    weights = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    with pytest.raises(MaskError, match=message):
+        check_fits(weights, 0.95, densities=densities)
+
+
+@pytest.mark.parametrize("cap", [1.0, 1.5, 4.0, 100.0])
+def test_no_channel_has_more_than_the_cap_of_a_layers_mass(cap: float) -> None:
+    """The whole of a layer is ranked, so that what competes is seen; the ranking within a channel stays."""
+    torch.manual_seed(1)
+    score = torch.rand(6, 5) * torch.tensor([[100.0], [10.0], [1.0], [1.0], [0.1], [0.0]])
+    spread = masks._capped(score, cap)
+    mass = spread.sum(1)
+    assert mass.sum() == pytest.approx(float(score.sum()))
+    assert mass.max() <= min(cap / 5, 1) * mass.sum() * (1 + 1e-9), "five channels have any"
+    assert torch.equal(spread[:5].argsort(1), score[:5].argsort(1))
+    assert bool((spread[5] == 0).all())
+    over = mass >= min(cap / 5, 1) * mass.sum() * (1 - 1e-9)
+    ratio = (mass / score.sum(1))[:5][~over[:5]]
+    assert len(ratio) == 0 or torch.allclose(ratio, ratio[0].expand_as(ratio)), "the others keep their proportions"
+
+
+def test_a_cap_of_one_lets_all_channels_live_and_negative_scores_stay_last() -> None:
+    score = torch.arange(40.0).view(4, 10) ** 4
+    assert Mask.from_scores({"w": score}, 0.8).keep["w"].any(1).tolist() == [False, False, False, True]
+    assert Mask.from_scores({"w": score}, 0.8, channel_cap=1.0).keep["w"].any(1).all()
+    signed = Mask.from_scores({"w": score - 1e6}, 0.5, channel_cap=1.0)
+    assert not signed.keep["w"][(score - 1e6) < 0][:10].any()
+    with pytest.raises(MaskError, match=r"channel_cap: 0\.5 is below 1"):
+        Mask.from_scores({"w": score}, 0.5, channel_cap=0.5)
+
+
+@pytest.mark.parametrize("scope", get_args(Scope))
+@pytest.mark.parametrize("options", [{}, {"densities": {"stem": 1.0, "head": 0.2}}, {"channel_cap": 2.0}])
+def test_rounds_only_remove_and_end_where_one_round_does(scope: Scope, options: dict[str, Any]) -> None:
+    mask, before = None, TOTAL
+    for step in range(1, 6):
+        mask = Mask.from_scores(drawn(deep=-3.0), 0.96, scope, within=mask, progress=step / 5, **options)
+        assert mask.kept < before
+        before = mask.kept
+    once = Mask.from_scores(drawn(deep=-3.0), 0.96, scope, **options)
+    assert mask is not None
+    assert mask.per_layer() == once.per_layer() or "channel_cap" in options or scope == "lamp"
+    assert mask.kept == once.kept
 
 
 def test_no_more_is_kept_than_the_mask_within_has() -> None:

@@ -3,9 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from epsd.types import EpsdError, Scores
 
-Scope = Literal["global", "layer"]
+Scope = Literal["global", "layer", "erk", "lamp"]
+"""Where scores compete. global : in the whole net. layer : within each layer, all of one density. erk : within each
+layer, of Erdős-Rényi-Kernel density (`erk_factor`). lamp : in the whole net, each score divided by the sum of those of
+its layer that are not smaller, so that no layer is emptied (Lee et al., ICLR 2021, there for magnitudes)."""
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _FORMAT = "epsd-mask-1"
 
@@ -45,29 +50,163 @@ def hidden(model: nn.Module) -> list[str]:
     return [name for name in layers if model.get_submodule(name)._parameters.get("weight") is None]
 
 
-def check_fits(sizes: Mapping[str, int], sparsity: float, scope: Scope) -> None:
-    """Whether weights of these sizes by layer can be pruned so, told before anything is scored.
+def check_fits(weights: Mapping[str, Tensor], sparsity: float, scope: Scope = "global", **options: Any) -> None:
+    """Whether weights of these shapes can be pruned so, told before anything is scored. `options`: of `from_scores`.
 
-    Raises MaskError: nothing to prune; `sparsity` outside [0, 1); fewer weights left than layers; an unknown `scope`.
+    Raises MaskError: nothing to prune; `sparsity` outside [0, 1); fewer weights left than layers; an unknown `scope`;
+    densities of layers that are not there, or that do not go with `sparsity`; a cap below 1.
     """
-    if not sizes:
+    _budgets({name: weight.shape for name, weight in weights.items()}, sparsity, scope, **options)
+
+
+def erk_factor(shape: torch.Size) -> float:
+    """To what a layer's density is proportional, up to 1: (n_in + n_out + k_h + k_w) / (n_in · n_out · k_h · k_w).
+
+    Erdős-Rényi-Kernel: Mocanu et al. 2018 (without the kernel), Evci et al. 2020.
+    """
+    return sum(shape) / math.prod(shape)
+
+
+def erk_ranked(shape: torch.Size) -> Tensor:
+    """Scores (N,) in float64, descending, of which a share min(1, f/τ) lies above any τ; f the layer's `erk_factor`."""
+    size = shape.numel()
+    return erk_factor(shape) / ((torch.arange(size).double() + 0.5) / size)
+
+
+class _Budget(NamedTuple):
+    """Layers whose weights compete with each other, and how many of theirs stay."""
+
+    names: list[str]
+    kept: int
+
+
+def _budgets(
+    shapes: Mapping[str, torch.Size],
+    sparsity: float,
+    scope: Scope,
+    *,
+    keep_at_least_one: bool = False,
+    densities: Mapping[str, float] | None = None,
+    channel_cap: float | None = None,
+    progress: float = 1.0,
+) -> list[_Budget]:
+    """Of all layers, `progress` of the way there. Raises what `check_fits` says."""
+    if not shapes:
         raise MaskError("no prunable weight: the model has no trainable Conv or Linear weight.")
     if not 0 <= sparsity < 1:
         raise MaskError(f"sparsity: {sparsity} is outside [0, 1).")
     if scope not in get_args(Scope):
         raise MaskError(f"scope: unknown '{scope}'. Valid: {', '.join(get_args(Scope))}.")
-    for names in [list(sizes)] if scope == "global" else [[name] for name in sizes]:
+    if channel_cap is not None and not channel_cap >= 1:
+        raise MaskError(f"channel_cap: {channel_cap} is below 1, the even share.")
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    given = _given(sizes, sparsity, densities or {})
+    rest = {name: shape for name, shape in shapes.items() if name not in given}
+    free = sum(sizes[name] for name in rest)
+    left = _kept(sum(sizes.values()), sparsity) - sum(given.values())
+    if left > free:
+        raise MaskError(f"densities: with prune.sparsity {sparsity} the other layers keep {left} of {free} weights.")
+    share = 1 - left / free if given and free else sparsity
+    _check_room(sizes, rest, left, sparsity, share, scope)
+    target = share if progress == 1 else 1 - (1 - share) ** progress
+    kept = left if progress == 1 else _kept(free, target)
+    found = [
+        _Budget([n], k if progress == 1 else _kept(sizes[n], 1 - (k / sizes[n]) ** progress)) for n, k in given.items()
+    ]
+    if scope == "layer":
+        return found + [_Budget([name], _kept(sizes[name], target)) for name in rest]
+    if scope == "erk":
+        return found + [_Budget([name], count) for name, count in _erk(rest, kept, keep_at_least_one).items()]
+    return [*found, _Budget(list(rest), kept)] if rest else found
+
+
+def _given(sizes: Mapping[str, int], sparsity: float, densities: Mapping[str, float]) -> dict[str, int]:
+    """Weights that stay in each layer whose density is given; of several patterns that fit a layer the first counts."""
+    for pattern, density in densities.items():
+        if not any(fnmatchcase(name, pattern) for name in sizes):
+            raise MaskError(f"densities: no layer fits '{pattern}'. Layers: {', '.join(sizes)}.")
+        if not 0 < density <= 1:
+            raise MaskError(f"densities: {density} of '{pattern}' is outside (0, 1].")
+    first = {name: next((d for p, d in densities.items() if fnmatchcase(name, p)), None) for name in sizes}
+    found = {name: max(1, round(d * sizes[name])) for name, d in first.items() if d is not None}
+    over = sum(found.values()) - _kept(sum(sizes.values()), sparsity)
+    if len(found) == len(sizes) and abs(over) <= len(sizes):  # they were rounded each by itself
+        found[max(found, key=lambda name: sizes[name])] -= over
+    elif over > 0 or len(found) == len(sizes):
+        raise MaskError(
+            f"densities: they keep {sum(found.values())} weights, prune.sparsity {sparsity} keeps "
+            f"{sum(found.values()) - over} of {sum(sizes.values())} in all."
+        )
+    return found
+
+
+def _check_room(
+    sizes: Mapping[str, int], rest: Iterable[str], left: int, sparsity: float, share: float, scope: Scope
+) -> None:
+    """Every layer could keep a weight."""
+    rest = list(rest)
+    for names in [[name] for name in rest] if scope == "layer" else [rest]:
         total = sum(sizes[name] for name in names)
-        if (kept := _kept(total, sparsity)) < len(names):
+        if (kept := _kept(total, share) if scope == "layer" else left) < len(names):
             told = ", ".join(names) if len(names) < 4 else f"{len(names)} layers"
+            given = "" if len(rest) < len(sizes) else f" At most {1 - len(names) / total:.6g} works here."
             raise MaskError(
                 f"prune.sparsity {sparsity} leaves {kept} of {total} weights for {told}: "
-                f"fewer weights than layers. At most {1 - len(names) / total:.6g} works here."
+                f"fewer weights than layers.{given}"
             )
+
+
+def _erk(shapes: Mapping[str, torch.Size], kept: int, keep_at_least_one: bool) -> dict[str, int]:
+    """How many weights of each layer `Random(distribution="erk")` keeps of `kept` in all."""
+    ranked = torch.cat([erk_ranked(shape) for shape in shapes.values()])
+    chosen, sizes = _select(ranked, kept), [shape.numel() for shape in shapes.values()]
+    if keep_at_least_one:
+        chosen = _revive(ranked, chosen, sizes)
+    return {name: int(part.sum()) for name, part in zip(shapes, torch.split(chosen, sizes), strict=True)}
 
 
 def _kept(total: int, sparsity: float) -> int:
     return total - round(sparsity * total)
+
+
+def _competing(score: Tensor, alive: Tensor | None, scope: Scope, channel_cap: float | None) -> Tensor:
+    """A layer's scores as they compete; what is not `alive` is at −∞."""
+    score = score.detach() if alive is None else score.masked_fill(~alive.to(score.device), -torch.inf)
+    score = score if channel_cap is None else _capped(score, channel_cap)
+    return _lamp(score) if scope == "lamp" else score
+
+
+def _lamp(score: Tensor) -> Tensor:
+    """Positive scores over the sum of the layer's that are not smaller; among equal ones the earlier is first."""
+    flat = score.flatten().double()
+    order = flat.argsort(descending=True, stable=True)
+    gains = flat[order].clamp(min=0)
+    relative = torch.where(gains > 0, gains / gains.cumsum(0), flat[order])
+    return torch.empty_like(flat).scatter_(0, order, relative).view(score.shape)
+
+
+def _capped(score: Tensor, cap: float) -> Tensor:
+    """Positive scores, scaled channel by channel so that none has more than `cap` times its even share of the layer's
+    sum, which stays. Channels are the outputs (first axis); one without a positive score does not count.
+    """
+    gains = score.clamp(min=0).double()
+    mass = gains.flatten(1).sum(1) if score.dim() > 1 else gains
+    limit = _limit(mass[mass > 0], cap)
+    scale = torch.where(mass > limit, limit / mass, 1.0)
+    scale = scale * (mass.sum() / (scale * mass).sum()) if limit > 0 else scale
+    return torch.where(score > 0, gains * scale.view(-1, *[1] * (score.dim() - 1)), score)
+
+
+def _limit(mass: Tensor, cap: float) -> float:
+    """t with t = cap · mean(min(mass, t)): the most that a channel may have of what is left; ∞ where all have less."""
+    ordered = mass.sort(descending=True).values.tolist()
+    count, below = len(ordered), math.fsum(ordered)
+    for clipped, largest in enumerate(ordered):
+        limit = cap * below / (count - cap * clipped) if count > cap * clipped else math.inf
+        if largest <= limit:
+            return limit if clipped else math.inf
+        below -= largest
+    return ordered[-1] if ordered else math.inf
 
 
 def _select(scores: Tensor, kept: int) -> Tensor:
@@ -144,29 +283,42 @@ class Mask:
         scope: Scope = "global",
         *,
         keep_at_least_one: bool = False,
+        densities: Mapping[str, float] | None = None,
+        channel_cap: float | None = None,
         within: "Mask | None" = None,
+        progress: float = 1.0,
     ) -> Self:
         """Remove exactly `round(sparsity · N)` lowest scores (N of all layers, or of each layer with scope "layer").
 
-        Ties go by position: the earlier weight stays. `within`: what that mask removed stays removed.
-        `keep_at_least_one`: no layer loses its last weight, at the same total.
+        Ties go by position: the earlier weight stays.
+
+        scope : where scores compete, see `Scope`.
+        keep_at_least_one : no layer loses its last weight, at the same total.
+        densities : layer, or pattern such as "layer3.*" -> (0, 1], the share of its weights that stays, whatever the
+            scope; the other layers share what is left of the total.
+        channel_cap : [1, ...), times its even share of a layer's summed scores that one output channel may have:
+            the scores of channels with more are scaled down to it before anything competes, the layer's sum stays.
+            1: all channels alike. The ranking within a channel never changes.
+        within : what that mask removed stays removed.
+        progress : (0, 1] of the way from dense on an exponential schedule, on which density d is at d^progress.
 
         Raises
         ------
-        MaskError : no scores; a score that is NaN or infinite; all scores zero; `sparsity` outside [0, 1); fewer
-            weights left than layers; more than `within` left.
+        MaskError : no scores; a score that is NaN or infinite; all scores zero; more than `within` left; and what
+            `check_fits` names.
         """
-        check_fits({name: score.numel() for name, score in scores.items()}, sparsity, scope)
+        options: dict[str, Any] = {"keep_at_least_one": keep_at_least_one, "densities": densities, "progress": progress}
+        shapes = {name: score.shape for name, score in scores.items()}
+        budgets = _budgets(shapes, sparsity, scope, channel_cap=channel_cap, **options)
         _check(scores, sparsity)
         ranked = {
-            name: score if within is None else score.masked_fill(~within.keep[name].to(score.device), -torch.inf)
+            name: _competing(score, None if within is None else within.keep[name], scope, channel_cap)
             for name, score in scores.items()
         }
-        groups = [ranked] if scope == "global" else [{name: score} for name, score in ranked.items()]
         keep: dict[str, Tensor] = {}
-        for group in groups:
+        for names, kept in budgets:
+            group = {name: ranked[name] for name in names}
             flat = _flat(group)
-            kept = _kept(flat.numel(), sparsity)
             if within is not None and kept > (left := sum(int(within.keep[name].sum()) for name in group)):
                 raise MaskError(
                     f"sparsity {sparsity} keeps {kept} weights, the mask within which it prunes has {left}."
@@ -175,7 +327,7 @@ class Mask:
             if keep_at_least_one:
                 chosen = _revive(flat, chosen, [score.numel() for score in group.values()])
             keep.update(_split(chosen, group))
-        return cls({name: tensor.cpu() for name, tensor in keep.items()})
+        return cls({name: keep[name].cpu() for name in scores})
 
     @classmethod
     def dense(cls, model: nn.Module) -> Self:

@@ -78,7 +78,8 @@ class Score(Protocol):
     """One early-pruning criterion. It leaves parameters, buffers, mode and random state of `model` untouched.
 
     One that never consults `objective` says so by `follows_objective: ClassVar[bool] = False`: its mask under cross
-    entropy alone is then known to be the same.
+    entropy alone is then known to be the same. `follows_data = False`: it is the same for other images, so that nothing
+    is averaged. `signed = True`: its sign is a part of the ranking, so that averaging keeps it.
     """
 
     def __call__(self, model: "nn.Module", batches: Iterable[Batch], objective: Objective) -> Scores:

@@ -32,7 +32,7 @@ def test_the_shipped_file_is_valid_and_says_range_and_unit_beside_each_number(ro
         ("prune.sparsity", -0.1, r"prune\.sparsity: input should be greater than or equal to 0"),
         ("prune.sparsity", "0.9", r"prune\.sparsity: .*valid number"),
         ("prune.sparsity", float("nan"), r"prune\.sparsity"),
-        ("prune.scope", "local", "'global' or 'layer'"),
+        ("prune.scope", "local", "'global', 'layer', 'erk' or 'lamp'"),
         ("prune.rounds", 0, r"prune\.rounds"),
         ("train.epochs", 1.5, r"train\.epochs"),
         ("train.nesterov", "yes", r"train\.nesterov"),

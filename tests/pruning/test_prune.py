@@ -19,11 +19,12 @@ from epsd.pruning.prune import (
     follows_objective,
     overlap_with_cross_entropy,
     prune,
+    scored,
     signal,
 )
-from epsd.pruning.scoring import MetaGradientError
+from epsd.pruning.scoring import Means, MetaGradientError, normalised, within
 from epsd.scores import SCORES
-from epsd.types import Batch, BatchNeeds, EpsdError
+from epsd.types import Batch, BatchNeeds, EpsdError, Scores
 from toys import ToyBatches, convnet, mlp
 
 DATA = ToyBatches()
@@ -58,6 +59,53 @@ def test_rounds_follow_an_exponential_schedule() -> None:
     prune(convnet(), DATA, score=Recording(), sparsity=0.9, rounds=4)
     expected = [total - round((1 - 0.1 ** (k / 4)) * total) for k in range(4)]
     assert seen == expected
+
+
+@pytest.mark.parametrize("name", ["epsd", "prospr", "snip", "grasp"])
+def test_several_batches_are_averaged_with_or_without_sign(name: str) -> None:
+    """Against the score on each draw, in the order of the data."""
+    data, count = ToyBatches(size=144, dtype=torch.float64), 3
+    settings: dict[str, Any] = {"grasp": {"samples_per_class": None}}.get(name, {})
+    score, batches = SCORES[name](**settings), list(data.epoch(0))
+    each = 4 if name in ("epsd", "prospr") else 1
+
+    def given(signed: bool) -> list[Scores]:
+        with within(Means(signed=signed)):
+            draws = [iter(batches[each * number : each * (number + 1)]) for number in range(count)]
+            return [score(mlp(16), draw, OBJECTIVES["cross_entropy"]()) for draw in draws]
+
+    for layer, found in scored(mlp(16), data, score=score, batches=count).items():
+        assert torch.allclose(found, torch.stack([one[layer] for one in given(False)]).mean(0))
+    signed = scored(mlp(16), data, score=score, batches=count, average="signed")
+    mean = {layer: torch.stack([one[layer] for one in given(True)]).mean(0) for layer in signed}
+    expected = mean if name == "grasp" else normalised(mean)
+    assert all(torch.allclose(signed[layer], expected[layer]) for layer in expected)
+    if name == "snip":
+        summed = scored(mlp(16), data, score=SCORES["snip"](batches=count))
+        assert all(torch.allclose(signed[layer], summed[layer]) for layer in summed)
+
+
+@pytest.mark.parametrize("name", ["random", "magnitude", "synflow"])
+def test_what_looks_at_no_images_is_scored_once(name: str) -> None:
+    torch.manual_seed(3)
+    one, many = (scored(mlp(16), ToyBatches(dtype=torch.float64), score=SCORES[name](), batches=n) for n in (1, 5))
+    assert all(torch.equal(one[layer], many[layer]) for layer in one)
+
+
+def test_how_batches_are_averaged_is_checked() -> None:
+    with pytest.raises(PruneError, match="batches: 0 is below 1"):
+        prune(convnet(), DATA, score=SCORES["snip"](), sparsity=0.5, batches=0)
+    with pytest.raises(PruneError, match=r"average: unknown 'median'\. Valid: absolute, signed"):
+        prune(convnet(), DATA, score=SCORES["snip"](), sparsity=0.5, average="median")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options", [{"scope": "erk"}, {"scope": "lamp"}, {"channel_cap": 1.0}, {"densities": {"0.*": 1.0}}]
+)
+def test_rounds_go_with_every_selection(options: dict[str, Any]) -> None:
+    mask = prune(convnet(), DATA, score=SCORES["epsd"](), sparsity=0.8, rounds=3, batches=2, **options)
+    assert mask.kept == mask.total - round(0.8 * mask.total)
+    assert "densities" not in options or mask.per_layer()["0.weight"] == (54, 54)
 
 
 def test_the_objective_given_is_not_changed() -> None:

@@ -53,6 +53,9 @@ ONLY_OF = {
 }
 """Parameters that matter to metrics that begin like this, and to no other."""
 
+NEUTRAL = {"prune.channel_cap": "null", "prune.batches": "1", "prune.average": "absolute"}
+"""Parameters at the value that does what was done before they were there: runs from then are the same configuration."""
+
 OF_THE_METHOD = ("prune.", "procedure.", "objective.")
 DENSE = "dense"
 
@@ -257,7 +260,7 @@ def configuration(entry: Entry, metric: str) -> dict[str, str]:
     return {
         key: value
         for key, value in sorted(params.items())
-        if key != "seed" and not key.startswith(WITHOUT_EFFECT) and _bears(key, metric)
+        if key != "seed" and not key.startswith(WITHOUT_EFFECT) and _bears(key, metric) and NEUTRAL.get(key) != value
         and (is_timing(metric) or not key.startswith(ONLY_TIMING))
         and not (dense and key.startswith("prune.") and key != "prune.sparsity" and "procedure.name" not in params)
         and not (key in ("train.milestones", "train.gamma") and params.get("train.schedule", "step") != "step")

@@ -95,13 +95,18 @@ def _method(params: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield f"* Architecture: {_choice(params['architecture'])}"
     if not _dense(params):
-        yield f"* Score: {_choice(prune['score'])}; sparsity {prune['sparsity']:g}, scope {prune['scope']}"
+        how = "".join(f", {key} {prune[key]}" for key in _HOW if prune.get(key) not in (None, {}, 1, "absolute"))
+        yield f"* Score: {_choice(prune['score'])}; sparsity {prune['sparsity']:g}, scope {prune['scope']}{how}"
     yield f"* Objective: {_choice(params['objective'])}"
     yield f"* Training: {train['epochs']} epochs, batches of {train['batch_size']}, learning rate {train['lr']:g}"
 
 
 def _dense(params: Mapping[str, Any]) -> bool:
     return bool(params["prune"]["sparsity"] == 0)
+
+
+_HOW = ("densities", "channel_cap", "rounds", "batches", "average")
+"""Settings of the selection that are said where they change something."""
 
 
 def _choice(choice: Mapping[str, Any]) -> str:

@@ -64,15 +64,15 @@ def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Prune
     again, with the same mask. It needs `prune.rounds: 1`, as later rounds score what earlier ones left.
     """
     work = _begin(params, data)
-    selection = params.prune.model_dump(include={"sparsity", "scope", "rounds", "keep_at_least_one"})
     if known is None:
+        how: dict[str, Any] = {"rounds": params.prune.rounds, **_selection(params), **_draws(params)}
         with within(_means(params)):
             with _measured(params, work.model) as spent:
-                mask = pruning.prune(work.model, work.batches, score=work.score, objective=work.objective, **selection)
+                mask = pruning.prune(work.model, work.batches, score=work.score, objective=work.objective, **how)
             report = mask.summary() | spent
             report |= comparison(params, work.model, work.batches, mask, work.score, work.objective)
     else:
-        mask, report = _cut(known, selection)
+        mask, report = _cut(known, params)
     return _controlled(params, data, Pruned(mask, work.model, report))
 
 
@@ -81,12 +81,13 @@ def scored(params: Params, data: Prepared) -> Scored:
     model, batches, score, objective = _begin(params, data)
     with within(_means(params)):
         with _measured(params, model) as report:
-            scores = pruning.scored(model, batches, score=score, objective=objective)
+            scores = pruning.scored(model, batches, score=score, objective=objective, **_draws(params))
         if not params.prune.compare:
             return Scored(scores, None, report)
         plain = scores
         if pruning.follows_objective(score):
-            plain = pruning.scored(model, batches, score=score, objective=PlainLoss(cross_entropy, objective.needs))
+            alone = PlainLoss(cross_entropy, objective.needs)
+            plain = pruning.scored(model, batches, score=score, objective=alone, **_draws(params))
         return Scored(scores, plain, report | pruning.signal(model, batches, score, objective))
 
 
@@ -95,7 +96,18 @@ def scoring_key(params: Params) -> dict[str, Any]:
     sections = params.model_dump(include={"seed", "device", "architecture", "objective"})
     augmentation = params.data.model_dump(include={"crop_padding", "flip"})
     own = params.prune.model_dump(include={"score", "batch_size", "compare", "precision"})
-    return {**sections, **augmentation, **own}
+    return {**sections, **augmentation, **own, **_draws(params)}
+
+
+def _selection(params: Params) -> dict[str, Any]:
+    """What makes a mask of scores."""
+    wanted = {"sparsity", "scope", "densities", "channel_cap", "keep_at_least_one"}
+    return params.prune.model_dump(include=wanted)
+
+
+def _draws(params: Params) -> dict[str, Any]:
+    """How often a round scores, and what mean it takes."""
+    return params.prune.model_dump(include={"batches", "average"})
 
 
 def _means(params: Params) -> Means:
@@ -115,10 +127,11 @@ def _measured(params: Params, model: nn.Module) -> Iterator[dict[str, Any]]:
     report |= meter.figures() | {"peak_memory_mib": watch.peak_memory}
 
 
-def _cut(known: Scored, selection: dict[str, Any]) -> tuple[Mask, dict[str, Any]]:
+def _cut(known: Scored, params: Params) -> tuple[Mask, dict[str, Any]]:
     """Mask and report at one sparsity, from scores that are there."""
-    if selection.pop("rounds") != 1:
+    if params.prune.rounds != 1:
         raise ValueError("scores can be shared with prune.rounds 1 only")
+    selection = _selection(params)
     mask = pruning.selected(known.scores, **selection)
     report = mask.summary() | known.report
     if known.plain is not None:
@@ -166,6 +179,6 @@ def comparison(
     """How live the distillation was, and how much of the mask cross entropy alone would have chosen."""
     if not params.prune.compare:
         return {}
-    selection = params.prune.model_dump(include={"sparsity", "scope", "rounds", "keep_at_least_one"})
-    overlap = pruning.overlap_with_cross_entropy(mask, model, batches, score=score, objective=objective, **selection)
+    how: dict[str, Any] = {"rounds": params.prune.rounds, **_selection(params), **_draws(params)}
+    overlap = pruning.overlap_with_cross_entropy(mask, model, batches, score=score, objective=objective, **how)
     return {"jaccard_cross_entropy": overlap, **pruning.signal(model, batches, score, objective)}

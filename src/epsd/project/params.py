@@ -69,8 +69,12 @@ class PruneParams(Section):
 
     score: Choice
     sparsity: Share
-    scope: Literal["global", "layer"]
+    scope: Literal["global", "layer", "erk", "lamp"]
+    densities: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
+    channel_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     rounds: Count
+    batches: Count = 1
+    average: Literal["absolute", "signed"] = "absolute"
     batch_size: Count
     keep_at_least_one: bool
     control: Literal["none", "shuffled", "reinitialised"]

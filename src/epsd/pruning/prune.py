@@ -5,9 +5,10 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,12 @@ from epsd.losses import PlainLoss, as_objective, cross_entropy
 from epsd.masks import Mask, MaskError, Scope, check_fits, hidden, prunable
 from epsd.pruning.look_ahead import LookAhead, planned
 from epsd.pruning.metagradients import gradient_norms
-from epsd.pruning.scoring import Following, MetaGradientError, scoring
+from epsd.pruning.scoring import Following, MetaGradientError, means, normalised, scoring, within
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError, Objective, Score, Scores
 
 Source = Batches | Iterable[Batch] | DataLoader[Any]
 LossLike = Objective | Callable[[Tensor, Tensor], Tensor]
+Average = Literal["absolute", "signed"]
 
 
 class PruneError(EpsdError):
@@ -80,13 +82,17 @@ def _sizes(source: Source) -> tuple[int, int]:
 
 def prune(
     model: nn.Module,
-    batches: Source,
+    source: Source,
     *,
     score: Score,
     sparsity: float,
     objective: LossLike = cross_entropy,
     scope: Scope = "global",
+    densities: Mapping[str, float] | None = None,
+    channel_cap: float | None = None,
     rounds: int = 1,
+    batches: int = 1,
+    average: Average = "absolute",
     keep_at_least_one: bool = False,
     restart: bool = True,
     seed: int = 0,
@@ -99,13 +105,17 @@ def prune(
     Parameters
     ----------
     model : its weights are the ones that will be trained; on any device.
-    batches : prepared batches, a `DataLoader` of (image, label) pairs, or any iterable of `Batch`.
+    source : prepared batches, a `DataLoader` of (image, label) pairs, or any iterable of `Batch`.
     score : which weights matter, e.g. `Epsd(steps=3)`.
     sparsity : share of prunable weights removed, [0, 1); exactly round(sparsity · N) are.
     objective : what the score differentiates: a self-distillation method, or a plain `loss(logits, labels)`.
-    scope : scores compete in the whole net ("global") or within each layer ("layer").
-    rounds : mask and score again this often, the density after round k being (1 − sparsity)^(k/rounds). Default 1;
-        SynFlow: 100.
+    scope, densities, channel_cap : where scores compete, for how many places, and what of them counts: see
+        `Mask.from_scores`.
+    rounds : mask and score again this often, the density after round k being (1 − sparsity)^(k/rounds); a later round
+        scores the pruned net, at the cost of the first. Default 1; SynFlow: 100.
+    batches : score this often in each round, on new batches, and take the mean. Default 1.
+    average : mean of the scores ("absolute", default), each normalised, or score of the mean gradient ("signed"), in
+        which what changes its sign from batch to batch cancels. GraSP, whose sign counts, is averaged with it.
     keep_at_least_one : no layer loses its last weight. Otherwise a layer that does is named in a warning.
     restart : begin the data again when a score needs more batches than there are.
     seed : of order and augmentation where `batches` is a DataLoader.
@@ -115,43 +125,75 @@ def prune(
     MaskError : nothing to prune, scores that are not finite or all zero, a layer whose initial weights are all zero,
         fewer weights left than layers.
     MetaGradientError : too few batches, or a loss that is not differentiable as often as the score needs.
-    PruneError : `rounds` below 1; a model that cannot be pruned as it is (DataParallel, TorchScript, no copy of it);
-        something else than a score or an objective.
+    PruneError : `rounds` or `batches` below 1; an unknown `average`; a model that cannot be pruned as it is
+        (DataParallel, TorchScript, no copy of it); something else than a score or an objective.
     ParallelError : a batch that several processes cannot split evenly.
     """
     if rounds < 1:
         raise PruneError(f"rounds: {rounds} is below 1.")
     objective = copy.deepcopy(as_objective(_checked(model, score, objective)))
-    check_fits({name: p.numel() for name, p in prunable(model).items()}, sparsity, scope)
+    selection: dict[str, Any] = {"scope": scope, "densities": densities, "channel_cap": channel_cap}
+    selection["keep_at_least_one"] = keep_at_least_one
+    check_fits(prunable(model), sparsity, **selection)
     work = _copied(model)
-    drawn = Stream(batches, objective.needs, restart, seed)
+    repeated = _Repeated(score, batches, average)
+    drawn = Stream(source, objective.needs, restart, seed)
     mask: Mask | None = None
     for done in range(1, rounds + 1):
-        objective.begin("score", *_sizes(batches))
-        density = (1 - sparsity) ** (done / rounds)
-        target = sparsity if done == rounds else 1 - density
-        scores = score(work, drawn, objective)
-        distributed.same_everywhere(scores.values())
+        scores = repeated(work, drawn, objective, _sizes(source))
         if mask is None and sparsity:
             _refuse_zeros(model, scores)
-        mask = Mask.from_scores(scores, target, scope, keep_at_least_one=keep_at_least_one, within=mask)
+        mask = Mask.from_scores(scores, sparsity, **selection, within=mask, progress=done / rounds)
         mask.apply_(work)
     assert mask is not None
     _warn_of_dead_layers(mask)
     return mask
 
 
-def scored(model: nn.Module, batches: Source, *, score: Score, objective: LossLike = cross_entropy) -> Scores:
+def scored(
+    model: nn.Module,
+    source: Source,
+    *,
+    score: Score,
+    objective: LossLike = cross_entropy,
+    batches: int = 1,
+    average: Average = "absolute",
+) -> Scores:
     """The scores that `prune` ranks in its first round; `selected` makes a mask of them at any sparsity.
 
     `model` and `objective` are left as they are. Raises MetaGradientError, MaskError and PruneError as `prune` does.
     """
     objective = copy.deepcopy(as_objective(_checked(model, score, objective)))
-    objective.begin("score", *_sizes(batches))
-    scores = score(_copied(model), Stream(batches, objective.needs), objective)
-    distributed.same_everywhere(scores.values())
+    stream = Stream(source, objective.needs)
+    scores = _Repeated(score, batches, average)(_copied(model), stream, objective, _sizes(source))
     _refuse_zeros(model, scores)
     return scores
+
+
+class _Repeated:
+    """A score on several draws of batches, the same in all processes."""
+
+    def __init__(self, score: Score, batches: int, average: Average) -> None:
+        if batches < 1:
+            raise PruneError(f"batches: {batches} is below 1.")
+        if average not in get_args(Average):
+            raise PruneError(f"average: unknown '{average}'. Valid: {', '.join(get_args(Average))}.")
+        self._score = score
+        self._times = batches if getattr(score, "follows_data", True) else 1
+        self._signed = average == "signed" and self._times > 1 and not getattr(score, "signed", False)
+
+    def __call__(self, model: nn.Module, drawn: Stream, objective: Objective, sizes: tuple[int, int]) -> Scores:
+        total: Scores = {}
+        with within(replace(means(), signed=self._signed)):
+            for _ in range(self._times):
+                objective.begin("score", *sizes)
+                for name, found in self._score(model, drawn, objective).items():
+                    total[name] = total[name] + found if name in total else found
+        if self._times > 1:
+            total = {name: found / self._times for name, found in total.items()}
+        scores = normalised(total) if self._signed else total
+        distributed.same_everywhere(scores.values())
+        return scores
 
 
 def _checked(model: nn.Module, score: object, objective: LossLike) -> LossLike:
@@ -202,9 +244,12 @@ def _copied(model: nn.Module) -> nn.Module:
     return work
 
 
-def selected(scores: Scores, *, sparsity: float, scope: Scope = "global", keep_at_least_one: bool = False) -> Mask:
-    """The mask that `prune` would give with `rounds=1` on these scores, without scoring again. Raises MaskError."""
-    mask = Mask.from_scores(scores, sparsity, scope, keep_at_least_one=keep_at_least_one)
+def selected(scores: Scores, *, sparsity: float, **selection: Any) -> Mask:
+    """The mask that `prune` would give with `rounds=1` on these scores, without scoring again.
+
+    `selection`: `scope`, `densities`, `channel_cap`, `keep_at_least_one`. Raises MaskError.
+    """
+    mask = Mask.from_scores(scores, sparsity, **selection)
     _warn_of_dead_layers(mask)
     return mask
 
@@ -248,7 +293,7 @@ def signal(model: nn.Module, batches: Source, score: Score, objective: Objective
 
 
 def overlap_with_cross_entropy(
-    mask: Mask, model: nn.Module, batches: Source, *, score: Score, objective: Objective, **selection: Any
+    mask: Mask, model: nn.Module, source: Source, *, score: Score, objective: Objective, **selection: Any
 ) -> float:
     """Jaccard overlap of `mask` with the mask of the same score, on the same images, under cross entropy.
 
@@ -257,7 +302,7 @@ def overlap_with_cross_entropy(
     if not follows_objective(score):
         return 1.0
     plain = PlainLoss(cross_entropy, objective.needs)
-    return mask.jaccard(prune(model, batches, score=score, objective=plain, **selection))
+    return mask.jaccard(prune(model, source, score=score, objective=plain, **selection))
 
 
 def follows_objective(score: Score) -> bool:

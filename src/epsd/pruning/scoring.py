@@ -47,11 +47,12 @@ class Following:
 @dataclass(frozen=True)
 class Means:
     """What scores may use. memory : bytes, None = most of what the device has free when a score begins.
-    precision : the autocast type, None = that of the weights.
+    precision : the autocast type, None = that of the weights.  signed : the saliency itself is wanted, to be averaged.
     """
 
     memory: float | None = None
     precision: torch.dtype | None = None
+    signed: bool = False
 
 
 _WITHIN: ContextVar[Means | None] = ContextVar("means", default=None)
@@ -171,7 +172,12 @@ def draw(batches: Iterable[Batch], count: int, who: str, device: torch.device) -
 
 
 def normalised(saliency: Vector) -> Scores:
-    """|saliency| / Σ |saliency| over all weights, the sum in float64. Changes no ranking."""
+    """|saliency| / Σ |saliency| over all weights, the sum in float64. Changes no ranking.
+
+    The saliency as it is where `Means.signed` says that it will be averaged first.
+    """
+    if means().signed:
+        return {name: tensor.detach() for name, tensor in saliency.items()}
     scores = {name: tensor.detach().abs() for name, tensor in saliency.items()}
     total = sum(float(score.sum(dtype=torch.float64)) for score in scores.values())
     return {name: score / total for name, score in scores.items()} if 0 < total < math.inf else scores

@@ -47,6 +47,7 @@ class Grasp:
     mode: Literal["train", "eval"] = "train"
 
     follows_objective: ClassVar[bool] = False
+    signed: ClassVar[bool] = True
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
         """Draws batches until every class has its samples (or `batches` of them), `repeats` times."""

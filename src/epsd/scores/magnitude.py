@@ -15,6 +15,7 @@ class Magnitude:
     """|w|, without data."""
 
     follows_objective: ClassVar[bool] = False
+    follows_data: ClassVar[bool] = False
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
         """Draws nothing."""

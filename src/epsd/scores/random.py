@@ -1,13 +1,12 @@
 """Random pruning with a density per layer: the control that every claim about pruning at initialisation needs."""
 
-import math
 from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from epsd.masks import prunable
+from epsd.masks import erk_factor, prunable
 from epsd.registry import variant
 from epsd.types import Batch, Objective, Scores
 
@@ -27,6 +26,7 @@ class Random:
     distribution: Literal["uniform", "erk"] = "uniform"
 
     follows_objective: ClassVar[bool] = False
+    follows_data: ClassVar[bool] = False
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
         """Draws nothing. The random numbers follow from the global random state, which is left as it was."""
@@ -36,5 +36,5 @@ class Random:
     def _layer(self, weight: Tensor) -> Tensor:
         n = weight.numel()
         ranks = (torch.randperm(n).double() + 0.5) / n
-        factor = sum(weight.shape) / math.prod(weight.shape) if self.distribution == "erk" else 1.0
+        factor = erk_factor(weight.shape) if self.distribution == "erk" else 1.0
         return (factor / ranks).view(weight.shape).to(weight.device)

@@ -34,6 +34,7 @@ class SynFlow:
     """
 
     follows_objective: ClassVar[bool] = False
+    follows_data: ClassVar[bool] = False
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
         """Draws one batch, for the shape of an image alone, where none has been drawn before."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from epsd.data.prepared import Prepared
 from epsd.project.params import Params
-from epsd.registry import variant
+from epsd.registry import ParamsError, variant
 from epsd.studies.procedures.types import Desk, Trained
 from epsd.studies.prune_then_distill.rewinding import Rewinding
 from epsd.studies.prune_then_distill.student import StudentKind, distilled, has_width
@@ -27,6 +27,8 @@ class PruneThenDistill(Rewinding):
     def check(self, params: Params) -> None:
         """Raises what cannot work, before any of it is done."""
         self.epochs(Recipe(epochs=params.train.epochs))
+        if params.prune.densities or params.prune.channel_cap:
+            raise ParamsError("prune.densities, prune.channel_cap: prune_then_distill goes by magnitudes alone.")
         if self.student == "narrow":
             has_width(params)
 

@@ -155,7 +155,7 @@ def prune_then_distill(
     settings, recipe = settings or Rewinding(), recipe or Recipe()
     if settings.select == "validation" and validation is None:
         raise RewindingError("select: 'validation' needs validation images: set data.validation, or select: last.")
-    check_fits({name: p.numel() for name, p in prunable(teacher).items()}, sparsity, scope)
+    check_fits(prunable(teacher), sparsity, scope)
     teacher_epochs, round_epochs, student_epochs = settings.epochs(recipe)
     course = _Course(
         as_batches(train, seed=mix(seed, "train")),
