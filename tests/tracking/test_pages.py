@@ -5,7 +5,7 @@ import zlib
 import pytest
 
 from epsd.tracking import pages, track
-from epsd.tracking.recording import tracking_uri
+from epsd.tracking.addresses import tracking_uri
 
 
 def test_the_packed_view_is_what_the_ui_unpacks():

@@ -14,8 +14,14 @@ import pytest
 import requests
 
 from conftest import ROOT
-from epsd.tracking import pages, track
-from epsd.tracking import recording as tracking
+from epsd.project import runtime
+from epsd.tracking import pages, store, track
+from epsd.tracking.addresses import AddressError, shown, tracking_uri
+from epsd.tracking.replay import replay
+from epsd.tracking.spool import resolve
+from epsd.tracking.store import Store
+from epsd.tracking.texts import as_text, conflicts
+from epsd.tracking.ui import ui_address
 
 PARAMS = {
     "train.lr": 0.1,
@@ -36,7 +42,7 @@ def project(tmp_path, monkeypatch, empty_store) -> Path:
     (folder / "dvc.yaml").touch()
     shutil.copy(empty_store, folder)
     monkeypatch.chdir(folder)
-    tracking._said.clear()
+    runtime._said.clear()
     return folder
 
 
@@ -47,7 +53,7 @@ def session(stage: str = "train", run_id: str | None = None, **more):
 def client():
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=tracking.tracking_uri())
+    return MlflowClient(tracking_uri=tracking_uri())
 
 
 def all_runs() -> list:
@@ -71,20 +77,20 @@ def spooled() -> list[Path]:
     [(0.95, "0.95"), (5e-4, "0.0005"), (None, "null"), (True, "true"), ("cskd", "cskd"), ([0.5, 1], "[0.5, 1]")],
 )
 def test_parameters_read_as_in_params_yaml(value, text):
-    assert tracking.as_text(value) == text
+    assert as_text(value) == text
 
 
 def test_numbers_of_numpy_and_torch_are_numbers():
     import numpy as np
     import torch
 
-    assert [tracking.as_text(value) for value in (np.int64(3), np.float32(0.5), torch.tensor(2))] == ["3", "0.5", "2"]
+    assert [as_text(value) for value in (np.int64(3), np.float32(0.5), torch.tensor(2))] == ["3", "0.5", "2"]
 
 
 def test_one_is_one_point_zero():
     known = {"a": "1", "b": "x", "c": "0.1"}
-    assert tracking.conflicts(known, {"a": "1.0", "b": "x", "new": "3"}) == []
-    assert tracking.conflicts(known, {"a": "2", "b": "y", "c": "0.10"}) == ["a", "b"]
+    assert conflicts(known, {"a": "1.0", "b": "x", "new": "3"}) == []
+    assert conflicts(known, {"a": "2", "b": "y", "c": "0.10"}) == ["a", "b"]
 
 
 def test_the_store_is_in_the_project_also_from_a_queued_copy(project, monkeypatch):
@@ -93,16 +99,16 @@ def test_the_store_is_in_the_project_also_from_a_queued_copy(project, monkeypatc
     shutil.copy("dvc.yaml", copy)
     monkeypatch.chdir(copy)
     monkeypatch.setenv("DVC_ROOT", str(project))
-    assert tracking.tracking_uri() == f"sqlite:///{project}/mlflow.db"
+    assert tracking_uri() == f"sqlite:///{project}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
-    assert tracking.tracking_uri() == f"sqlite:///{project}/other.db"
+    assert tracking_uri() == f"sqlite:///{project}/other.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
-    assert tracking.tracking_uri() == "http://host:5000"
+    assert tracking_uri() == "http://host:5000"
 
 
 def test_passwords_are_not_shown():
-    assert tracking.shown("https://me:secret@host:1/x") == "https://host:1/x"
-    assert tracking.shown("sqlite:////a/mlflow.db") == "sqlite:////a/mlflow.db"
+    assert shown("https://me:secret@host:1/x") == "https://host:1/x"
+    assert shown("sqlite:////a/mlflow.db") == "sqlite:////a/mlflow.db"
 
 
 # --- one run per model ----------------------------------------------------------------------------------------------
@@ -433,13 +439,13 @@ def restricted(modes: dict[Path, int]):
 
 def test_ui_address(project):
     (project / "mlflow.db").rename("away.db")
-    assert tracking.ui_address() == "http://127.0.0.1:5000/"
+    assert ui_address() == "http://127.0.0.1:5000/"
     (project / "away.db").rename("mlflow.db")
-    assert tracking.ui_address() == "http://127.0.0.1:5000/"
+    assert ui_address() == "http://127.0.0.1:5000/"
     with session() as tracker:
         pass
     number = client().get_run(tracker.run_id).info.experiment_id
-    assert tracking.ui_address(7) == f"http://127.0.0.1:7/#/experiments/{number}/runs?{pages.QUERY}"
+    assert ui_address(7) == f"http://127.0.0.1:7/#/experiments/{number}/runs?{pages.QUERY}"
 
 
 @pytest.mark.parametrize("goal", ["ui", "serve"])
@@ -495,7 +501,7 @@ def away(monkeypatch):
 
     for name in ("log_batch", "create_run", "search_runs", "get_experiment_by_name", "log_artifact", "set_terminated"):
         monkeypatch.setattr(MlflowClient, name, failing(getattr(MlflowClient, name)))
-    monkeypatch.setattr(tracking._Store, "probe", failing(tracking._Store.probe))
+    monkeypatch.setattr(Store, "probe", failing(Store.probe))
     return lambda value: state.update(away=value)
 
 
@@ -583,7 +589,7 @@ def test_a_replay_that_is_interrupted_begins_again(away, monkeypatch):
         for epoch in range(4):
             tracker.metrics({"train/loss": float(epoch)}, step=epoch)
     away(False)
-    sent = tracking._Store.metrics
+    sent = Store.metrics
 
     def breaking(self, run_id, event):
         if event["step"] == 2:
@@ -591,15 +597,15 @@ def test_a_replay_that_is_interrupted_begins_again(away, monkeypatch):
         sent(self, run_id, event)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracking._Store, "metrics", breaking)
+        patch.setattr(Store, "metrics", breaking)
         with pytest.raises(ConnectionError):
-            tracking.replay(tracking._Store(tracking.tracking_uri()))
+            replay(Store(tracking_uri()))
     assert len(spooled()) == 1
-    tracking.replay(tracking._Store(tracking.tracking_uri()))
+    replay(Store(tracking_uri()))
     (run,) = all_runs()
     assert points(run.info.run_id, "train/loss") == [(epoch, float(epoch)) for epoch in range(4)]
     assert run.info.status == "FINISHED" and spooled() == []
-    assert tracking.resolve(tracker.run_id) == run.info.run_id
+    assert resolve(tracker.run_id) == run.info.run_id
 
 
 @pytest.mark.parametrize("uri", [None, "sqlite:///other.db"])
@@ -651,7 +657,7 @@ def test_what_was_kept_for_one_server_does_not_go_to_another(away, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
     with session():
         pass
-    assert len(spooled()) == 1 and tracking.resolve(tracker.run_id) == tracker.run_id
+    assert len(spooled()) == 1 and resolve(tracker.run_id) == tracker.run_id
 
 
 def test_even_an_unwritable_spool_does_not_stop_the_work(away, capsys, project):
@@ -673,7 +679,7 @@ def test_an_address_of_no_known_kind_is_refused_at_the_start(uri, monkeypatch, p
     from epsd.registry import ParamsError
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(tracking.AddressError, match=r"^MLFLOW_TRACKING_URI: .* Valid: sqlite:///.*mlflow.db\.$"):
+    with pytest.raises(AddressError, match=r"^MLFLOW_TRACKING_URI: .* Valid: sqlite:///.*mlflow.db\.$"):
         session().__enter__()
     (project / ".epsd/spool").mkdir(parents=True)
     (project / ".epsd/spool/1.jsonl").touch()
@@ -685,7 +691,7 @@ def test_an_address_of_no_known_kind_is_refused_at_the_start(uri, monkeypatch, p
 @pytest.mark.parametrize("uri", ["mysql+pymysql://me@host:3306/runs", "postgresql:///runs?host=/tmp", "https://host/x"])
 def test_addresses_of_every_kind_are_taken(uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    assert tracking.tracking_uri() == uri
+    assert tracking_uri() == uri
 
 
 @pytest.fixture
@@ -711,13 +717,13 @@ def counted(monkeypatch, owner, name):
 @pytest.mark.parametrize("kind", ["postgresql", "mysql+pymysql", "http"])
 def test_a_server_that_does_not_answer_costs_a_hundredth_of_the_time(kind, silent, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{kind}://me:secret@127.0.0.1:{silent}/runs")
-    tries = counted(monkeypatch, tracking._Store, "probe")
+    tries = counted(monkeypatch, Store, "probe")
     with session() as tracker:
         began = time.monotonic()
         for epoch in range(100):
             tracker.metrics({"train/loss": 1.0}, step=epoch)
         assert len(tries) == 1
-        assert tracker._next_try - began > 50 * tracking._ANSWER_WITHIN, "a hundred times what the try took"
+        assert tracker._next_try - began > 50 * store._ANSWER_WITHIN, "a hundred times what the try took"
     said = capsys.readouterr().err
     assert said.count("cannot be used") == 1 and "secret" not in said
     assert len(spooled()) == 1

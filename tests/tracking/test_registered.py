@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from epsd.tracking import models, recording, registered, track
+from epsd.project import runtime
+from epsd.tracking import models, registered, track
+from epsd.tracking.addresses import tracking_uri
+from epsd.tracking.store import Store
 from handed_on import model_folder, servable
 
 
@@ -25,7 +28,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) 
     (tmp_path / "dvc.yaml").touch()
     shutil.copy(empty_store, tmp_path)
     monkeypatch.chdir(tmp_path)
-    recording._said.clear()
+    runtime._said.clear()
     return tmp_path
 
 
@@ -41,7 +44,7 @@ def evaluated(folder: Path | None, name: str = "digits-epsd", run_id: str | None
 def client() -> Any:
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=recording.tracking_uri())
+    return MlflowClient(tracking_uri=tracking_uri())
 
 
 def test_an_evaluated_model_is_registered_once_and_a_candidate(folders: list[Path]) -> None:
@@ -114,7 +117,7 @@ def test_a_model_waits_while_the_store_is_away(
 ) -> None:
     copy = Path(shutil.copytree(folders[0], project / "model"))
     with monkeypatch.context() as patch:
-        patch.setattr(recording._Store, "_connect", lambda self: 1 / 0)
+        patch.setattr(Store, "_connect", lambda self: 1 / 0)
         _, version = evaluated(copy)
     assert version is None
     assert "cannot be used" in capsys.readouterr().err

@@ -191,3 +191,13 @@ def brief(error: BaseException) -> str:
     """What `error` says, in one line of at most 160 characters, without the password of an address."""
     text = re.sub(r"://[^/@\s]+@", "://", " ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+_said: set[str] = set()
+
+
+def say_once(text: str, subject: str = "") -> None:
+    """A line on stderr, the first time only that this `subject` (or this very text) comes up."""
+    if (subject or text) not in _said:
+        _said.add(subject or text)
+        note(text)

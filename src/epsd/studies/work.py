@@ -38,7 +38,7 @@ from epsd.studies.plan import Cell, Plan
 from epsd.studies.procedures import Desk, Trained
 from epsd.studies.procedures.types import Cache
 from epsd.tracking import Tracker, track
-from epsd.tracking.recording import as_text
+from epsd.tracking.texts import as_text
 from epsd.training import checkpoints
 from epsd.training.record import Record
 

@@ -1,5 +1,7 @@
 """The only importer of mlflow: `recording` writes runs. MLflow itself is imported when a run is opened, not before."""
 
-from epsd.tracking.recording import Tracker, track, tracking_uri, ui_address
+from epsd.tracking.addresses import tracking_uri
+from epsd.tracking.recording import Tracker, track
+from epsd.tracking.ui import ui_address
 
 __all__ = ["Tracker", "track", "tracking_uri", "ui_address"]

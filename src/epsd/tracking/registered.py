@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from epsd.project.runtime import brief
+from epsd.tracking.addresses import shown, tracking_uri
 from epsd.tracking.models import CANDIDATE, NAME, quietly
-from epsd.tracking.recording import REPLACES, connection, shown, tracking_uri
+from epsd.tracking.store import REPLACES, connection
 from epsd.types import EpsdError
 
 CHAMPION = "champion"

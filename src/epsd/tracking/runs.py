@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from epsd.project.runtime import brief
 from epsd.registry import unknown
-from epsd.tracking.recording import _same, _Store, shown, tracking_uri
+from epsd.tracking.addresses import shown, tracking_uri
+from epsd.tracking.store import Store
+from epsd.tracking.texts import same_value
 from epsd.types import EpsdError
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def read_runs(experiments: Sequence[str] = (), where: Sequence[str] = ()) -> "pd
     RunsError : no store there; an unknown experiment (lists those there are); a filter that MLflow does not understand
         or whose key no run has (lists the nearest).
     """
-    store = _Store(tracking_uri())
+    store = Store(tracking_uri())
     if store.database is not None and not store.database.is_file():
         raise RunsError(f"{store.database}: no runs are recorded there yet. `make repro` or `epsd study` records some.")
     simple = [found.groupdict() for text in where if (found := _simple(text))]
@@ -57,7 +59,7 @@ def _simple(text: str) -> "re.Match[str] | None":
     return None if found is None or found["key"].startswith(_PREFIXES) else found
 
 
-def _search(store: _Store, experiments: Sequence[str], filters: Sequence[str]) -> list[tuple[str, Any]]:
+def _search(store: Store, experiments: Sequence[str], filters: Sequence[str]) -> list[tuple[str, Any]]:
     """(experiment's name, run) of all that MLflow finds."""
     try:
         known = {found.name: found.experiment_id for found in store.client.search_experiments()}
@@ -114,4 +116,4 @@ def _holding(frame: "pd.DataFrame", key: str, value: str) -> "pd.DataFrame":
         raise RunsError(f"--where: {unknown('key', key, _keys(frame))}")
     if column is None:
         return frame
-    return frame[[isinstance(found, str) and _same(found, value) for found in frame[column]]]
+    return frame[[isinstance(found, str) and same_value(found, value) for found in frame[column]]]

@@ -16,7 +16,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from epsd.project.runtime import state_folder
+
 Event = dict[str, Any]
+
+LOCAL = "local-"
+"""Prefix of the id of a run that began while the store was away."""
 
 
 class Spool:
@@ -111,3 +116,20 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def resolve(run_id: str) -> str:
+    """The real id behind a local one, once it is known; any other id as it is."""
+    path = state_folder("runs", run_id)
+    if run_id.startswith(LOCAL) and path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    return run_id
+
+
+def remember(local: str, real: str) -> None:
+    """Write down the real id, for `resolve`."""
+    path = state_folder("runs", local)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(real, encoding="utf-8")
+    temporary.replace(path)
