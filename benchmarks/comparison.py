@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from ruamel.yaml import YAML
 
+from epsd.compute.devices import Machine, pick_device
 from epsd.compute.seeds import mix
 from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
@@ -82,7 +83,7 @@ def data(tree: dict[str, Any], folder: Path) -> Prepared:
     params = parse(tree)
     dataset = choose(DATASETS, params.dataset, "dataset")
     prepare(dataset(), folder, seed=0, **params.data.model_dump(include={"validation", "test", "limit"}))
-    return Prepared.load(folder)
+    return Prepared.load(folder, Machine(pick_device(params.device), workers=params.data.workers))
 
 
 def result(tree: dict[str, Any], prepared: Prepared, job: Job) -> dict[str, Any]:

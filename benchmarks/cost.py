@@ -25,6 +25,7 @@ from ruamel.yaml import YAML
 from torch import nn
 
 from epsd.compute.cost import Meter
+from epsd.compute.devices import Machine, pick_device
 from epsd.compute.seeds import mix
 from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
@@ -92,7 +93,7 @@ def prepared(params: Params, folder: Path) -> Prepared:
     """The images, split by seed 0 for all models."""
     settings = params.data.model_dump(include={"validation", "test", "limit"})
     prepare(choose(DATASETS, params.dataset, "dataset")(), folder, seed=0, **settings)
-    return Prepared.load(folder)
+    return Prepared.load(folder, Machine(pick_device(params.device), workers=params.data.workers))
 
 
 def point(record: Record) -> dict[str, float]:

@@ -18,10 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from ruamel.yaml import YAML
 
-from epsd.compute.devices import determinism
+from epsd.compute.devices import open_machine
 from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
 from epsd.preparing.write import prepare
@@ -93,10 +92,9 @@ def train(folder: Path, title: str, tree: dict[str, Any], number: int, threads: 
     """Figures of one training, unless they are there."""
     if place(folder, title, number).exists():
         return
-    torch.set_num_threads(threads)
-    determinism()
-    data = Prepared.load(folder / artifacts.DATA)
-    figures = judge.run(*judge.repeat(parse(tree), data, number), lambda record, figures: None)
+    params = parse(tree)
+    data = Prepared.load(folder / artifacts.DATA, open_machine(params.device, threads, params.data.workers))
+    figures = judge.run(*judge.repeat(params, data, number), lambda record, figures: None)
     write_json(place(folder, title, number), figures)
 
 

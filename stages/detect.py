@@ -10,7 +10,7 @@ from torch import nn
 
 from epsd.architectures import ARCHITECTURES
 from epsd.compute import distributed
-from epsd.compute.devices import pick_device, pick_precision, seed_everything
+from epsd.compute.devices import Machine, pick_precision, seed_everything
 from epsd.compute.seeds import mix
 from epsd.compute.speed import keep_freed_memory
 from epsd.data.prepared import Prepared
@@ -32,11 +32,12 @@ from epsd.voc.annotations import Detections, VocIndex
 
 
 class Task(NamedTuple):
-    """What the detector and its twin share: parameters, scenes, the card of the trained classifier, and where an
-    interrupted training left off.
+    """What the detector and its twin share: parameters, the machine, scenes, the card of the trained classifier, and
+    where an interrupted training left off.
     """
 
     params: Params
+    machine: Machine
     voc: VocIndex
     card: dict[str, Any]
     folder: Path
@@ -55,11 +56,12 @@ class Trained(NamedTuple):
     history: list[dict[str, float]]
 
 
-def main(params: Params) -> str:
+def main(params: Params, machine: Machine) -> str:
     """Train and score the detector on the pruned backbone, and its twin where one is asked for; save, log."""
     mark = fingerprint(params)
     folder = state_folder("checkpoints", mark)
-    task = Task(params, VocIndex.load(artifacts.VOC_INDEX), artifacts.read_json(artifacts.MODEL_CARD), folder, mark)
+    voc, card = VocIndex.load(artifacts.VOC_INDEX), artifacts.read_json(artifacts.MODEL_CARD)
+    task = Task(params, machine, voc, card, folder, mark)
     keep_freed_memory()
     if not distributed.is_main():
         followed(task)
@@ -115,7 +117,7 @@ def fitted(
     on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> Trained:
     """A detector around `model`, trained on the training scenes; the mask of `model` moves along and holds."""
-    settings, device = task.params.detect, pick_device(task.params.device)
+    settings, device = task.params.detect, task.machine.device
     picture = Picture(*detection.typical_size(task.voc.scenes["train"]), task.card["mean"], task.card["std"])
     nodes = choose(ARCHITECTURES, task.card["architecture"], "architecture").feature_nodes(model)
     seed_everything(mix(task.params.seed, "detect"))
@@ -131,7 +133,7 @@ def fitted(
         seed=task.params.seed,
         device=device,
         precision=pick_precision(settings.precision, device),
-        workers=task.params.data.workers,
+        workers=task.machine.workers,
         on_epoch=on_epoch,
         **task.saved(name),
     )
@@ -145,8 +147,8 @@ def found(task: Task, detector: nn.Module, split: str) -> list[Detections]:
         task.voc.scenes[split],
         channels=task.card["image_shape"][0],
         batch_size=task.params.detect.batch_size,
-        device=pick_device(task.params.device),
-        workers=task.params.data.workers,
+        device=task.machine.device,
+        workers=task.machine.workers,
     )
 
 
@@ -197,7 +199,7 @@ def beside(task: Task) -> dict[str, float]:
     seed_everything(mix(params.seed, "beside"))
     model = network(task)
     if params.detect.beside == "dense":
-        artifacts.load_into(model, artifacts.INITIAL).to(pick_device(params.device))
+        artifacts.load_into(model, artifacts.INITIAL).to(task.machine.device)
         train_dense(task, model)
     twin = fitted(task, model, None, "twin")
     detections = found(task, twin.detector, "test")
@@ -208,7 +210,7 @@ def beside(task: Task) -> dict[str, float]:
 
 def train_dense(task: Task, model: nn.Module) -> None:
     """Train the whole network as `train` trains the pruned one: same recipe, objective, batches and seed; in place."""
-    data, mask = Prepared.load(artifacts.DATA), Mask.dense(model)
+    data, mask = Prepared.load(artifacts.DATA, task.machine), Mask.dense(model)
     train_classifier(task.params, data, model, mask, on_epoch=lambda record: None, **task.saved("dense"))
 
 

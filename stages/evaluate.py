@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from epsd.compute.devices import pick_device
+from epsd.compute.devices import Machine
 from epsd.data.prepared import Prepared
 from epsd.evaluation import evaluate as evaluation
 from epsd.evaluation import metrics, model_card
@@ -18,15 +18,14 @@ from epsd.project import artifacts
 from epsd.project.params import Params
 
 
-def main(params: Params) -> str:
+def main(params: Params, machine: Machine) -> str:
     """Load the trained network, evaluate it, save tables, figures and the model to hand on; add them to its run."""
-    data = Prepared.load(artifacts.DATA)
+    data = Prepared.load(artifacts.DATA, machine)
     card = artifacts.read_json(artifacts.MODEL_CARD)
-    device = pick_device(params.device)
-    model = trained_network(artifacts.MODEL, card).to(device)
+    model = trained_network(artifacts.MODEL, card).to(machine.device)
 
     settings = params.evaluate
-    test = data.batches("test", batch_size=settings.batch_size, device=device, workers=params.data.workers)
+    test = data.batches("test", batch_size=settings.batch_size)
     result = evaluation.evaluate(model, test, ece_bins=settings.ece_bins)
     costs = measured(model, card, settings, dense=artifacts.MODEL, compact=artifacts.SPARSE_MODEL)
     report = {"test": result.metrics, "model": costs}

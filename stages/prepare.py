@@ -10,7 +10,7 @@ from epsd.registry import choose
 from epsd.voc.annotations import read_index
 
 
-def main(params: Params) -> str:
+def main(params: Params, _machine: object) -> str:
     """Read the chosen data set and devkit; carve the splits that the data set does not bring."""
     dataset, devkit = choose(DATASETS, params.dataset, "dataset"), choose(DEVKITS, params.voc, "voc")
     shares = params.data.model_dump(include={"validation", "test", "limit"})

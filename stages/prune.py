@@ -1,6 +1,7 @@
 """Early pruning: find the mask that keeps the weights worth self-distilling. Writes artifacts/prune/."""
 
 from epsd.compute import distributed
+from epsd.compute.devices import Machine
 from epsd.data.prepared import Prepared
 from epsd.pipeline.prune import pruned
 from epsd.pipeline.stage import run_stage, warn_of_detection
@@ -8,9 +9,9 @@ from epsd.project import artifacts
 from epsd.project.params import Params
 
 
-def main(params: Params) -> str:
+def main(params: Params, machine: Machine) -> str:
     """Build and score the network on augmented training images; save mask, initial weights and report."""
-    data = Prepared.load(artifacts.DATA)
+    data = Prepared.load(artifacts.DATA, machine)
     mask, model, report = pruned(params, data)
     if not distributed.is_main():
         return ""

@@ -10,7 +10,7 @@ from torch import nn
 from epsd.architectures import ARCHITECTURES
 from epsd.compute import distributed
 from epsd.compute.cost import Meter
-from epsd.compute.devices import pick_device
+from epsd.compute.devices import Machine
 from epsd.data.prepared import Prepared
 from epsd.masks import Mask
 from epsd.pipeline.describe import run_name, story, tags
@@ -25,13 +25,13 @@ from epsd.training import checkpoints
 from epsd.training.record import Record
 
 
-def main(params: Params) -> str:
+def main(params: Params, machine: Machine) -> str:
     """Load mask and initial weights, train (or go on from the last finished epoch), save, log."""
-    data = Prepared.load(artifacts.DATA)
+    data = Prepared.load(artifacts.DATA, machine)
     mask = Mask.load(artifacts.MASK)
     architecture = choose(ARCHITECTURES, params.architecture, "architecture")
     model = artifacts.load_into(architecture(data.num_classes, data.image_shape), artifacts.INITIAL)
-    model.to(pick_device(params.device))
+    model.to(machine.device)
     mark = fingerprint(params)
     folder = state_folder("checkpoints", mark)
     settings: dict[str, Any] = {"checkpoint": folder / "last.safetensors", "mark": mark}

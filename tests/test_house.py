@@ -262,6 +262,39 @@ def test_imports_go_down(file):
         assert ("epsd.registry", "choose") not in first_party(file), "machinery receives objects, never names"
 
 
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_below_the_pipeline_a_function_takes_what_it_needs(file):
+    """Never the parameters of the whole program. `tracking` has "params" in MLflow's sense, a mapping of text."""
+    room = place(file)
+    if room in {"__init__", "project", "tracking"} or FLOOR[room] >= FLOOR["pipeline"]:
+        return
+    taking = [
+        f"{function.name}({argument.arg})"
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        for argument in [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        if argument.arg == "params"
+        or (argument.annotation and re.search(r"\bParams\b", ast.unparse(argument.annotation)))
+    ]
+    assert not taking
+
+
+def test_device_and_threads_are_decided_at_the_openings_only():
+    """Of a stage, a trial, a study's cell, an analysis; `stage` also looks whether the device is there at all."""
+    openings = {"pipeline/stage.py", "tuning/worker.py", "studies/work.py", "analysis/command.py"}
+    assert _callers("open_machine") == openings
+    assert _callers("pick_device") == {"compute/devices.py", "compute/distributed.py", "pipeline/stage.py"}
+    assert _callers("set_num_threads") == {"compute/devices.py", "studies/run.py", "studies/worker.py"}
+
+
+def _callers(function: str) -> set[str]:
+    """Files of the package and of stages/ that call a function of that name."""
+    files = {str(file.relative_to(PACKAGE)): file for file in MODULES}
+    files |= {str(file.relative_to(ROOT)): file for file in (ROOT / "stages").glob("*.py")}
+    call = re.compile(rf"(?<!def )\b{function}\(")
+    return {name for name, file in files.items() if call.search(file.read_text(encoding="utf-8"))}
+
+
 @pytest.mark.parametrize("package", ["mlflow", "optuna", "dvc"])
 def test_heavy_libraries_have_one_door(package):
     doors = {"mlflow": {"tracking"}, "optuna": {"tuning"}, "dvc": set()}

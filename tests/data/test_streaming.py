@@ -10,6 +10,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from data.test_prepared import raw, same
+from epsd.compute.devices import Machine
 from epsd.data.prepared import Augmentation, Prepared
 from epsd.data.streaming import drawing_from
 from epsd.files.archives import ArchiveError, open_tree
@@ -32,7 +33,8 @@ def data(request: pytest.FixtureRequest, tmp_path: Path) -> Prepared:
 
 def draw(data: Prepared, workers: int = 0, number: int = 1, seed: int = 0, partner: str = "same_class") -> list[Batch]:
     options = Augmentation(0, True)
-    batches = data.batches("train", batch_size=5, seed=seed, augmentation=options, shuffle=True, workers=workers)
+    data = data.on(Machine(workers=workers))
+    batches = data.batches("train", batch_size=5, seed=seed, augmentation=options, shuffle=True)
     return list(batches.epoch(number, BatchNeeds(partner)))  # type: ignore[arg-type]
 
 
@@ -89,7 +91,7 @@ def test_augmented_images_have_the_shape_and_flips_are_as_asked(data: Prepared) 
 
 
 def test_an_epoch_may_be_left_early(data: Prepared) -> None:
-    batches = data.batches("train", batch_size=2, workers=2)
+    batches = data.on(Machine(workers=2)).batches("train", batch_size=2)
     first = next(batches.epoch(0))
     assert torch.equal(first.images, next(batches.epoch(0)).images)
 
@@ -102,7 +104,7 @@ def test_a_file_that_is_gone_or_damaged_is_named_in_one_line(tmp_path: Path, wor
         for path in root.rglob("cat/*.png"):
             path.write_bytes(broken) if broken is not None else path.unlink()
         with pytest.raises(error, match=r"^\S*tree: .*cat/\d.png") as caught:
-            list(Prepared.load(tmp_path / "out").batches("train", batch_size=4, workers=workers).epoch(0))
+            list(Prepared.load(tmp_path / "out", Machine(workers=workers)).batches("train", batch_size=4).epoch(0))
         assert "\n" not in str(caught.value)
     root.rename(tmp_path / "moved")
     with pytest.raises(EpsdError, match="tree: no such folder"):
@@ -115,7 +117,7 @@ def test_a_file_name_that_is_no_text_is_read(tmp_path: Path) -> None:
     for number, path in enumerate(sorted(root.rglob("*.png"))):
         path.rename(path.parent / os.fsdecode(b"caf\xe9-%d.png" % number))
     prepare(folder_source(open_tree(root), Reading()), tmp_path / "out", validation=0)
-    batches = Prepared.load(tmp_path / "out").batches("train", batch_size=4, workers=1)
+    batches = Prepared.load(tmp_path / "out", Machine(workers=1)).batches("train", batch_size=4)
     assert sum(len(batch.labels) for batch in batches.epoch(0)) == batches.size > 4
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from conftest import shared_file
+from epsd.compute.devices import Machine
 from epsd.data.prepared import Augmentation, Prepared
 from epsd.datasets.cub import Cub
 from epsd.datasets.downloads import DownloadError
@@ -39,7 +40,8 @@ def test_the_original_layout(tmp_path: Path, kind: str) -> None:
     index = prepare(source, tmp_path / "out", validation=0.25)
     assert index["sizes"] == {"train": 6, "validation": 2, "test": 4}
     assert index["image_shape"] == [3, 72, 72]
-    batches = Prepared.load(tmp_path / "out").batches("train", batch_size=3, augmentation=Augmentation(), workers=1)
+    data = Prepared.load(tmp_path / "out", Machine(workers=1))
+    batches = data.batches("train", batch_size=3, augmentation=Augmentation())
     assert [batch.images.shape for batch in batches.epoch(0)] == [(3, 3, 72, 72)] * 2
 
 

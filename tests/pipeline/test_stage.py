@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from epsd.pipeline.stage import run_stage
 from epsd.types import EpsdError
 
-def main(params):
+def main(params, machine):
     Path("started").write_text(str(os.getpid()))
     try:
         {body}
@@ -103,14 +103,14 @@ def run_here(folder, capsys, monkeypatch):
 
 
 def raising(error: Exception):
-    def main(params):
+    def main(params, machine):
         raise error
 
     return main
 
 
 def test_a_stage_says_what_it_does_and_what_came_of_it(run_here):
-    status, out, errors = run_here(lambda params: "top-1 0.98")
+    status, out, errors = run_here(lambda params, machine: "top-1 0.98")
     assert (status, errors) == (0, "")
     first, last = out.splitlines()
     assert first.startswith("train: resnet at sparsity 0.95 on digits by cskd, 60 epochs, seed 0, on ")
@@ -118,7 +118,7 @@ def test_a_stage_says_what_it_does_and_what_came_of_it(run_here):
 
 
 def test_quiet_leaves_the_line_with_the_result(run_here):
-    status, out, errors = run_here(lambda params: f"bars: {runtime.watched()}", "--quiet")
+    status, out, errors = run_here(lambda params, machine: f"bars: {runtime.watched()}", "--quiet")
     assert (status, errors, out.count("\n")) == (0, "", 1)
     assert out.startswith("train: bars: False (")
 
@@ -144,7 +144,7 @@ def test_every_stage_says_what_it_does_to_what(name, words):
 def test_random_state_is_seeded_before_the_stage(run_here):
     drawn: list[float] = []
     for _ in range(2):
-        run_here(lambda params: drawn.append(float(torch.rand(()))))
+        run_here(lambda params, machine: drawn.append(float(torch.rand(()))))
     assert drawn[0] == drawn[1]
 
 
@@ -175,7 +175,7 @@ def test_a_bug_keeps_its_traceback(run_here, error):
 
 def test_handlers_are_put_back(run_here):
     before = signal.getsignal(signal.SIGTERM)
-    run_here(lambda params: None)
+    run_here(lambda params, machine: None)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -240,7 +240,7 @@ def test_a_mistake_in_any_section_stops_any_stage_before_work(folder, run_here, 
     text = (folder / "params.yaml").read_text()
     assert old in text
     (folder / "params.yaml").write_text(text.replace(old, new))
-    status, out, errors = run_here(lambda params: pytest.fail("it worked"))
+    status, out, errors = run_here(lambda params, machine: pytest.fail("it worked"))
     assert (status, out) == (1, "")
     assert message in errors and errors.count("\n") == 1
 
@@ -311,7 +311,7 @@ def test_two_folders_do_not_disturb_each_other(folder, monkeypatch):
 
 def test_an_unwritable_folder_is_one_line(folder, run_here):
     (folder / ".epsd").write_text("a file where a folder should be")
-    status, _, errors = run_here(lambda params: None)
+    status, _, errors = run_here(lambda params, machine: None)
     assert status == 1
     assert errors == "train: .epsd: File exists.\n"
 

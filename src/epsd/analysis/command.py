@@ -4,12 +4,10 @@ import contextlib
 import signal
 from typing import NamedTuple
 
-import torch
-
 from epsd.analysis import AnalysisError
 from epsd.analysis.measuring import MEASURES, Finding, examine, with_score
 from epsd.analysis.report import FOLDER, Report
-from epsd.compute.devices import determinism, pick_device
+from epsd.compute.devices import open_machine
 from epsd.data.prepared import Prepared
 from epsd.objectives import OBJECTIVES
 from epsd.pipeline.prepared import opened
@@ -50,11 +48,11 @@ def command(request: Request) -> int:
     no_telemetry()
     params = load(DEFAULT_PATH)
     plan = _plan(params, request)
-    data = opened(params)
+    data = opened(params, open_machine(params.device, params.threads, params.data.workers))
     artifacts.check_writable(FOLDER)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves in order, as Ctrl-C does
     try:
-        print(f"analyse: {_described(params, request, plan)}", flush=True)
+        print(f"analyse: {_described(params, plan)} on {data.machine.device.type}", flush=True)
         with stops_arrive(KeyboardInterrupt):
             report = _run(params, request, plan, data)
     except KeyboardInterrupt:
@@ -69,7 +67,6 @@ def command(request: Request) -> int:
 def _plan(params: Params, request: Request) -> list[Params]:
     """The parameters of each training; all names and settings are checked."""
     check(params)
-    pick_device(params.device)
     for name in request.others:
         if name not in SCORES:
             raise unknown("--with", name, SCORES)
@@ -86,19 +83,15 @@ def _plan(params: Params, request: Request) -> list[Params]:
     return [each.model_copy(update={"seed": seed, "train": train}) for seed in seeds for each in methods]
 
 
-def _described(params: Params, request: Request, plan: list[Params]) -> str:
+def _described(params: Params, plan: list[Params]) -> str:
     names = ", ".join(dict.fromkeys(str(each.prune.score["name"]) for each in plan))
     return (
         f"{names} under {params.objective['name']} at sparsity {params.prune.sparsity:g}, {params.dataset['name']}, "
-        f"{params.architecture['name']}; {len(plan)} trainings of {plan[0].train.epochs} epochs, "
-        f"on {pick_device(params.device).type}"
+        f"{params.architecture['name']}; {len(plan)} trainings of {plan[0].train.epochs} epochs,"
     )
 
 
 def _run(params: Params, request: Request, plan: list[Params], data: Prepared) -> Report:
-    if params.threads:
-        torch.set_num_threads(params.threads)
-    determinism()
     with _tracked(params, request, plan) as tracker:
         _warm_up(plan[0], data)
         findings = []

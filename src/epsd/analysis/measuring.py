@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from epsd.analysis import features, landscape
 from epsd.analysis.distillation import QUANTITIES, Probe
 from epsd.analysis.trainability import gradient_norms
-from epsd.compute.devices import pick_device
 from epsd.compute.seeds import mix
 from epsd.data.prepared import Augmentation, Prepared
 from epsd.evaluation import evaluate as evaluation
@@ -133,18 +132,15 @@ def _augmented(params: Params, data: Prepared) -> Batches:
         "validation",
         batch_size=params.train.batch_size,
         seed=mix(params.seed, "views"),
-        device=pick_device(params.device),
         augmentation=Augmentation(params.data.crop_padding, params.data.flip),
-        workers=params.data.workers,
     )
 
 
 def _surface(params: Params, data: Prepared, model: nn.Module, mask: Mask, points: int, slice_seed: int) -> Tensor:
     """On one batch of training images without augmentation, the same for every method."""
     device = next(model.parameters()).device
-    images = data.batches(
-        "train", batch_size=params.evaluate.batch_size, seed=mix(slice_seed, "slice"), device=device, shuffle=True
-    )
+    seed = mix(slice_seed, "slice")
+    images = data.batches("train", batch_size=params.evaluate.batch_size, seed=seed, shuffle=True)
     batch = next(iter(images.epoch(0)))
     return landscape.surface(
         model, mask, batch.images.to(device), batch.labels.to(device), points=points, seed=slice_seed

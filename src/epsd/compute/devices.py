@@ -3,6 +3,7 @@
 import os
 import random
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -67,6 +68,34 @@ def pick_device(name: str = "auto") -> torch.device:
     if name not in found:
         raise EpsdError(f"device: '{name}' is not on this machine. Valid here: auto, {', '.join(found)}.")
     return torch.device(name)
+
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run works with: decided once, when a stage, a trial, a cell or an analysis opens, and handed on.
+
+    device : of tensors and networks.  threads : of torch, in this process.  workers : processes that decode images
+    which are streamed.
+    """
+
+    device: torch.device = _CPU
+    threads: int = 1
+    workers: int = 0
+
+
+def open_machine(device: str = "auto", threads: int | None = None, workers: int = 0) -> Machine:
+    """The machine that the parameters `device`, `threads` (None: as torch has them) and `data.workers` ask for.
+
+    From here on torch keeps to the threads and to `determinism`. Raises EpsdError as `pick_device` does.
+    """
+    found = pick_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    determinism()
+    return Machine(found, torch.get_num_threads(), workers)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -8,15 +8,16 @@ the global random state, the device, or the number of workers.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from epsd.compute.devices import Machine
 from epsd.data.loaders import as_batches
 from epsd.data.sampling import SameClass, Sampler, Share, generator, partner_positions
 from epsd.data.streaming import Augmentation, Normalise, Pictures, StreamedBatches
@@ -132,7 +133,10 @@ class MemoryBatches:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` wrote, opened. `sizes`: images per split (0 where a split is not there)."""
+    """What `prepare` wrote, opened. `sizes`: images per split (0 where a split is not there).
+
+    `machine`: where its batches lie, and how many processes decode where images are streamed.
+    """
 
     folder: Path
     class_names: list[str]
@@ -142,10 +146,11 @@ class Prepared:
     sizes: dict[str, int]
     digest: str
     index: dict[str, Any]
+    machine: Machine = field(default=Machine(), compare=False)
     _cache: dict[tuple[str, str, int], Pixels] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def load(cls, folder: Path) -> "Prepared":
+    def load(cls, folder: Path, machine: Machine = Machine()) -> "Prepared":
         """Open `folder/data.json`. Raises ArtifactError when it is missing or not what `prepare` writes."""
         path = Path(folder) / "data.json"
         index = read_json(path)
@@ -160,9 +165,14 @@ class Prepared:
                 sizes=dict(index["sizes"]),
                 digest=index["digest"],
                 index=index,
+                machine=machine,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path}: not written by this version of prepare ({error}). Run it again.") from None
+
+    def on(self, machine: Machine) -> Self:
+        """The same images, with batches for `machine`."""
+        return replace(self, machine=machine)
 
     @property
     def num_classes(self) -> int:
@@ -185,15 +195,11 @@ class Prepared:
         *,
         batch_size: int,
         seed: int = 0,
-        device: torch.device | str = "cpu",
         augmentation: Augmentation | None = None,
         shuffle: bool = False,
         drop_last: bool = False,
-        workers: int = 0,
     ) -> Batches:
-        """Batches of a split on `device`, normalised by the training split's mean and std.
-
-        `workers`: processes that decode, where images are streamed (no effect on what comes out).
+        """Batches of a split on the machine's device, normalised by the training split's mean and std.
 
         Raises TooFewImages when `drop_last` leaves no batch; EpsdError for a split that is not there.
         """
@@ -210,13 +216,14 @@ class Prepared:
         }
         labels = torch.from_numpy(self.labels(split))
         if self.index["storage"] == "memory":
-            pixels = self._on_device(split, torch.device(device), augmentation.crop_padding if augmentation else 0)
+            pixels = self._on_device(split, augmentation.crop_padding if augmentation else 0)
             return MemoryBatches(pixels, labels, flip=bool(augmentation and augmentation.flip), **common)
         images = Pictures(self._files(split), self._reading(), self.image_shape)
-        return StreamedBatches(images, labels, augmentation=augmentation, device=device, workers=workers, **common)
+        return StreamedBatches(images, labels, augmentation=augmentation, machine=self.machine, **common)
 
-    def _on_device(self, split: Split, device: torch.device, padding: int) -> Pixels:
+    def _on_device(self, split: Split, padding: int) -> Pixels:
         """Kept, so that several `batches` of a split share one copy."""
+        device = self.machine.device
         key = split, str(device), padding
         if key not in self._cache:
             self._cache[key] = Pixels.of(torch.from_numpy(self.images(split)).to(device), padding)

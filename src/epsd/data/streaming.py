@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from epsd.compute.devices import Machine
 from epsd.compute.seeds import mix
 from epsd.data.sampling import SameClass, Sampler, Share, partner_positions
 from epsd.files.images import decode, decode_planes, fit, pixels
@@ -236,13 +237,12 @@ class StreamedBatches:
         augmentation: Augmentation | None = None,
         shuffle: bool = False,
         drop_last: bool = False,
-        device: torch.device | str = "cpu",
-        workers: int = 0,
+        machine: Machine = Machine(),
     ) -> None:
         self.size, self.num_classes = len(labels), num_classes
         self._sampler = Sampler(len(labels), batch_size, seed, shuffle, drop_last)
         self._same_class = SameClass(labels, seed)
-        self._labels, self._device, self._workers = labels, torch.device(device), workers
+        self._labels, self._device, self._workers = labels, machine.device, machine.workers
         draw = partial(pictures.augmented, flip=augmentation.flip) if augmentation else pictures.__getitem__
         self._requests = Requests(draw, torch.stack, seed)
         self._normalise = Normalise(mean, std, self._device)

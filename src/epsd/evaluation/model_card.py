@@ -81,9 +81,9 @@ def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _method(params: Mapping[str, Any]) -> Iterator[str]:
-    prune, train = params["prune"], params["train"]
-    if _dense(params):
+def _method(tree: Mapping[str, Any]) -> Iterator[str]:
+    prune, train = tree["prune"], tree["train"]
+    if _dense(tree):
         yield "The dense network, for comparison: no weight is removed."
     elif prune["control"] != "none":
         yield f"A control ({prune['control']}): what the score chose is changed, to see whether the choice matters."
@@ -93,16 +93,16 @@ def _method(params: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield "Early pruning and self-distillation, one after the other: weights are removed before training."
     yield ""
-    yield f"* Architecture: {_choice(params['architecture'])}"
-    if not _dense(params):
+    yield f"* Architecture: {_choice(tree['architecture'])}"
+    if not _dense(tree):
         how = "".join(f", {key} {prune[key]}" for key in _HOW if prune.get(key) not in (None, {}, 1, "absolute"))
         yield f"* Score: {_choice(prune['score'])}; sparsity {prune['sparsity']:g}, scope {prune['scope']}{how}"
-    yield f"* Objective: {_choice(params['objective'])}"
+    yield f"* Objective: {_choice(tree['objective'])}"
     yield f"* Training: {train['epochs']} epochs, batches of {train['batch_size']}, learning rate {train['lr']:g}"
 
 
-def _dense(params: Mapping[str, Any]) -> bool:
-    return bool(params["prune"]["sparsity"] == 0)
+def _dense(tree: Mapping[str, Any]) -> bool:
+    return bool(tree["prune"]["sparsity"] == 0)
 
 
 _HOW = ("densities", "channel_cap", "rounds", "batches", "average")
@@ -160,9 +160,9 @@ def _use(subject: Subject) -> Iterator[str]:
     )
 
 
-def _parameters(params: Mapping[str, Any]) -> Iterator[str]:
+def _parameters(tree: Mapping[str, Any]) -> Iterator[str]:
     yield "```yaml"
-    made = {section: content for section, content in params.items() if section not in _OTHERS}
+    made = {section: content for section, content in tree.items() if section not in _OTHERS}
     yield from (f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in _flat(made))
     yield "```"
 

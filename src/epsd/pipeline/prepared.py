@@ -1,5 +1,6 @@
 """The prepared data for `epsd tune` and `epsd analyse`: DVC runs neither, so nothing else sees that it is old."""
 
+from epsd.compute.devices import Machine
 from epsd.data.prepared import Prepared
 from epsd.project import artifacts
 from epsd.project.artifacts import ArtifactError
@@ -9,7 +10,7 @@ _SHARES = {"validation", "test", "limit"}
 _AGAIN = "Run `dvc repro prepare` first."
 
 
-def opened(params: Params) -> Prepared:
+def opened(params: Params, machine: Machine = Machine()) -> Prepared:
     """What lies in artifacts/data, which `prepare` made from these parameters, with images for validation.
 
     Raises ArtifactError: missing or damaged; made from other parameters, or by a version of `prepare` that did not note
@@ -17,7 +18,7 @@ def opened(params: Params) -> Prepared:
     """
     if not artifacts.DATA_INDEX.is_file():
         raise ArtifactError(f"{artifacts.DATA_INDEX}: missing. {_AGAIN}")
-    data = Prepared.load(artifacts.DATA)
+    data = Prepared.load(artifacts.DATA, machine)
     then, now = dict(flatten(data.index["settings"])), dict(flatten(_settings(params)))
     for key in sorted({*then, *now} - {"carved"}):
         before, wanted = (settings.get(key, "unset") for settings in (then, now))

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from epsd.architectures import ARCHITECTURES
 from epsd.compute.cost import Meter
-from epsd.compute.devices import pick_device, pick_precision, seed_everything
+from epsd.compute.devices import pick_precision, seed_everything
 from epsd.compute.memory import GIB
 from epsd.compute.seeds import mix
 from epsd.compute.speed import keep_freed_memory
@@ -55,6 +56,8 @@ class _Scoring(NamedTuple):
     batches: Batches
     score: Score
     objective: Objective
+    means: Means
+    device: torch.device
 
 
 def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Pruned:
@@ -66,11 +69,12 @@ def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Prune
     work = _begin(params, data)
     if known is None:
         how: dict[str, Any] = {"rounds": params.prune.rounds, **_selection(params), **_draws(params)}
-        with within(_means(params)):
-            with _measured(params, work.model) as spent:
+        with within(work.means):
+            with _measured(work) as spent:
                 mask = pruning.prune(work.model, work.batches, score=work.score, objective=work.objective, **how)
             report = mask.summary() | spent
-            report |= comparison(params, work.model, work.batches, mask, work.score, work.objective)
+            if params.prune.compare:
+                report |= _compared(work, mask, how)
     else:
         mask, report = _cut(known, params)
     return _controlled(params, data, Pruned(mask, work.model, report))
@@ -78,9 +82,10 @@ def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Prune
 
 def scored(params: Params, data: Prepared) -> Scored:
     """The scoring of `pruned` by itself. Seeds everything from `params.seed` first."""
-    model, batches, score, objective = _begin(params, data)
-    with within(_means(params)):
-        with _measured(params, model) as report:
+    work = _begin(params, data)
+    model, batches, score, objective, means, _ = work
+    with within(means):
+        with _measured(work) as report:
             scores = pruning.scored(model, batches, score=score, objective=objective, **_draws(params))
         if not params.prune.compare:
             return Scored(scores, None, report)
@@ -110,18 +115,12 @@ def _draws(params: Params) -> dict[str, Any]:
     return params.prune.model_dump(include={"batches", "average"})
 
 
-def _means(params: Params) -> Means:
-    """Memory and precision that scoring may use."""
-    memory = None if params.prune.memory == "auto" else params.prune.memory * GIB
-    return Means(memory, pick_precision(params.prune.precision, pick_device(params.device)))
-
-
 @contextmanager
-def _measured(params: Params, model: nn.Module) -> Iterator[dict[str, Any]]:
+def _measured(work: _Scoring) -> Iterator[dict[str, Any]]:
     """What the block cost: `Meter.figures` and peak memory, there when it has ended."""
     report: dict[str, Any] = {}
     meter = Meter()
-    with pruning.Stopwatch(pick_device(params.device)) as watch, meter.watching(model):
+    with pruning.Stopwatch(work.device) as watch, meter.watching(work.model):
         yield report
     meter.seconds = watch.seconds
     report |= meter.figures() | {"peak_memory_mib": watch.peak_memory}
@@ -148,14 +147,15 @@ def _begin(params: Params, data: Prepared) -> _Scoring:
             "train",
             batch_size=params.prune.batch_size,
             seed=mix(params.seed, "prune"),
-            device=pick_device(params.device),
             augmentation=Augmentation(params.data.crop_padding, params.data.flip),
             shuffle=True,
             drop_last=True,
-            workers=params.data.workers,
         )
     score = choose(SCORES, params.prune.score, "prune.score")
-    return _Scoring(model, batches, score, choose(OBJECTIVES, params.objective, "objective"))
+    objective, device = choose(OBJECTIVES, params.objective, "objective"), data.machine.device
+    memory = None if params.prune.memory == "auto" else params.prune.memory * GIB
+    means = Means(memory, pick_precision(params.prune.precision, device))
+    return _Scoring(model, batches, score, objective, means, device)
 
 
 def _controlled(params: Params, data: Prepared, found: Pruned) -> Pruned:
@@ -167,18 +167,14 @@ def _controlled(params: Params, data: Prepared, found: Pruned) -> Pruned:
 
 
 def network(params: Params, data: Prepared) -> nn.Module:
-    """The randomly initialised network on its device."""
+    """The randomly initialised network on the device of the data."""
     architecture = choose(ARCHITECTURES, params.architecture, "architecture")
     built: nn.Module = architecture(data.num_classes, data.image_shape)
-    return built.to(pick_device(params.device))
+    return built.to(data.machine.device)
 
 
-def comparison(
-    params: Params, model: nn.Module, batches: Batches, mask: Mask, score: Score, objective: Objective
-) -> dict[str, Any]:
+def _compared(work: _Scoring, mask: Mask, how: dict[str, Any]) -> dict[str, Any]:
     """How live the distillation was, and how much of the mask cross entropy alone would have chosen."""
-    if not params.prune.compare:
-        return {}
-    how: dict[str, Any] = {"rounds": params.prune.rounds, **_selection(params), **_draws(params)}
+    model, batches, score, objective, *_ = work
     overlap = pruning.overlap_with_cross_entropy(mask, model, batches, score=score, objective=objective, **how)
     return {"jaccard_cross_entropy": overlap, **pruning.signal(model, batches, score, objective)}

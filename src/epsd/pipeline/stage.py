@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from epsd.compute import distributed
-from epsd.compute.devices import determinism, pick_device, pick_precision, seed_everything
+from epsd.compute.devices import Machine, open_machine, pick_device, pick_precision, seed_everything
 from epsd.compute.shortage import is_shortage
 from epsd.pipeline import changes, launch
 from epsd.pipeline.describe import method
@@ -36,7 +36,7 @@ from epsd.registry import ParamsError, choose
 from epsd.tracking import tracking_uri
 from epsd.types import EpsdError
 
-Main = Callable[[Params], str | None]
+Main = Callable[[Params, Machine], str | None]
 """The body of a stage. What it returns, if anything, is shown in the line that closes the stage."""
 
 LOCK_PATIENCE = 10.0
@@ -66,7 +66,7 @@ class Terminated(BaseException):
 
 
 def run_stage(name: str, main: Main) -> None:
-    """Run `main(params)` as the stage `name` of the pipeline in the current folder.
+    """Run `main(params, machine)` as the stage `name` of the pipeline in the current folder.
 
     A user's mistake, a full disk or an unwritable folder ends the process with one line on stderr and status 1; a
     signal with one line and 128 + its number; anything unexpected keeps its traceback.
@@ -84,15 +84,12 @@ def run_stage(name: str, main: Main) -> None:
             processes = _processes(name, params)
             if processes > 1 and distributed.told() == 1:
                 sys.exit(launch.run([sys.executable, *sys.orig_argv[1:]], processes))
-            device = _joined(params, processes)
-            if params.threads:
-                torch.set_num_threads(params.threads)
+            machine = _joined(params, processes)
             with _folder_lock(name) if distributed.is_main() else contextlib.nullcontext():
                 if not quiet():
-                    _say(f"{name}: {describe(params, name)}, on {device.type}{_times(processes)}")
-                determinism()
+                    _say(f"{name}: {describe(params, name)}, on {machine.device.type}{_times(processes)}")
                 seed_everything(params.seed)
-                result = main(params)
+                result = main(params, machine)
         seconds = time.monotonic() - started
         _say(f"{name}: {result or 'done'} ({seconds:.1f} s, in {_KEPT.get(name, f'artifacts/{name}')})")
         distributed.stop()
@@ -119,14 +116,14 @@ def _processes(name: str, params: Params) -> int:
     return processes
 
 
-def _joined(params: Params, processes: int) -> torch.device:
-    """The device of this process, which from here on works with the others."""
+def _joined(params: Params, processes: int) -> Machine:
+    """The machine of this process, which from here on works with the others."""
     if processes > 1:
         distributed.start(params.device, params.launch.sync_batchnorm)
     if not distributed.is_main():
         hush()
         warnings.simplefilter("ignore")
-    return pick_device(params.device)
+    return open_machine(params.device, params.threads, params.data.workers)
 
 
 def _times(processes: int) -> str:

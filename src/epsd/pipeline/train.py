@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from epsd.compute.cost import Meter
-from epsd.compute.devices import pick_device
 from epsd.compute.seeds import mix
 from epsd.compute.speed import keep_freed_memory
 from epsd.data.prepared import Augmentation, Prepared
@@ -67,11 +66,9 @@ def batches(params: Params, data: Prepared, split: Any) -> Batches:
             split,
             batch_size=params.train.batch_size,
             seed=mix(params.seed, "train"),
-            device=pick_device(params.device),
             augmentation=Augmentation(params.data.crop_padding, params.data.flip) if training else None,
             shuffle=training,
             drop_last=training,
-            workers=params.data.workers,
         )
 
 

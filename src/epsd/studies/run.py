@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-from epsd.compute.devices import determinism, pick_device
 from epsd.project import artifacts
 from epsd.project.progress import Progress
 from epsd.project.runtime import no_telemetry, note, quiet, stops_arrive
@@ -51,13 +50,11 @@ def command(request: Request) -> int:
     """
     path = plan.find(request.file)
     study = plan.load(path)
-    pick_device(study.cells[0].params.device)
     place = Place(study.study.name)
     if request.show:
         _show(study, place)
         return 0
     no_telemetry()
-    determinism()
     with _signals():
         return _Study(path, study, place, request).run()
 

@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from epsd.comparison import statistics
-from epsd.compute.devices import pick_device
+from epsd.compute.devices import open_machine
 from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
 from epsd.evaluation import evaluate as evaluation
@@ -94,6 +94,7 @@ class Place:
     def data(self, params: Params, split_seed: int) -> Prepared:
         """The images of a cell, prepared once: the same splits for every seed, so that all read the same test images.
 
+        On the machine of the cell, with as many threads as this process has.
         Raises what `epsd.preparing.write.prepare` raises.
         """
         key = self._key(params, split_seed)
@@ -104,7 +105,7 @@ class Place:
                     source = choose(DATASETS, params.dataset, "dataset")()
                     prepare(source, folder, seed=split_seed, dataset=params.dataset, **settings)
             self._data[key] = Prepared.load(folder)
-        return self._data[key]
+        return self._data[key].on(open_machine(params.device, workers=params.data.workers))
 
     def _key(self, params: Params, split_seed: int) -> str:
         """Of all that the images are made from. A user's own are looked at once: a change under way is for the next."""
@@ -158,9 +159,8 @@ def mark(cell: Cell, data: Prepared) -> str:
 
     Another number of threads changes the last bits of a result, which is no reason to train everything again.
     """
-    device = pick_device(cell.params.device).type
     params = cell.params.model_dump(exclude={"threads", "voc", "detect", "tracking"})
-    values = {"params": params, "procedure": dict(cell.procedure), "device": device}
+    values = {"params": params, "procedure": dict(cell.procedure), "device": data.machine.device.type}
     return checkpoints.fingerprint(
         {**values, "data": data.digest, "torch": torch.__version__, "code": _code(tuple(code_files(cell)))}
     )
@@ -339,8 +339,7 @@ def opened(plan: Plan, place: Place, cell: Cell, data: Prepared, folder: Path) -
 def evaluated(params: Params, data: Prepared, trained: Trained, tracker: Tracker, *, keep: bool) -> dict[str, float]:
     """`test/...`, `model/...` and their time: the one reading of the test split."""
     begun, settings = time.perf_counter(), params.evaluate
-    device = pick_device(params.device)
-    test = data.batches("test", batch_size=settings.batch_size, device=device, workers=params.data.workers)
+    test = data.batches("test", batch_size=settings.batch_size)
     result = evaluation.evaluate(trained.model, test, ece_bins=settings.ece_bins)
     found = {f"test/{name}": value for name, value in result.metrics.items()}
     with tempfile.TemporaryDirectory() as folder:

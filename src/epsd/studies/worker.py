@@ -15,7 +15,6 @@ from types import FrameType
 
 import torch
 
-from epsd.compute.devices import determinism
 from epsd.project.runtime import no_telemetry, note, stops_arrive
 from epsd.studies import plan
 from epsd.studies.run import INTERRUPTED, Stopped
@@ -42,7 +41,6 @@ def main() -> int:
     no_telemetry()
     warnings.simplefilter("ignore")  # of a cell's own choices: layers left without weights, and the like
     torch.set_num_threads(job["threads"])
-    determinism()
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_watch, args=(job["parent"],), daemon=True).start()
     try:

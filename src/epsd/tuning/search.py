@@ -17,7 +17,6 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from epsd.compute.devices import pick_device
 from epsd.pipeline.prepared import opened
 from epsd.pipeline.stage import check
 from epsd.project.params import DEFAULT_PATH, Params, load
@@ -52,7 +51,6 @@ def search(params: Params, *, trials: int | None = None, workers: int | None = N
     """
     no_telemetry()
     check(params)
-    pick_device(params.device)
     space = Space(params)
     data = opened(params)
     since = time.time()

@@ -15,9 +15,7 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
 
-import torch
-
-from epsd.compute.devices import determinism
+from epsd.compute.devices import open_machine
 from epsd.compute.seeds import mix
 from epsd.data.prepared import Prepared
 from epsd.pipeline.describe import method
@@ -147,7 +145,7 @@ class Worker:
                     study = self.ledger.load(self.sampler, self.pruner)
                     trial = optuna.trial.Trial(study, trial_id)
                     values = self.space.suggest(trial)
-                    trial.set_user_attr("threads", torch.get_num_threads())
+                    trial.set_user_attr("threads", self.job.threads)
                 try:
                     self._judge(study, trial, values)
                 except Stopped:
@@ -167,10 +165,11 @@ class Worker:
             self._copy(study, trial, twin)
             return
         params = self.space.params(values)
+        data = self.data.on(open_machine(params.device, self.job.threads, params.data.workers))
         with self._tracked(params, trial, values) as tracker:
             done: list[Figures] = []
             try:
-                for figures in judge.repeats(params, self.data, self.tune.repeats, self._watch(trial, tracker)):
+                for figures in judge.repeats(params, data, self.tune.repeats, self._watch(trial, tracker)):
                     done.append(figures)
                     self._repeated(trial, done, tracker)
             except optuna.TrialPruned as stop:
@@ -289,7 +288,7 @@ class Worker:
                 "study": self.tune.study,
                 "trial.number": trial.number,
                 "trial.state": "RUNNING",
-                "threads": torch.get_num_threads(),
+                "threads": self.job.threads,
                 **{f"trial.{key}": frozen[key] for key in ("origin", "retry_of", "reason") if key in frozen},
             },
             description=", ".join(f"{key} = {shown_value(value)}" for key, value in values.items()),
@@ -357,8 +356,6 @@ def main() -> int:
     job = Job(**json.loads(sys.stdin.read()))
     no_telemetry()
     warnings.simplefilter("ignore")  # of a trial's own choices: layers left without weights, and the like
-    torch.set_num_threads(job.threads)
-    determinism()
     with Interrupts() as interrupts:
         try:
             with stops_arrive(Stopped, held=interrupts.shielded):
