@@ -34,12 +34,13 @@ from epsd.masks import Mask
 from epsd.pipeline.prune import pruned
 from epsd.pipeline.train import trained
 from epsd.preparing.write import prepare
+from epsd.project.code import digests
 from epsd.project.params import Params, override, parse, read_yaml
 from epsd.project.runtime import versions
 from epsd.registry import choose
 from epsd.studies.prune_then_distill.rewinding import Best, Rewinding
 from epsd.studies.prune_then_distill.student import StudentKind, distilled, initial
-from epsd.training.checkpoints import code_files, fingerprint
+from epsd.training.checkpoints import fingerprint
 from epsd.training.record import Record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,7 +130,9 @@ def with_a_teacher(
 ) -> Iterator[Row]:
     """The student, and of the first one also the pruned teacher by itself."""
     params = params_of(arguments, seed, {"prune.score": {"name": "epsd"}})
-    mark = fingerprint({**params.model_dump(), "torch": torch.__version__, "data": data.digest}, code_files())
+    tree = {**params.model_dump(), "procedure": {"name": "prune_then_distill"}}
+    read = {"torch": torch.__version__, "data": data.digest, "code": digests(["prune", "train", "procedure"], tree)}
+    mark = fingerprint({**params.marked(), **read})
     place = folder / f"{mark}-{kind}"
     shared = folder / f"{mark}-{KINDS[0]}" / "course.safetensors"
     if kind != KINDS[0] and shared.exists() and not place.exists():

@@ -22,7 +22,7 @@ from epsd.masks import Mask
 from epsd.pipeline.describe import reopened
 from epsd.pipeline.stage import run_stage
 from epsd.pipeline.train import trained as train_classifier
-from epsd.project import artifacts
+from epsd.project import artifacts, code
 from epsd.project.params import Params
 from epsd.project.runtime import counted, state_folder
 from epsd.registry import choose
@@ -81,12 +81,13 @@ def main(params: Params, machine: Machine) -> str:
 
 def fingerprint(params: Params) -> str:
     """Of everything the trainings of this stage depend on, in however many processes."""
-    sections = params.model_dump(include={"seed", "device", "threads", "data", "architecture", "objective", "train"})
-    sections |= {"detect": params.detect.model_dump(), "sync_batchnorm": params.launch.sync_batchnorm}
-    read = [artifacts.VOC_INDEX, artifacts.MODEL, artifacts.MODEL_CARD, artifacts.MASK]
-    read += [artifacts.INITIAL, artifacts.DATA_INDEX] if params.detect.beside == "dense" else []
-    files = [*read, *checkpoints.code_files(), Path(__file__)]
-    return checkpoints.fingerprint({**sections, "torch": torch.__version__}, files)
+    values = params.marked("seed", "device", "threads", "launch", "architecture", "detect")
+    read, uses = [artifacts.VOC_INDEX, artifacts.MODEL, artifacts.MODEL_CARD, artifacts.MASK], ["detect"]
+    if params.detect.beside == "dense":
+        values |= params.marked("data", "objective", "train")
+        read, uses = [*read, artifacts.INITIAL, artifacts.DATA_INDEX], [*uses, "train"]
+    values |= {"torch": torch.__version__, "code": code.digests(uses, params.model_dump())}
+    return checkpoints.fingerprint(values, [*read, Path(__file__)])
 
 
 def followed(task: Task) -> None:

@@ -16,7 +16,7 @@ from epsd.masks import Mask
 from epsd.pipeline.describe import run_name, story, tags
 from epsd.pipeline.stage import run_stage
 from epsd.pipeline.train import card, trained
-from epsd.project import artifacts
+from epsd.project import artifacts, code
 from epsd.project.params import Params, flatten
 from epsd.project.runtime import counted, state_folder
 from epsd.registry import choose
@@ -51,10 +51,10 @@ def main(params: Params, machine: Machine) -> str:
 
 def fingerprint(params: Params) -> str:
     """Of everything this training depends on: parameters, data, mask, initial weights, code and torch."""
-    sections = params.model_dump(include={"seed", "device", "threads", "data", "architecture", "objective", "train"})
-    files = [artifacts.DATA_INDEX, artifacts.MASK, artifacts.INITIAL, *checkpoints.code_files(), Path(__file__)]
-    sections["sync_batchnorm"] = params.launch.sync_batchnorm  # but not the number of processes
-    return checkpoints.fingerprint({**sections, "torch": torch.__version__}, files)
+    values = params.marked("seed", "device", "threads", "launch", "data", "architecture", "objective", "train")
+    values |= {"torch": torch.__version__, "code": code.digests(["train"], params.model_dump())}
+    files = [artifacts.DATA_INDEX, artifacts.MASK, artifacts.INITIAL, Path(__file__)]
+    return checkpoints.fingerprint(values, files)
 
 
 def opened(params: Params, data: Prepared, folder: Path) -> Any:

@@ -1,6 +1,8 @@
 """What every test shares: the sample data and oracles where they exist, one seed, no telemetry."""
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture
+def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Append a line to files of the package, in a copy that all marks and fingerprints are made from."""
+    from epsd.project import code
+
+    package = tmp_path / "edited" / "epsd"
+    shutil.copytree(code.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(code, "PACKAGE", package)
+
+    def append(*names: str) -> None:
+        for name in names:
+            assert (package / name).is_file(), name
+            with (package / name).open("a", encoding="utf-8") as file:
+                file.write("# another line\n")
+
+    return append
 
 
 @pytest.fixture(scope="session")

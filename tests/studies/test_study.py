@@ -334,23 +334,6 @@ def test_another_parameter_is_another_cell(finished: Path) -> None:
     assert not {mark(cell, data) for cell in other.cells} & {mark(cell, data) for cell in made.cells}
 
 
-def test_a_cell_depends_on_its_own_variants_and_on_no_report(project: Path) -> None:
-    cell = cells(write(project / "grid.yaml", sparsities=[0.5]))[0]
-    names = {str(path.relative_to(ROOT / "src/epsd")) for path in work.code_files(cell)}
-    assert {"scores/epsd.py", "objectives/cskd.py", "metagradients.py", "training.py", "evaluation.py",
-            "studies/procedures/pipeline.py", "pipeline/pruned.py"} <= names  # fmt: skip
-    assert not names & {"scores/snip.py", "studies/tables.py", "comparing.py", "figures.py", "cli.py", "artifacts.py"}
-
-
-def test_a_cell_depends_on_all_the_code_that_dvc_lists(project: Path) -> None:
-    cell = cells(write(project / "grid.yaml", sparsities=[0.5]))[0]
-    names = {str(path.relative_to(ROOT)) for path in work.code_files(cell)}
-    stages = read_yaml(ROOT / "dvc.yaml")["stages"]
-    listed = {dep for name in ("prune", "train", "evaluate") for dep in stages[name]["deps"] if dep.startswith("src/")}
-    recording = ("src/epsd/tracking/", "src/epsd/figures")  # of them no number depends
-    assert {dep for dep in listed if "$" not in dep and not dep.startswith(recording)} <= names
-
-
 # --- interruptions --------------------------------------------------------------------------------------------------
 
 

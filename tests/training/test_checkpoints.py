@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from epsd.training.checkpoints import CheckpointError, code_files, fingerprint, load, save
+from epsd.training.checkpoints import CheckpointError, fingerprint, load, save
 from epsd.types import EpsdError
 
 
@@ -94,9 +94,3 @@ def test_fingerprints_follow_values_and_files(tmp_path: Path) -> None:
     assert fingerprint({"lr": 0.1}, [file]) != first
     with pytest.raises(EpsdError, match="absent"):
         fingerprint({}, [tmp_path / "absent"])
-
-
-def test_code_files_are_this_package() -> None:
-    files = code_files()
-    assert any(path.name == "checkpoints.py" for path in files)
-    assert all("epsd" in path.parts for path in files)

@@ -366,6 +366,15 @@ def test_other_data_or_parameters_are_another_study(made: Space) -> None:
     begin(Space(parse(content)), resume=True)
 
 
+def test_other_code_is_another_study(made: Space, edit: Callable[..., None]) -> None:
+    begin(made)
+    edit("scores/snip.py", "figures/style.py", "tracking/runs.py")  # chosen by no trial; of no number
+    begin(made, resume=True)
+    edit("objectives/cskd.py")
+    with pytest.raises(TuningError, match=r"other code: objectives/cskd\.py changed since"):
+        begin(made, resume=True)
+
+
 def test_a_study_of_somebody_else_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "PATIENCE", 0.3)
     of = space()

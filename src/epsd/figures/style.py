@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from epsd.evaluation.metrics import ReliabilityTable
 from epsd.project.artifacts import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from epsd.evaluation.metrics import ReliabilityTable
 
 DPI = 120
 NUMBERS_UP_TO = 12
@@ -61,7 +62,7 @@ def _write_counts(axes: "Axes", table: Tensor, shares: Tensor) -> None:
         axes.text(column, row, str(int(table[row, column])), ha="center", va="center", color=colour, fontsize=8)
 
 
-def reliability(table: ReliabilityTable) -> "Figure":
+def reliability(table: "ReliabilityTable") -> "Figure":
     """Accuracy by confidence against the diagonal of perfect calibration, and how many predictions lie where."""
     figure = figure_of_size(5, 5.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))

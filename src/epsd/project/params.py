@@ -5,9 +5,11 @@ Optuna. A choice (`dataset`, `architecture`, `objective`, `prune.score`, `voc`, 
 `name` plus the settings of that variant, which the variant itself checks (`epsd.registry.choose`).
 """
 
+import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -31,6 +33,31 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
 
 
+@dataclass(frozen=True)
+class Bearing:
+    """What a parameter bears on, as a note beside its type. Without one: on every metric and every mark.
+
+    on : how the names of the metrics begin that it bears on.
+    only_timing : nothing but how long it takes (and the last bits) depends on it.
+    timed_with : two timings must have it in common to be compared at all.
+    marked : whether what was trained under another value is another thing: no mark holds one that is not.
+    settings : likewise of settings of a choice.
+    """
+
+    on: tuple[str, ...] = ("",)
+    only_timing: bool = False
+    timed_with: bool = False
+    marked: bool = True
+    settings: Mapping[str, "Bearing"] = field(default_factory=dict)
+
+
+_NOTHING = Bearing(on=(), marked=False)
+_TIMING = Bearing(only_timing=True, timed_with=True)
+_SPREAD = replace(_TIMING, marked=False)
+_DETECTION = Bearing(on=("detect/", "time/detect"))
+_LATENCY = replace(_TIMING, on=("model/latency_", "time/evaluate"))
+
+
 class Section(BaseModel):
     """A mapping of params.yaml: unknown keys, wrong types and out-of-range numbers are errors."""
 
@@ -49,7 +76,7 @@ class Section(BaseModel):
 class LaunchParams(Section):
     """How many processes share prune, train and detect."""
 
-    processes: Count | Literal["auto"] = 1
+    processes: Annotated[Count | Literal["auto"], _SPREAD] = 1
     sync_batchnorm: bool = True
 
 
@@ -61,13 +88,13 @@ class DataParams(Section):
     limit: Count | None
     crop_padding: Annotated[int, Field(ge=0)]
     flip: bool
-    workers: Annotated[int, Field(ge=0)]
+    workers: Annotated[int, Field(ge=0), _SPREAD]
 
 
 class PruneParams(Section):
     """The early-prune mask. Each key's unit and range stand beside it in params.yaml."""
 
-    score: Choice
+    score: Annotated[Choice, Bearing(settings={"graphs_kept": Bearing(only_timing=True)})]
     sparsity: Share
     scope: Literal["global", "layer", "erk", "lamp"]
     densities: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
@@ -78,7 +105,7 @@ class PruneParams(Section):
     batch_size: Count
     keep_at_least_one: bool
     control: Literal["none", "shuffled", "reinitialised"]
-    compare: bool
+    compare: Annotated[bool, Bearing(only_timing=True)]
     memory: Literal["auto"] | Positive
     precision: Literal["fp32", "bf16"]
 
@@ -97,10 +124,10 @@ class TrainParams(Section):
     gamma: Annotated[float, Field(gt=0, le=1)]
     warmup_epochs: Annotated[int, Field(ge=0)]
     clip_norm: Positive | None
-    precision: Precision
-    memory_format: MemoryFormat
-    update: Literal["auto", "fused", "foreach", "loop"]
-    compile: Literal["auto", "none", "kernels", "graphs"]
+    precision: Annotated[Precision, Bearing(timed_with=True)]
+    memory_format: Annotated[MemoryFormat, _TIMING]
+    update: Annotated[Literal["auto", "fused", "foreach", "loop"], _TIMING]
+    compile: Annotated[Literal["auto", "none", "kernels", "graphs"], _TIMING]
     accumulate: Literal["auto"] | Count
 
     @model_validator(mode="after")
@@ -115,10 +142,10 @@ class TrainParams(Section):
 class EvaluateParams(Section):
     """The one reading of the test split."""
 
-    batch_size: Count
-    ece_bins: Count
-    latency_batch_size: Count
-    latency_repeats: Annotated[int, Field(ge=0)]
+    batch_size: Annotated[Count, replace(_TIMING, on=("time/evaluate",))]
+    ece_bins: Annotated[Count, Bearing(on=("test/ece",))]
+    latency_batch_size: Annotated[Count, _LATENCY]
+    latency_repeats: Annotated[int, Field(ge=0), _LATENCY]
 
 
 class DetectParams(Section):
@@ -135,7 +162,7 @@ class DetectParams(Section):
     warmup_steps: Annotated[int, Field(ge=0)]
     flip: bool
     frozen_stages: Annotated[int, Field(ge=0)]
-    pictures: Annotated[int, Field(ge=0)]
+    pictures: Annotated[int, Field(ge=0), _NOTHING]
     precision: Precision
 
 
@@ -244,20 +271,38 @@ class Params(Section):
     """The whole of params.yaml, checked. `tune` is left out of dumps: no trained model depends on it."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)]
-    device: str
-    threads: Count | None = None
+    device: Annotated[str, _TIMING]
+    threads: Annotated[Count | None, _TIMING] = None
     launch: LaunchParams = Field(default_factory=LaunchParams)
-    dataset: Choice
+    dataset: Annotated[Choice, Bearing(settings={"download": _NOTHING})]
     data: DataParams
     architecture: Choice
     objective: Choice
     prune: PruneParams
     train: TrainParams
     evaluate: EvaluateParams
-    voc: Choice
-    detect: DetectParams
-    tracking: TrackingParams
-    tune: TuneParams = Field(default_factory=TuneParams, exclude=True)
+    voc: Annotated[Choice, _DETECTION]
+    detect: Annotated[DetectParams, _DETECTION]
+    tracking: Annotated[TrackingParams, _NOTHING]
+    tune: Annotated[TuneParams, _NOTHING] = Field(default_factory=TuneParams, exclude=True)
+
+    def marked(self, *sections: str) -> dict[str, Any]:
+        """Dotted name -> value of what a mark holds (of these sections; none given: of all)."""
+        named = flatten(self.model_dump(include=set(sections) or None))
+        return {name: value for name, value in named if bearing(name).marked}
+
+
+@functools.cache
+def bearing(dotted: str) -> Bearing:
+    """What the parameter of this name bears on: its own note, else that of its section."""
+    kind: Any = Params
+    note = Bearing()
+    for part in dotted.split("."):
+        hint = get_type_hints(kind, include_extras=True).get(part) if isinstance(kind, type) else None
+        notes = [one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Bearing)]
+        note = notes[0] if notes else note.settings.get(part, note)
+        kind = getattr(hint, "__origin__", hint)
+    return note
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from epsd.pipeline.measure import measured
 from epsd.pipeline.stage import one_line
 from epsd.pipeline.train import card
 from epsd.preparing.write import prepare
-from epsd.project import artifacts
+from epsd.project import artifacts, code
 from epsd.project.params import Params
 from epsd.project.runtime import located, state_folder, versions
 from epsd.registry import choose
@@ -42,20 +42,8 @@ from epsd.tracking.texts import as_text
 from epsd.training import checkpoints
 from epsd.training.record import Record
 
-APART = {
-    "__init__.py", "__main__.py", "analysis", "artifacts.py", "checkpoints.py", "cli.py", "comparing.py", "console.py",
-    "detection.py", "detectors", "downloads.py", "listing.py", "params.py", "pictures.py", "presets.py", "registry.py",
-    "spool.py", "stage.py", "studies", "tracking", "tuning", "types.py", "voc.py",
-}  # fmt: skip
-"""Rooms of the package that no cell's result depends on: an edit there makes no cell stale. Nor do figures."""
-
-REGISTERED = {
-    "architectures": "architecture",
-    "objectives": "objective",
-    "scores": "prune.score",
-    "datasets": "dataset",
-}
-"""Package of variants -> the choice in params.yaml: only the chosen variant's file counts."""
+CODE = ("images", "prune", "train", "evaluate", "procedure")
+"""What a cell's result depends on, in the words of `epsd.project.code`."""
 
 RESULT = "epsd-cell-1"
 
@@ -110,6 +98,7 @@ class Place:
     def _key(self, params: Params, split_seed: int) -> str:
         """Of all that the images are made from. A user's own are looked at once: a change under way is for the next."""
         made_from = {"dataset": params.dataset, "seed": split_seed, **params.data.model_dump(include=_SPLITTING)}
+        made_from["code"] = _code(("images",), params.model_dump_json())
         dataset = choose(DATASETS, params.dataset, "dataset")
         if hasattr(dataset, "root") and not getattr(dataset, "download", False):  # a download is what it always was
             root = located(dataset.root)
@@ -152,6 +141,7 @@ class Place:
 
 
 _SPLITTING = {"validation", "test", "limit"}
+_OTHERWISE = ("threads", "voc.", "detect.")
 
 
 def mark(cell: Cell, data: Prepared) -> str:
@@ -159,39 +149,18 @@ def mark(cell: Cell, data: Prepared) -> str:
 
     Another number of threads changes the last bits of a result, which is no reason to train everything again.
     """
-    params = cell.params.model_dump(exclude={"threads", "voc", "detect", "tracking"})
+    params = {name: value for name, value in cell.params.marked().items() if not name.startswith(_OTHERWISE)}
     values = {"params": params, "procedure": dict(cell.procedure), "device": data.machine.device.type}
+    tree = json.dumps({**cell.params.model_dump(), "procedure": values["procedure"]})
     return checkpoints.fingerprint(
-        {**values, "data": data.digest, "torch": torch.__version__, "code": _code(tuple(code_files(cell)))}
+        {**values, "data": data.digest, "torch": torch.__version__, "code": _code(CODE, tree)}
     )
 
 
 @functools.cache
-def _code(files: tuple[Path, ...]) -> str:
+def _code(uses: tuple[str, ...], tree: str) -> dict[str, str]:
     """Read once in a process: an edit while it works changes no identity under its feet."""
-    return checkpoints.fingerprint({}, files)
-
-
-def code_files(cell: Cell) -> list[Path]:
-    """The files of this package that a cell's result depends on: those of the chosen variants, and all machinery."""
-    package = Path(__file__).resolve().parents[1]
-    procedure = package / "studies" / "procedures" / f"{cell.procedure['name']}.py"
-    found = [procedure] if procedure.exists() else []
-    flat = cell.params.model_dump()
-    for path in sorted(package.rglob("*.py")):
-        room = path.relative_to(package).parts[0]
-        if room in APART or room.startswith("figures") or path.name == "__init__.py":
-            continue
-        chosen = _at(flat, REGISTERED[room])["name"] if room in REGISTERED else path.stem
-        if path.stem == chosen or path.stem.startswith("_"):
-            found.append(path)
-    return found
-
-
-def _at(tree: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        tree = tree[part]
-    return tree
+    return code.digests(uses, json.loads(tree))
 
 
 def _digest(content: Any) -> str:

@@ -7,7 +7,6 @@ that a run with other parameters never resumes from them (DVC keeps persistent o
 import hashlib
 import json
 import os
-import sys
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -112,10 +111,3 @@ def load(path: Path, mark: str) -> dict[str, Any] | None:
         )
     state: dict[str, Any] = _decode(plain, tensors)
     return state
-
-
-def code_files() -> list[Path]:
-    """The files of this package that the running process has loaded: the code that its result depends on."""
-    found = {Path(file) for name, module in list(sys.modules.items()) if name.split(".")[0] == "epsd"
-             if (file := getattr(module, "__file__", None))}  # fmt: skip
-    return sorted(found)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from epsd.architectures import ARCHITECTURES
 from epsd.objectives import OBJECTIVES
 from epsd.pipeline.stage import check
+from epsd.project import code
 from epsd.project.params import Params, RangeParams, TuneParams, flatten, override, parse
 from epsd.registry import ParamsError, choose, settings_of, unknown
 from epsd.scores import SCORES
@@ -126,6 +127,15 @@ class Space:
             "fixed": self.fixed,
             "params": {**dict(self.unsearched()), "tune.repeats": self.tune.repeats},
         }
+
+    def code(self) -> dict[str, str]:
+        """The code that a trial's figures depend on, that of every variant that one may choose included."""
+        trees = [self.base]
+        for section in REGISTRIES:
+            for name in self._variants(section):
+                trees.append(copy.deepcopy(self.base))
+                override(trees[-1], section, {"name": name})
+        return code.digests(["prune", "train", "evaluate"], *trees)
 
     def unsearched(self) -> Iterator[tuple[str, Any]]:
         """(key, value) of the parameters that bear on a trial and that neither space nor fixed values set."""

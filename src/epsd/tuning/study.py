@@ -437,6 +437,7 @@ def begin(storage: BaseStorage, space: Space, data: str, trials: int, resume: bo
         "base": space.base,
         "tune": tune.model_dump(by_alias=True, exclude_defaults=True),
         "data": data,
+        "code": space.code(),
         "objectives": list(tune.objectives),
     }
     ledger.study.set_user_attr("epsd", facts)
@@ -502,4 +503,11 @@ def _compare(name: str, facts: Mapping[str, Any], space: Space, data: str) -> No
     if facts["data"] != data:
         raise TuningError(
             f"study '{name}' was made on other data than artifacts/data holds now. Give tune.study another name."
+        )
+    code = space.code()
+    before = facts.get("code", code)
+    if edited := [file for file in sorted({*before, *code}) if before.get(file) != code.get(file)]:
+        raise TuningError(
+            f"study '{name}' was made by other code: {', '.join(edited[:3])}{', ...' * (len(edited) > 3)} changed "
+            "since. Give tune.study another name, or take back the change."
         )
