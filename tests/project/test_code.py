@@ -3,9 +3,11 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import ROOT
 from epsd.project import artifacts, code
@@ -29,13 +31,10 @@ def params(**changes: Any) -> Params:
     return parse(tree)
 
 
-class Data:
-    digest = "d"
-
-
 def cell_mark(**changes: Any) -> str:
     work._code.cache_clear()
-    return work.mark(Cell(params(**changes), {"name": changes.pop("procedure", "pipeline")}), Data())  # type: ignore[arg-type]
+    data: Any = SimpleNamespace(digest="d", machine=SimpleNamespace(device=torch.device("cpu")))
+    return work.mark(Cell(params(**changes), {"name": "pipeline"}), data)
 
 
 @pytest.fixture
