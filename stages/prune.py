@@ -12,11 +12,11 @@ from epsd.project.params import Params
 def main(params: Params, machine: Machine) -> str:
     """Build and score the network on augmented training images; save mask, initial weights and report."""
     data = Prepared.load(artifacts.DATA, machine)
-    mask, model, report = pruned(params, data)
+    mask, model, report, examined = pruned(params, data)
     if not distributed.is_main():
         return ""
     warn_of_detection(params, model)
-    artifacts.save_pruned(mask, model, report)
+    artifacts.save_pruned(mask, model, report, examined.rows() if examined else [])
     dead = f", no weight left in {', '.join(mask.dead_layers())}" if mask.dead_layers() else ""
     return f"kept {mask.kept:,} of {mask.total:,} weights, sparsity {mask.sparsity:.4f}{dead}"
 

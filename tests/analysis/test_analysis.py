@@ -319,6 +319,18 @@ def test_one_command_gives_every_measure_for_every_method_and_seed(done: SimpleN
     assert last.kl_views.to_dict() == pytest.approx(expected.to_dict())
 
 
+def test_layers_say_what_of_each_mask_is_in_effect_beside_random_erk(done: SimpleNamespace) -> None:
+    layers, summary = (pd.read_csv(done.folder / f"{name}.csv") for name in ("layers", "summary"))
+    assert (done.folder / "layers.png").stat().st_size > 0
+    for (method, seed), mine in layers.groupby(["method", "seed"]):
+        row = summary[(summary.method == method) & (summary.seed == seed)].iloc[0]
+        assert row["mask/effective_sparsity"] == pytest.approx(1 - mine.on_path.sum() / mine.total.sum())
+        assert row["mask/live_channels"] == pytest.approx(mine.live.sum() / mine.channels.sum())
+        assert row["mask/gini"] == pytest.approx(mine.gini.mean())
+        assert (mine.density == mine.kept / mine.total).all() and (mine.on_path <= mine.kept).all()
+        assert (mine.random_erk_density * mine.total).sum() == pytest.approx(mine.kept.sum())
+
+
 def test_table_and_markdown_agree_with_the_summary(done: SimpleNamespace) -> None:
     summary = pd.read_csv(done.folder / "summary.csv")
     top1 = f"{summary[summary.method == 'epsd']['val/top1'].mean():.4f}"
@@ -338,7 +350,9 @@ def test_slices_and_pairs_are_written(done: SimpleNamespace) -> None:
     assert pairs.jaccard["epsd", "random"] == pytest.approx(pairs.expected["epsd", "random"], abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["overlap", "trainability", "distillation", "calibration", "landscape", "features"])
+@pytest.mark.parametrize(
+    "name", ["overlap", "layers", "trainability", "distillation", "calibration", "landscape", "features"]
+)
 def test_every_figure_has_content(done: SimpleNamespace, name: str) -> None:
     import numpy as np
     from PIL import Image

@@ -12,6 +12,7 @@ from epsd.datasets import DATASETS
 from epsd.pipeline.prune import pruned, scored, scoring_key
 from epsd.preparing.write import prepare
 from epsd.project.params import Params, override, parse, read_yaml
+from epsd.pruning.paths import on_path
 from epsd.registry import choose
 
 SMALL = {"data.limit": 12, "architecture.width": 0.25, "prune.batch_size": 32, "threads": 1}
@@ -51,6 +52,18 @@ def test_shared_scores_equal_separate_ones(score: dict[str, Any], objective: str
         assert {k: v for k, v in apart.report.items() if k not in measured} == {
             k: v for k, v in shared.report.items() if k not in measured
         }
+
+
+@pytest.mark.filterwarnings("ignore:no weight survives", "ignore:.*lie on no path")
+def test_the_report_says_what_of_the_final_mask_is_in_effect(data: Prepared) -> None:
+    """Of the mask that is trained, after the control."""
+    for control in ("none", "shuffled"):
+        found = pruned(params(**{"prune.sparsity": 0.97, "prune.control": control}), data)
+        effective = on_path(found.model, found.mask, data.image_shape)
+        assert found.report["effective_sparsity"] == pytest.approx(1 - effective.kept / effective.total)
+        assert found.examined is not None
+        assert [row["on_path"] for row in found.examined.rows()] == [kept for kept, _ in effective.per_layer().values()]
+        assert found.report["on_path"] < 1 < 1 + found.report["random_erk_gini"]
 
 
 def test_scores_are_not_shared_over_rounds(data: Prepared) -> None:

@@ -243,7 +243,7 @@ def test_a_cell_is_what_the_pipeline_gives(finished: Path) -> None:
     assert result is not None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    mask, model, _ = pruned(cell.params, data)
+    mask, model, *_ = pruned(cell.params, data)
     history = trained(cell.params, data, model, mask, on_epoch=lambda record: None)
     test = evaluation.evaluate(model, data.batches("test", batch_size=256), ece_bins=15).metrics
     torch.set_num_threads(threads)
@@ -256,7 +256,7 @@ def test_the_dense_twin_is_the_pipeline_at_sparsity_0(finished: Path) -> None:
     made, place = plan.load(finished / "grid.yaml"), Place("grid")
     cell = made.cells[0]
     data = place.data(cell.params, made.split_seed)
-    mask, model, _ = pruned(cell.params, data)
+    mask, model, *_ = pruned(cell.params, data)
     assert mask.kept == mask.total
     torch.set_num_threads(1)
     history = trained(cell.params, data, model, mask, on_epoch=lambda record: None)

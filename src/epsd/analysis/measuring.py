@@ -37,6 +37,11 @@ MEASURES = {
     "distillation/kl_views": "KL, two views of an image (nats)",
     "distillation/kl_epochs": "KL, last two epochs (nats)",
     "mask/jaccard_epsd": "overlap with EPSD's mask (Jaccard)",
+    "mask/effective_sparsity": "sparsity, weights on no path removed too",
+    "mask/random_erk_effective_sparsity": "the same of random ERK",
+    "mask/live_channels": "live channels (share)",
+    "mask/gini": "Gini of a layer's weights over channels, mean",
+    "mask/random_erk_gini": "the same of random ERK",
     "landscape/rise": "rise of the loss within half a filter norm (nats)",
     "features/separation": "distance between classes / within",
     "time/seconds": "seconds, pruning and training",
@@ -48,6 +53,7 @@ class Finding(NamedTuple):
     """What was found out about one method with one seed.
 
     figures : those of MEASURES that apply.  history : a row per epoch, of training and of `distillation.Probe`.
+    layers : of the mask, beside a random one: `epsd.pruning.paths.Examined.rows`.
     logits, labels : of the validation split, (N, K) and (N,).  surface : loss on the slice, (P, P), None where not
         asked for.  features : of validation images, likewise.
     """
@@ -57,6 +63,7 @@ class Finding(NamedTuple):
     mask: Mask
     figures: dict[str, float]
     history: list[Record]
+    layers: list[dict[str, Any]]
     logits: Tensor
     labels: Tensor
     surface: Tensor | None
@@ -80,7 +87,7 @@ def examine(params: Params, data: Prepared, *, points: int, slice_seed: int) -> 
 
     points : of the loss slice along each direction; 0 leaves slice and features out.  slice_seed : of its directions.
     """
-    mask, model, report = pruned(params, data)
+    mask, model, report, examined = pruned(params, data)
     objective = choose(OBJECTIVES, params.objective, "objective")
     figures = _named("trainability", gradient_norms(model, mask, batches(params, data, "train"), objective))
     history = _watched(params, data, model, mask)
@@ -95,6 +102,7 @@ def examine(params: Params, data: Prepared, *, points: int, slice_seed: int) -> 
         **_named("calibration", calibration(logits, labels, params.evaluate.ece_bins)),
         **_named("distillation", {key: history[-1][key] for key in QUANTITIES if key in history[-1]}),
         "time/seconds": seconds,
+        **_named("mask", {name: value for name, value in report.items() if f"mask/{name}" in MEASURES}),
     }
     seen = surface = None
     if points:
@@ -102,7 +110,8 @@ def examine(params: Params, data: Prepared, *, points: int, slice_seed: int) -> 
         surface = _surface(params, data, model, mask, points, slice_seed)
         figures |= {"landscape/rise": landscape.rise(surface), "features/separation": features.separation(seen)}
     name = params.prune.score["name"]
-    return Finding(name, params.seed, mask, figures, history, logits, labels, surface, seen)
+    layers = examined.rows() if examined else []
+    return Finding(name, params.seed, mask, figures, history, layers, logits, labels, surface, seen)
 
 
 def calibration(logits: Tensor, labels: Tensor, ece_bins: int) -> dict[str, float]:

@@ -108,6 +108,7 @@ class Report:
             "summary": self.summary,
             "history": self.history,
             "overlap": self._pairs(),
+            "layers": self._layers(),
             "landscape": self._slices(),
         }
         written = []
@@ -131,6 +132,13 @@ class Report:
             for other, measured, expected in zip(self.methods, row, by_chance, strict=True)
         )
 
+    def _layers(self) -> pd.DataFrame:
+        return pd.DataFrame(
+            {"method": finding.method, "seed": finding.seed, **row}
+            for finding in self.findings
+            for row in finding.layers
+        )
+
     def _slices(self) -> pd.DataFrame:
         return pd.DataFrame(
             {"method": finding.method, "seed": finding.seed, "x": x, "y": y, "loss": float(loss)}
@@ -142,6 +150,7 @@ class Report:
 
     def _figures(self) -> "Iterator[tuple[str, Callable[[], Figure]]]":
         yield "overlap", self.overlap_figure
+        yield "layers", self.layers_figure
         yield "trainability", self.trainability_figure
         yield "distillation", self.distillation_figure
         yield "calibration", self.calibration_figure
@@ -156,6 +165,15 @@ class Report:
         """See `figures_analysis.mask_overlap`."""
         uniform = overlap.uniform(1 - self.findings[0].mask.sparsity)
         return analysis.mask_overlap(self.methods, self.measured, self.expected, uniform)
+
+    def layers_figure(self) -> "Figure":
+        """See `figures.analysis.layers`; beside the methods a random mask of ERK densities."""
+        rows = self._layers()
+        shown = [rows, rows[rows["method"] == self.methods[0]].assign(method="random ERK")]
+        chance = {f"random_erk_{name}": name for name in ("density", "live", "channels", "gini")}
+        shown[1] = shown[1].drop(columns=list(chance.values())).rename(columns=chance)
+        table = pd.concat(shown)
+        return analysis.layers(table.assign(live=table["live"] / table["channels"], gini=table["gini"].astype(float)))
 
     def trainability_figure(self) -> "Figure":
         """See `figures_analysis.trainability`."""

@@ -1,4 +1,4 @@
-"""Figures that compare a few prunings in depth: overlap, trainability, distillation, calibration, landscape, features.
+"""Figures that compare a few prunings in depth: overlap, layers, trainability, distillation, calibration, and more.
 
 Each raises FigureError where there is nothing to draw. Methods differ by marker and line style or have a panel each.
 """
@@ -24,6 +24,11 @@ HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo")
 CLASSES_SHOWN = 20
 LEVELS = 12
 
+LAYERS = {
+    "density": "density (share of its weights kept)",
+    "live": "channels with a weight on a path (share)",
+    "gini": "Gini of its weights over channels (0 = even)",
+}
 NORMS = {"grad_norm": "the run's own objective", "grad_norm_ce": "cross entropy alone"}
 KL = {
     "kl_same_class": "KL between two images of a class (nats)",
@@ -59,6 +64,32 @@ def mask_overlap(names: Sequence[str], measured: Tensor, expected: Tensor, unifo
         f"dashed: random masks of one density, {uniform:.3f})",
         fontsize=9,
     )
+    return figure
+
+
+def layers(rows: "pd.DataFrame") -> "Figure":
+    """One row per layer, input on top, a mark per method: density, share of live channels, Gini over channels.
+
+    rows : `method`, `seed`, `layer`, and LAYERS; means over seeds. NaN (a layer without a weight) leaves a gap.
+    """
+    rows = checked(rows, ("method", "seed", "layer", *LAYERS), tuple(LAYERS))
+    names = list(rows["layer"].unique())
+    figure = figure_of_size(11, min(2.2 + 0.24 * len(names), 30))
+    panels = figure.subplots(1, len(LAYERS), sharey=True)
+    for axes, (column, label) in zip(panels, LAYERS.items(), strict=True):
+        for number, (method, mine) in enumerate(rows.groupby("method", sort=False)):
+            means, look = mine.groupby("layer")[column].mean().reindex(names), style(number)
+            marks: dict[str, Any] = {"marker": look.marker, "markerfacecolor": "none", "linewidth": 0.6}
+            axes.plot(means, range(len(names)), color=look.colour, linestyle=look.line, label=str(method), **marks)
+        axes.set_xlabel(label, fontsize=9)
+        axes.grid(color="0.9")
+    if (rows["density"] > 0).any():
+        panels[0].set_xscale("symlog", linthresh=1e-3)
+    panels[0].set_yticks(range(len(names)), names, fontsize=7)
+    panels[0].invert_yaxis()
+    handles, methods = panels[0].get_legend_handles_labels()
+    figure.legend(handles, methods, loc="outside lower center", ncols=min(6, len(methods)), fontsize=8, handlelength=4)
+    figure.suptitle("What each layer keeps")
     return figure
 
 

@@ -19,6 +19,7 @@ from epsd.losses import PlainLoss, cross_entropy
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
 from epsd.project.params import Params
+from epsd.pruning import paths
 from epsd.pruning import prune as pruning
 from epsd.pruning.scoring import Means, within
 from epsd.registry import choose
@@ -29,12 +30,14 @@ from epsd.types import Batches, Objective, Score, Scores
 class Pruned(NamedTuple):
     """`mask` and the network with the weights to train (all of them, unmasked), on its device.
 
-    `report`: the mask's summary; what finding it cost (`Meter.figures`, the comparison excluded); the comparison.
+    `report`: the mask's summary; what finding it cost (`Meter.figures`, the comparison excluded); the comparison; what
+    of the mask is in effect. `examined`: that layer by layer, None for a dense network.
     """
 
     mask: Mask
     model: nn.Module
     report: dict[str, Any]
+    examined: paths.Examined | None = None
 
 
 class Scored(NamedTuple):
@@ -77,7 +80,7 @@ def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Prune
                 report |= _compared(work, mask, how)
     else:
         mask, report = _cut(known, params)
-    return _controlled(params, data, Pruned(mask, work.model, report))
+    return _examined(params, data, _controlled(params, data, Pruned(mask, work.model, report)))
 
 
 def scored(params: Params, data: Prepared) -> Scored:
@@ -164,6 +167,12 @@ def _controlled(params: Params, data: Prepared, found: Pruned) -> Pruned:
         return found._replace(mask=mask)
     seed_everything(mix(params.seed, "reinitialise"))
     return found._replace(mask=mask, model=network(params, data))
+
+
+def _examined(params: Params, data: Prepared, found: Pruned) -> Pruned:
+    examined = paths.examined(found.model, found.mask, data.image_shape, mix(params.seed, "random erk"))
+    paths.warn_of_lost(examined)
+    return found._replace(report=found.report | examined.summary(), examined=examined)
 
 
 def network(params: Params, data: Prepared) -> nn.Module:

@@ -183,14 +183,15 @@ def fill(model: "nn.Module", state: Mapping[str, "Tensor"], path: Path) -> "nn.M
     return model
 
 
-def save_pruned(mask: "Mask", initial: "nn.Module", report: Mapping[str, Any]) -> None:
-    """What `prune` found: mask, the initial weights it was found for (all of them), report, density per layer."""
+def save_pruned(
+    mask: "Mask", initial: "nn.Module", report: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]
+) -> None:
+    """What `prune` found: mask, the initial weights it was found for (all of them), report, a row for each layer."""
     with replacing(MASK) as temporary:
         mask.save(temporary)
     _save_state(initial, INITIAL)
     write_json(PRUNE_REPORT, report)
-    rows = [(name, kept, total, kept / total) for name, (kept, total) in mask.per_layer().items()]
-    write_csv(LAYERS, ("layer", "kept", "total", "density"), rows)
+    write_csv(LAYERS, tuple(layers[0]), [tuple(row.values()) for row in layers])
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -37,7 +38,7 @@ def on_path(model: nn.Module, mask: Mask, image_shape: tuple[int, ...]) -> Mask:
     device = kept[0].device
     image = torch.linspace(0.5, 1.0, torch.Size(image_shape).numel(), dtype=torch.float64).view(1, *image_shape)
     buffers = {name: b.double() for name, b in model.named_buffers() if b.is_floating_point()}
-    with within(Means()), scoring(model, train=False), _rescaling(model):
+    with within(Means()), scoring(model, train=False), _open(model):
         output = calling(model, {**buffers, **values})(image.to(device)).sum()
         flows = torch.autograd.grad(output, kept, materialize_grads=True)
     return Mask({name: (flow != 0).cpu() & keep for (name, keep), flow in zip(mask.keep.items(), flows, strict=True)})
@@ -58,20 +59,32 @@ def _positive(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _rescaling(model: nn.Module) -> Iterator[None]:
-    """Normalisation layers divide by the largest activation, and shift nothing."""
-
-    def rescale(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        largest = inputs[0].detach().abs().amax()
-        return inputs[0] / torch.where(largest > 0, largest, 1.0)
-
-    normalising = [m for m in model.modules() if isinstance(m, _NORMS) or type(m).__name__ == "FrozenBatchNorm2d"]
-    handles = [module.register_forward_hook(rescale) for module in normalising]
+def _open(model: nn.Module) -> Iterator[None]:
+    """Normalisation layers divide by the largest activation, and shift nothing; pooling lets all of them through."""
+    handles = []
+    for module in model.modules():
+        if isinstance(module, _NORMS) or type(module).__name__ == "FrozenBatchNorm2d":
+            handles.append(module.register_forward_hook(_rescaled))
+        elif isinstance(module, nn.modules.pooling._MaxPoolNd | nn.modules.pooling._AdaptiveMaxPoolNd):
+            handles.append(module.register_forward_hook(_pooled))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _rescaled(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    largest = inputs[0].detach().abs().amax()
+    return inputs[0] / torch.where(largest > 0, largest, 1.0)
+
+
+def _pooled(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """The largest alone would pass, and of a padded window only what of a kernel meets it: instead the mean passes."""
+    images, size = inputs[0], output.shape[2:]
+    pool: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(size)]
+    pooled: Tensor = pool(images, size)  # every activation is in one window at least
+    return pooled
 
 
 class Layer(NamedTuple):
@@ -88,10 +101,10 @@ class Layer(NamedTuple):
     live: int
     gini: float | None
 
-    @property
-    def density(self) -> float:
-        """Share of the layer's weights that is kept."""
-        return self.kept / self.total
+    def figures(self, prefix: str) -> dict[str, Any]:
+        """Density, and what of it is in effect, by name after `prefix`."""
+        found = {"density": self.kept / self.total, **self._asdict()}
+        return {f"{prefix}{name}": found[name] for name in ("density", "on_path", "channels", "live", "gini")}
 
 
 def layers(mask: Mask, effective: Mask) -> dict[str, Layer]:
@@ -134,24 +147,18 @@ class Examined(NamedTuple):
         """For the tracker: `effective_sparsity`, `on_path` (share of the kept weights), `live_channels` (share of all),
         `gini` (mean over layers that have a weight); and the same of the random mask, with `random_erk_` before it.
         """
-        return _summary(self.layers) | {f"random_erk_{name}": value for name, value in _summary(self.random).items()}
+        return _summary(self.layers) | {f"{_CHANCE}{name}": value for name, value in _summary(self.random).items()}
 
-    def rows(self) -> list[tuple[Any, ...]]:
-        """A row for each layer, as `HEADER` says."""
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer, by column."""
         return [
-            (name, own.kept, own.total, own.density, own.on_path, own.channels, own.live, own.gini, *_beside(other))
-            for (name, own), other in zip(self.layers.items(), self.random.values(), strict=True)
+            {"layer": name, "kept": own.kept, "total": own.total, **own.figures("")}
+            | self.random[name].figures(_CHANCE)
+            for name, own in self.layers.items()
         ]
 
 
-HEADER = (
-    "layer", "kept", "total", "density", "on_path", "channels", "live", "gini",
-    "random_erk_density", "random_erk_live", "random_erk_gini",
-)  # fmt: skip
-
-
-def _beside(layer: Layer) -> tuple[Any, ...]:
-    return layer.density, layer.live, layer.gini
+_CHANCE = "random_erk_"
 
 
 def _summary(found: dict[str, Layer]) -> dict[str, float]:
@@ -181,6 +188,7 @@ def warn_of_lost(found: Examined, warn: Callable[[str], None] = warnings.warn) -
     if figures["on_path"] < 1 - LOST:
         warn(
             f"{1 - figures['on_path']:.1%} of the kept weights lie on no path from input to output (random weights of "
-            f"ERK densities: {1 - figures['random_erk_on_path']:.1%}): the sparsity in effect is "
-            f"{figures['effective_sparsity']:.4f}. More prune.rounds, prune.scope: erk or prune.channel_cap spread them."
+            f"ERK densities: {1 - figures[f'{_CHANCE}on_path']:.1%}): the sparsity in effect is "
+            f"{figures['effective_sparsity']:.4f}. More prune.rounds, prune.scope: lamp or prune.channel_cap spread "
+            "them."
         )

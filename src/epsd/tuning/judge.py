@@ -46,7 +46,7 @@ def run(params: Params, data: Prepared, watch: Callable[[Record, Callable[[], Fi
     `watch` is called after each epoch with its record and a function that gives the figures as they stand; it ends the
     trial by raising.
     """
-    mask, model, report = pruned(
+    mask, model, report, _ = pruned(
         params.model_copy(update={"prune": params.prune.model_copy(update={"compare": False})}), data
     )
 

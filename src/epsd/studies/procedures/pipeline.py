@@ -26,7 +26,7 @@ class Pipeline:
     def __call__(self, params: Params, data: Prepared, desk: Desk) -> Trained:
         """As the stages do it, without files. At sparsity 0 nothing is scored."""
         begun = time.perf_counter()
-        mask, model, report = self._pruned(params, data, desk)
+        mask, model, report, _ = self._pruned(params, data, desk)
         middle = time.perf_counter()
         checkpoint = desk.folder / "last.safetensors"
         settings: dict[str, Any] = {"checkpoint": checkpoint, "mark": desk.mark, "meter": Meter.of(report)}
