@@ -5,8 +5,12 @@ from typing import Any
 
 import pytest
 
-from epsd.comparison import statistics, tables
-from epsd.comparison.statistics import ComparisonError, Entry, difference, holm, summarise, table
+from epsd.comparison import tables
+from epsd.comparison.metrics import better
+from epsd.comparison.rows import table
+from epsd.comparison.significance import against, mark_best
+from epsd.comparison.statistics import difference, holm, summarise
+from epsd.comparison.types import ComparisonError, Entry, Table
 
 BASE = {
     "seed": "0", "prune.sparsity": "0.9", "prune.score.name": "epsd", "prune.control": "none", "objective.name": "cskd",
@@ -96,12 +100,12 @@ def test_holm_by_hand() -> None:
     ],
 )  # fmt: skip
 def test_which_way_is_better(metric: str, way: str | None) -> None:
-    assert statistics.better(metric) == way
+    assert better(metric) == way
 
 
 def test_of_a_metric_nobody_knows_no_best_is_marked() -> None:
     made = table([Entry(one.params, {"train/lr": 0.1}) for one in runs([0.7, 0.8])], "train/lr")
-    statistics.mark_best(made)
+    mark_best(made)
     assert not made.rows[0].cells[0.9].best
     assert made.notes == ["No best is marked: it is not known whether a lower or a higher train/lr is better."]
     assert tables.written(made, "markdown").startswith("train/lr, mean")
@@ -202,7 +206,7 @@ def test_seeds_make_pairs_where_they_saw_the_same_data() -> None:
             for seed, (value, digest) in enumerate(zip(values, digests, strict=True))
         ]
         made = table([*mine, *base], "test/top1")
-        statistics.against(made, "random")
+        against(made, "random")
         assert made.rows[0].cells[0.9].against.test == test
 
 
@@ -216,7 +220,7 @@ def test_an_unknown_metric_lists_those_there_are() -> None:
 # --- against a baseline ---------------------------------------------------------------------------------------------
 
 
-def three() -> statistics.Table:
+def three() -> Table:
     return table(
         [
             *runs([0.90, 0.92, 0.94]), *runs([0.88, 0.91, 0.90], prune__score__name="random"),
@@ -229,7 +233,7 @@ def three() -> statistics.Table:
 
 def test_each_row_against_the_baseline_of_its_objective_corrected() -> None:
     made = three()
-    statistics.against(made, "random")
+    against(made, "random")
     epsd, random, snip, other = (row.cells[0.9].against for row in made.rows)
     assert random is None and other is None  # itself; no baseline under pskd
     assert epsd is not None and snip is not None
@@ -244,13 +248,13 @@ def test_each_row_against_the_baseline_of_its_objective_corrected() -> None:
 
 def test_score_and_objective_is_one_baseline_for_all() -> None:
     made = three()
-    statistics.against(made, "random+cskd")
+    against(made, "random+cskd")
     assert [row.cells[0.9].against is not None for row in made.rows] == [True, False, True, True]
 
 
 def test_the_dense_network_is_a_baseline_at_every_sparsity() -> None:
     made = table([*runs([0.9, 0.8], prune__sparsity=0), *runs([0.7, 0.5])], "test/top1")
-    statistics.against(made, "dense")
+    against(made, "dense")
     assert made.rows[1].cells[0.9].against is not None
 
 
@@ -258,13 +262,13 @@ def test_an_unknown_or_unclear_baseline_lists_the_rows() -> None:
     with pytest.raises(
         ComparisonError, match=r"no row 'prospr'. Rows: epsd\+cskd, random\+cskd, snip\+cskd, snip\+pskd"
     ):
-        statistics.against(three(), "prospr")
+        against(three(), "prospr")
     erk = {"prune__score__name": "random", "prune__score__distribution": "erk"}
     made = table(
         [*runs([0.7]), *runs([0.2], **erk), *runs([0.2], **{**erk, "prune__score__distribution": "u"})], "test/top1"
     )
     with pytest.raises(ComparisonError, match="is several rows"):
-        statistics.against(made, "random")
+        against(made, "random")
 
 
 def test_rows_with_another_learning_rate_meet_the_baseline_with_theirs() -> None:
@@ -273,16 +277,16 @@ def test_rows_with_another_learning_rate_meet_the_baseline_with_theirs() -> None
          for lr in (0.1, 0.2) for score in ("epsd", "random") for s, v in enumerate([0.1 * (lr + 1), 0.3 * (lr + 1)])],
         "test/top1",
     )  # fmt: skip
-    statistics.against(made, "random")
+    against(made, "random")
     assert all(row.cells[0.9].against.p == 1.0 for row in made.rows if row.method == "epsd")
 
 
 def test_best_and_what_is_not_told_apart_from_it() -> None:
     made = three()
-    statistics.mark_best(made)
+    mark_best(made)
     assert [row.cells[0.9].best for row in made.rows] == [True, True, False, False]
     single = table([*runs([0.9]), *runs([0.5], prune__score__name="snip")], "test/ece")
-    statistics.mark_best(single)
+    mark_best(single)
     assert [row.cells[0.9].best for row in single.rows] == [False, True]  # the lower one; of the other nothing is known
     assert "lowest mean" in single.notes[-1] and "1 cells have too few seeds" in single.notes[-1]
 
@@ -319,10 +323,10 @@ def test_timings_taken_otherwise_are_other_rows_and_not_compared(other: dict[str
     both = [timed(t + 2.0, seed=s, prune__score__name="snip") for s, t in enumerate((0.0, 0.2, 0.3))]
     made = table([*same, *slow, *both], "time/train")
     assert made.rows[1].label == f"random ({label})"
-    statistics.against(made, f"{made.rows[0].label}+cskd")
+    against(made, f"{made.rows[0].label}+cskd")
     assert [row.cells[0.9].against is not None for row in made.rows] == [False, False, True]
     assert any(note.startswith("1 rows were timed otherwise than") for note in made.notes)
-    statistics.mark_best(made)
+    mark_best(made)
     assert [row.cells[0.9].best for row in made.rows] == [True, True, False]
 
 
@@ -337,14 +341,14 @@ def test_one_seed_timed_twice_in_different_ways_is_two_rows() -> None:
 
 
 @pytest.fixture
-def whole() -> statistics.Table:
+def whole() -> Table:
     made = three()
-    statistics.against(made, "random")
-    statistics.mark_best(made)
+    against(made, "random")
+    mark_best(made)
     return made
 
 
-def test_markdown(whole: statistics.Table) -> None:
+def test_markdown(whole: Table) -> None:
     lines = tables.written(whole, "markdown").splitlines()
     assert lines[2] == "| method | objective | sparsity 0.9 |"
     assert lines[4] == "| epsd | cskd | **0.9200 ± 0.0200** (n 3, p 0.118) |"
@@ -352,7 +356,7 @@ def test_markdown(whole: statistics.Table) -> None:
     assert lines[-1].startswith("* Bold: the highest mean")
 
 
-def test_csv_reads_back_in_full(whole: statistics.Table) -> None:
+def test_csv_reads_back_in_full(whole: Table) -> None:
     import io
 
     import pandas as pd
@@ -364,13 +368,13 @@ def test_csv_reads_back_in_full(whole: statistics.Table) -> None:
     assert frame["p_holm"][2] == whole.rows[2].cells[0.9].against.corrected
 
 
-def test_latex_escapes(whole: statistics.Table) -> None:
+def test_latex_escapes(whole: Table) -> None:
     whole.rows[0].method = "a_b & 5%"
     text = tables.written(whole, "latex")
     assert r"a\_b \& 5\% & cskd & \textbf{0.9200 $\pm$ 0.0200} (n 3, p 0.118) \\" in text
     assert text.count(r"\begin{tabular}{llr}") == text.count(r"\end{tabular}") == 1
 
 
-def test_terminal_shows_every_row(whole: statistics.Table) -> None:
+def test_terminal_shows_every_row(whole: Table) -> None:
     text = tables.written(whole, "terminal")
     assert all(word in text for word in ("epsd", "random", "snip", "pskd", "0.9200 ± 0.0200", "p 0.118"))

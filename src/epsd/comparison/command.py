@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from epsd.comparison import statistics, tables
-from epsd.comparison.statistics import ComparisonError, Entry, Table
+from epsd.comparison import rows, significance, tables
+from epsd.comparison.configuration import MACHINE
 from epsd.comparison.tables import ENDINGS, Format
+from epsd.comparison.types import ComparisonError, Entry, Table
 from epsd.project.artifacts import replacing
 from epsd.project.params import DEFAULT_PATH, load
 from epsd.registry import unknown
@@ -58,12 +59,12 @@ def compared(request: Request) -> Table:
         raise ComparisonError(f"no finished runs in {', '.join(experiments) or 'the store'}{filters}.")
     if "tags.kind" in frame.columns and not any("kind" in text for text in request.where):
         frame = frame[frame["tags.kind"] != "trial"]
-    table = statistics.table(entries(frame), request.metric)
+    made = rows.table(entries(frame), request.metric)
     if request.baseline is not None:
-        statistics.against(table, request.baseline)
+        significance.against(made, request.baseline)
     if request.best:
-        statistics.mark_best(table)
-    return table
+        significance.mark_best(made)
+    return made
 
 
 def _own_experiment() -> tuple[str, ...]:
@@ -90,7 +91,7 @@ def _entry(row: Mapping[str, Any]) -> Entry:
         began=float(row["began"]),
         digest=str(digest) if _text(digest) else "",
         variant=str(variant) if _text(variant) else "",
-        machine={name: str(row[f"tags.{name}"]) for name in statistics.MACHINE if _text(row.get(f"tags.{name}"))},
+        machine={name: str(row[f"tags.{name}"]) for name in MACHINE if _text(row.get(f"tags.{name}"))},
     )
 
 

@@ -6,7 +6,9 @@ import sys
 from io import StringIO
 from typing import Literal
 
-from epsd.comparison.statistics import Cell, Difference, Row, Table, better
+from epsd.comparison.metrics import better
+from epsd.comparison.statistics import Difference
+from epsd.comparison.types import Cell, Row, Table
 
 Format = Literal["terminal", "markdown", "csv", "latex"]
 ENDINGS: dict[str, Format] = {".md": "markdown", ".csv": "csv", ".tex": "latex", ".txt": "terminal"}

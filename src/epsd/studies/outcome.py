@@ -6,8 +6,10 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from epsd.comparison import statistics, tables
-from epsd.comparison.statistics import ComparisonError, Entry, Table
+from epsd.comparison import rows, tables
+from epsd.comparison.configuration import MACHINE
+from epsd.comparison.significance import against, mark_best
+from epsd.comparison.types import ComparisonError, Entry, Table
 from epsd.project import artifacts
 from epsd.project.artifacts import replacing
 from epsd.project.runtime import note, quiet
@@ -45,19 +47,19 @@ def conclude(plan: Plan, place: Place) -> list[Path]:
 
 def entry(cell: Cell, result: Result) -> Entry:
     """A cell as what `epsd compare` reads of its run. The variant's name is the plan's: a renamed one is no other."""
-    machine = {name: value for name, value in result.tags.items() if name in statistics.MACHINE}
+    machine = {name: value for name, value in result.tags.items() if name in MACHINE}
     return Entry(result.params, result.metrics, result.began, result.tags["data.digest"], cell.variant, machine)
 
 
 def table(entries: list[Entry], study: StudyParams) -> Table:
     """The table of the study's metric, against its baseline where the study names one. Raises ComparisonError."""
-    found = statistics.table(entries, study.metric)
+    found = rows.table(entries, study.metric)
     if study.baseline is not None:
         try:
-            statistics.against(found, study.baseline)
+            against(found, study.baseline)
         except ComparisonError as error:
             found.notes.append(f"{error}")
-    statistics.mark_best(found)
+    mark_best(found)
     return found
 
 

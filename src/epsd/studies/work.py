@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-from epsd.comparison import statistics
+from epsd.comparison.configuration import MACHINE
 from epsd.compute.devices import open_machine
 from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
@@ -278,7 +278,7 @@ def run_cell(plan: Plan, place: Place, own: str, cell: Cell, cache: Cache, key: 
 def _machine() -> dict[str, str]:
     """What the timings of a cell depend on beside its parameters."""
     known = {"threads": str(torch.get_num_threads()), **{f"versions.{name}": of for name, of in versions().items()}}
-    return {name: known[name] for name in statistics.MACHINE if name in known}
+    return {name: known[name] for name in MACHINE if name in known}
 
 
 def _finite(figures: Mapping[str, Any]) -> dict[str, float]:
