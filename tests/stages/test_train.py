@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 
 from epsd.masks import Mask
 from epsd.project import artifacts
+from epsd.training import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 CHANGES = {"limit: null": "limit: 20", "epochs: 60": "epochs: 2", "compare: true": "compare: false"}
@@ -133,3 +136,27 @@ def test_what_several_processes_cannot_do_is_one_line(project: Path, train: dict
         path.write_text(before)
     assert done.returncode == 1
     assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_fewer_workers_after_a_kill_keep_the_finished_epochs(project: Path) -> None:
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(changed(text, epochs=40).replace("workers: 0", "workers: 2"))
+    shutil.rmtree(project / ".epsd" / "checkpoints", ignore_errors=True)
+    command = [sys.executable, str(ROOT / "stages/train.py"), "--quiet"]
+    killed = subprocess.Popen(command, cwd=project, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+    deadline = time.monotonic() + 120
+    while not (saved := list(project.glob(".epsd/checkpoints/*/last.safetensors"))):
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    state = checkpoints.load(saved[0], saved[0].parent.name)
+    assert state is not None
+    (project / "params.yaml").write_text(changed(text, epochs=40))
+    done = run(project, "train")
+    (project / "params.yaml").write_text(text)
+    assert done.returncode == 0, done.stderr
+    times = artifacts.read_csv(project / artifacts.HISTORY)["time/epoch"]
+    kept = [record["time/epoch"] for record in state["history"]]
+    assert len(times) == 40 and kept and times[: len(kept)] == pytest.approx(kept, rel=1e-4)
