@@ -337,6 +337,13 @@ def test_one_seed_timed_twice_in_different_ways_is_two_rows() -> None:
     assert len(table([timed(1.0), timed(2.0, evaluate__latency_batch_size=8)], "time/train").rows) == 1
 
 
+@pytest.mark.parametrize("key", ["launch.processes", "data.workers", "train.compile", "device"])
+def test_how_it_was_computed_tells_timings_apart_and_no_results(key: str) -> None:
+    both = [timed(1.0), timed(2.0, **{key.replace(".", "__"): "2"})]
+    assert len(table(both, "time/train").rows) == 2
+    assert len(table(both, "test/top1").rows) == 1
+
+
 # --- written down ---------------------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,7 @@ class Bearing:
     only_timing : nothing but how long it takes (and the last bits) depends on it.
     timed_with : two timings must have it in common to be compared at all.
     marked : whether what was trained under another value is another thing: no mark holds one that is not.
+    neutral : the value, as text, that does what was done before there was this parameter.
     settings : likewise of settings of a choice.
     """
 
@@ -48,14 +49,15 @@ class Bearing:
     only_timing: bool = False
     timed_with: bool = False
     marked: bool = True
+    neutral: str | None = None
     settings: Mapping[str, "Bearing"] = field(default_factory=dict)
 
 
 _NOTHING = Bearing(on=(), marked=False)
-_TIMING = Bearing(only_timing=True, timed_with=True)
-_SPREAD = replace(_TIMING, marked=False)
+TIMING = Bearing(only_timing=True, timed_with=True)
+_SPREAD = replace(TIMING, marked=False)
 _DETECTION = Bearing(on=("detect/", "time/detect"))
-_LATENCY = replace(_TIMING, on=("model/latency_", "time/evaluate"))
+_LATENCY = replace(TIMING, on=("model/latency_", "time/evaluate"))
 
 
 class Section(BaseModel):
@@ -98,10 +100,10 @@ class PruneParams(Section):
     sparsity: Share
     scope: Literal["global", "layer", "erk", "lamp"]
     densities: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
-    channel_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    channel_cap: Annotated[Annotated[float, Field(ge=1, allow_inf_nan=False)] | None, Bearing(neutral="null")] = None
     rounds: Count
-    batches: Count = 1
-    average: Literal["absolute", "signed"] = "absolute"
+    batches: Annotated[Count, Bearing(neutral="1")] = 1
+    average: Annotated[Literal["absolute", "signed"], Bearing(neutral="absolute")] = "absolute"
     batch_size: Count
     keep_at_least_one: bool
     control: Literal["none", "shuffled", "reinitialised"]
@@ -125,9 +127,9 @@ class TrainParams(Section):
     warmup_epochs: Annotated[int, Field(ge=0)]
     clip_norm: Positive | None
     precision: Annotated[Precision, Bearing(timed_with=True)]
-    memory_format: Annotated[MemoryFormat, _TIMING]
-    update: Annotated[Literal["auto", "fused", "foreach", "loop"], _TIMING]
-    compile: Annotated[Literal["auto", "none", "kernels", "graphs"], _TIMING]
+    memory_format: Annotated[MemoryFormat, TIMING]
+    update: Annotated[Literal["auto", "fused", "foreach", "loop"], TIMING]
+    compile: Annotated[Literal["auto", "none", "kernels", "graphs"], TIMING]
     accumulate: Literal["auto"] | Count
 
     @model_validator(mode="after")
@@ -142,7 +144,7 @@ class TrainParams(Section):
 class EvaluateParams(Section):
     """The one reading of the test split."""
 
-    batch_size: Annotated[Count, replace(_TIMING, on=("time/evaluate",))]
+    batch_size: Annotated[Count, replace(TIMING, on=("time/evaluate",))]
     ece_bins: Annotated[Count, Bearing(on=("test/ece",))]
     latency_batch_size: Annotated[Count, _LATENCY]
     latency_repeats: Annotated[int, Field(ge=0), _LATENCY]
@@ -271,8 +273,8 @@ class Params(Section):
     """The whole of params.yaml, checked. `tune` is left out of dumps: no trained model depends on it."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)]
-    device: Annotated[str, _TIMING]
-    threads: Annotated[Count | None, _TIMING] = None
+    device: Annotated[str, TIMING]
+    threads: Annotated[Count | None, TIMING] = None
     launch: LaunchParams = Field(default_factory=LaunchParams)
     dataset: Annotated[Choice, Bearing(settings={"download": _NOTHING})]
     data: DataParams
