@@ -159,7 +159,7 @@ def _check_room(
 def _erk(shapes: Mapping[str, torch.Size], kept: int, keep_at_least_one: bool) -> dict[str, int]:
     """How many weights of each layer `Random(distribution="erk")` keeps of `kept` in all."""
     ranked = torch.cat([erk_ranked(shape) for shape in shapes.values()])
-    chosen, sizes = _select(ranked, kept), [shape.numel() for shape in shapes.values()]
+    chosen, sizes = highest(ranked, kept), [shape.numel() for shape in shapes.values()]
     if keep_at_least_one:
         chosen = _revive(ranked, chosen, sizes)
     return {name: int(part.sum()) for name, part in zip(shapes, torch.split(chosen, sizes), strict=True)}
@@ -209,7 +209,7 @@ def _limit(mass: Tensor, cap: float) -> float:
     return ordered[-1] if ordered else math.inf
 
 
-def _select(scores: Tensor, kept: int) -> Tensor:
+def highest(scores: Tensor, kept: int) -> Tensor:
     """True for the `kept` highest of a flat score vector; among equal scores at the cut the earlier position stays."""
     if kept == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -256,7 +256,7 @@ def _revive(flat: Tensor, keep: Tensor, sizes: list[int]) -> Tensor:
         protected[start + best] = bool(kept[best] > -torch.inf)  # or an earlier mask took the whole layer
         start += size
     ranked = flat.masked_fill(protected, torch.inf)
-    return _select(ranked, int(keep.sum()))
+    return highest(ranked, int(keep.sum()))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -323,7 +323,7 @@ class Mask:
                 raise MaskError(
                     f"sparsity {sparsity} keeps {kept} weights, the mask within which it prunes has {left}."
                 )
-            chosen = _select(flat, kept)
+            chosen = highest(flat, kept)
             if keep_at_least_one:
                 chosen = _revive(flat, chosen, [score.numel() for score in group.values()])
             keep.update(_split(chosen, group))

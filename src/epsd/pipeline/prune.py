@@ -71,7 +71,7 @@ def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Prune
     """
     work = _begin(params, data)
     if known is None:
-        how: dict[str, Any] = {"rounds": params.prune.rounds, **_selection(params), **_draws(params)}
+        how: dict[str, Any] = {"rounds": params.prune.rounds, **selection(params), **_draws(params)}
         with within(work.means):
             with _measured(work) as spent:
                 mask = pruning.prune(work.model, work.batches, score=work.score, objective=work.objective, **how)
@@ -107,7 +107,7 @@ def scoring_key(params: Params) -> dict[str, Any]:
     return {**sections, **augmentation, **own, **_draws(params)}
 
 
-def _selection(params: Params) -> dict[str, Any]:
+def selection(params: Params) -> dict[str, Any]:
     """What makes a mask of scores."""
     wanted = {"sparsity", "scope", "densities", "channel_cap", "keep_at_least_one"}
     return params.prune.model_dump(include=wanted)
@@ -133,11 +133,11 @@ def _cut(known: Scored, params: Params) -> tuple[Mask, dict[str, Any]]:
     """Mask and report at one sparsity, from scores that are there."""
     if params.prune.rounds != 1:
         raise ValueError("scores can be shared with prune.rounds 1 only")
-    selection = _selection(params)
-    mask = pruning.selected(known.scores, **selection)
+    how = selection(params)
+    mask = pruning.selected(known.scores, **how)
     report = mask.summary() | known.report
     if known.plain is not None:
-        report["jaccard_cross_entropy"] = mask.jaccard(pruning.selected(known.plain, **selection))
+        report["jaccard_cross_entropy"] = mask.jaccard(pruning.selected(known.plain, **how))
     return mask, report
 
 

@@ -16,6 +16,7 @@ from epsd.objectives import OBJECTIVES
 from epsd.project.params import Params
 from epsd.registry import choose
 from epsd.training.fit import fit
+from epsd.training.moving import Moving
 from epsd.training.recipe import Recipe
 from epsd.training.record import Record
 from epsd.types import Batches
@@ -31,11 +32,13 @@ def trained(
     checkpoint: Path | None = None,
     mark: str = "",
     meter: Meter | None = None,
+    moving: Moving | None = None,
+    on_mask: Callable[[Mask], None] | None = None,
 ) -> list[Record]:
     """Train `model` in place under `mask`, judged on validation after every epoch where there is such a split.
 
     `meter`: what was spent before (`Meter.of` the prune report); each record's `cost/...` then includes it.
-    `checkpoint`, `mark`, `on_epoch` and the errors: see `epsd.training.fit.fit`.
+    `moving`, `on_mask`, `checkpoint`, `mark`, `on_epoch` and the errors: see `epsd.training.fit.fit`.
     """
     keep_freed_memory()
     return fit(
@@ -43,6 +46,8 @@ def trained(
         batches(params, data, "train"),
         objective=choose(OBJECTIVES, params.objective, "objective"),
         mask=mask,
+        moving=moving,
+        on_mask=on_mask,
         recipe=recipe(params),
         validation=batches(params, data, "validation") if data.sizes["validation"] else None,
         seed=params.seed,

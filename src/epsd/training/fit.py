@@ -22,6 +22,7 @@ from epsd.losses import as_objective, cross_entropy, no_such_class
 from epsd.masks import Mask, MaskHolder
 from epsd.project.progress import Progress
 from epsd.training import checkpoints
+from epsd.training.moving import Moving
 from epsd.training.parts import Fitting, added
 from epsd.training.recipe import Recipe
 from epsd.training.record import Record, Tally, TrainingError
@@ -34,6 +35,7 @@ def fit(
     *,
     objective: Objective | Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     mask: Mask | None = None,
+    moving: Moving | None = None,
     recipe: Recipe | None = None,
     validation: Batches | DataLoader[Any] | None = None,
     seed: int = 0,
@@ -41,6 +43,7 @@ def fit(
     mark: str | None = None,
     meter: Meter | None = None,
     on_epoch: Callable[[Record], None] | None = None,
+    on_mask: Callable[[Mask], None] | None = None,
 ) -> list[Record]:
     """Train `model` in place on its own device; weights that `mask` removed are exactly zero after every step.
 
@@ -53,6 +56,9 @@ def fit(
     train : prepared batches, or a `DataLoader` of (image, label) pairs, see `as_batches`.
     objective : a self-distillation method, or a plain `loss(logits, labels)`. On a CPU it is also called with a few
         images before the first step, to see whether the step will fit into memory.
+    moving : moves `mask` while training, e.g. `RigL()`; weights that it removes are zero from that step on. The last
+        mask is what `on_mask` is told.
+    on_mask : called with the mask before the first step, after each move and after a resume.
     validation : judged after every epoch where given.
     seed : of everything random inside the loop (dropout, and of a DataLoader its order and augmentation): epoch n
         draws from (seed, n) alone, so a resumed run draws the same. The global random state is restored afterwards.
@@ -75,9 +81,9 @@ def fit(
     OutOfMemory : a step does not fit into memory; says which batch would.
     MaskError : the mask does not fit the model.  CheckpointError : a checkpoint of something else.
     """
-    return _Loop(model, train, as_objective(objective), mask, recipe or Recipe(), seed, meter or Meter()).run(
-        validation, checkpoint, mark, on_epoch or (lambda record: None)
-    )
+    loop = _Loop(model, train, as_objective(objective), mask, recipe or Recipe(), seed, meter or Meter())
+    loop.moving, loop.on_mask = moving, on_mask or (lambda mask: None)
+    return loop.run(validation, checkpoint, mark, on_epoch or (lambda record: None))
 
 
 class _Loop:
@@ -104,6 +110,8 @@ class _Loop:
         self.net = compiled(model, recipe.compile, self.device)
         self.mask = mask
         self.holder: MaskHolder | None = None
+        self.moving: Moving | None = None
+        self.on_mask: Callable[[Mask], None] = lambda mask: None
         self.autocast = pick_precision(recipe.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
         self.update = pick_update(recipe.update, self.device)
@@ -147,15 +155,12 @@ class _Loop:
         mark: str | None,
         on_epoch: Callable[[Record], None],
     ) -> list[Record]:
-        if self.mask is not None:
-            self.mask.apply_(self.model)
-            self.holder = MaskHolder(self.mask, self.model, foreach=self.update != "loop")
+        self._hold(self.mask)
         if checkpoint is not None and mark is None:
             mark = self._mark()
         if checkpoint is not None and mark is not None and (state := checkpoints.load(checkpoint, mark)):
             self._restore(state)
-            if self.mask is not None:
-                self.mask.apply_(self.model)  # whatever a caller's own mark let through
+            self._hold(self.mask)  # whatever a caller's own mark let through
         if not distributed.agree(len(self.history)):
             raise TrainingError("only some of the processes see the checkpoint: they need one common project folder.")
         for record in self.history:
@@ -178,6 +183,29 @@ class _Loop:
                 on_epoch(record)
                 bar.say(" ".join(f"{word} {record[key]:.4g}" for word, key in _SHOWN.items() if key in record))
         return self.history
+
+    def _hold(self, mask: Mask | None) -> None:
+        """From now on what `mask` removes is zero: weights, and momentum of those that it just removed."""
+        if mask is None:
+            return
+        self.mask = mask
+        mask.apply_(self.model)
+        self.holder = MaskHolder(mask, self.model, foreach=self.update != "loop")
+        for name, keep in mask.keep.items():
+            velocity = self.optimiser.state.get(self.model.get_parameter(name), {}).get("momentum_buffer")
+            if velocity is not None:
+                velocity.masked_fill_(~keep.to(velocity.device), 0.0)
+        self.on_mask(mask)
+
+    def _moves(self, step: int) -> bool:
+        """Let the mask move; whether that takes the place of the step."""
+        if self.moving is None or self.mask is None:
+            return False
+        weights = {name: self.model.get_parameter(name) for name in self.mask.keep}
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in weights.items()}
+        moved = self.moving.moved(self.mask, step, len(self.train) * self.recipe.epochs, weights, gradients)
+        self._hold(moved)
+        return moved is not None and self.moving.instead_of_step
 
     def _epoch(self, epoch: int, bar: Progress) -> Record:
         torch.manual_seed(mix(self.seed, "train", epoch))
@@ -224,10 +252,12 @@ class _Loop:
             distributed.check_used(self.model)
         tally.add(loss.total, loss.terms, loss.logits, batch.labels)
         self.scaler.unscale_(self.optimiser)
+        moved = self._moves(number)
         if self.holder is not None:
             self.holder.gradients_()
         tally.add_gradient(self._clipped())
-        self.scaler.step(self.optimiser)
+        if not moved:
+            self.scaler.step(self.optimiser)
         self.scaler.update()
 
     def backward(self, parts: list[Batch], progress: float) -> Loss:
@@ -288,6 +318,7 @@ class _Loop:
         settings = [
             dataclasses.asdict(self.recipe),
             repr(self.objective) if dataclasses.is_dataclass(self.objective) else "",
+            *([] if self.moving is None else [repr(self.moving)]),
         ]
         return checkpoints.fingerprint({"shapes": shapes, "mask": kept, "settings": settings, "seed": self.seed})
 
@@ -305,9 +336,11 @@ class _Loop:
             "objective": self.objective.state_dict(),
             "history": self.history,
             "parts": self.room.parts,
+            **({"mask": self.mask.keep} if self.moving is not None and self.mask is not None else {}),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
+        self.mask = Mask(state["mask"]) if "mask" in state else self.mask
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         align_(self.optimiser)

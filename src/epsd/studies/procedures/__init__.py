@@ -16,10 +16,17 @@ and add it to PROCEDURES below. Nothing else: the study file, resuming, workers,
 table pick it up. A study names it for all cells (`procedure:`) or for one method (`variants: [{procedure: ...}]`).
 """
 
+from epsd.studies.procedures.concurrent import Concurrent
 from epsd.studies.procedures.pipeline import Pipeline
 from epsd.studies.procedures.prune_then_distill import PruneThenDistill
+from epsd.studies.procedures.rigl import RigL
 from epsd.studies.procedures.types import Desk, Procedure, Trained
 
-PROCEDURES: dict[str, type[Procedure]] = {"pipeline": Pipeline, "prune_then_distill": PruneThenDistill}
+PROCEDURES: dict[str, type[Procedure]] = {
+    "pipeline": Pipeline,
+    "prune_then_distill": PruneThenDistill,
+    "concurrent": Concurrent,
+    "rigl": RigL,
+}
 
 __all__ = ["PROCEDURES", "Desk", "Procedure", "Trained"]

@@ -1,5 +1,7 @@
 """What a procedure is given and what it gives back."""
 
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +9,14 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import nn
 
+from epsd.compute.cost import Meter
+from epsd.compute.seeds import mix
 from epsd.data.prepared import Prepared
 from epsd.masks import Mask
+from epsd.pipeline.train import trained
 from epsd.project.params import Choice, Params
+from epsd.pruning import paths
+from epsd.training.moving import Moving
 from epsd.training.record import Record
 
 T = TypeVar("T")
@@ -74,3 +81,29 @@ class Procedure(Protocol):
 
     def shares(self, params: Params) -> Mapping[str, Any] | None:
         """What cells with an equal mapping have in common (data set and procedure are compared besides)."""
+
+
+def trained_under(
+    params: Params, data: Prepared, model: nn.Module, mask: Mask, desk: Desk, moving: Moving, report: Mapping[str, Any]
+) -> Trained:
+    """Train `model` under `mask`, which `moving` moves; the figures are those of the last mask.
+
+    `report`: what was spent and found before.
+    """
+    begun, masks = time.perf_counter(), deque([mask], maxlen=1)
+    history = trained(
+        params,
+        data,
+        model,
+        mask,
+        on_epoch=desk.log,
+        checkpoint=desk.folder / "last.safetensors",
+        mark=desk.mark,
+        meter=Meter.of(report),
+        moving=moving,
+        on_mask=masks.append,
+    )
+    examined = paths.examined(model, masks[0], data.image_shape, mix(params.seed, "random erk"))
+    figures = {**report, **masks[0].summary(), **examined.summary()}
+    seconds = {"time/train": time.perf_counter() - begun}
+    return Trained(model, masks[0], history, {f"mask/{name}": value for name, value in figures.items()} | seconds)
