@@ -115,7 +115,7 @@ def one_training(arguments: argparse.Namespace, data: Prepared, method: str, see
     """A mask at initialisation (or none), one training."""
     params = params_of(arguments, seed, METHODS[method])
     if params.prune.sparsity:
-        mask, model, report, _ = pruned(params, data)
+        mask, model, report, *_ = pruned(params, data)
     else:
         model, report = initial(params, data), {}
         mask = Mask.dense(model)

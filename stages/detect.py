@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from epsd.architectures import ARCHITECTURES
+from epsd.architectures import ARCHITECTURES, built
 from epsd.compute import distributed
 from epsd.compute.devices import Machine, pick_precision, seed_everything
 from epsd.compute.seeds import mix
@@ -106,8 +106,8 @@ def classifier(task: Task) -> nn.Module:
 
 def network(task: Task) -> nn.Module:
     """The classifier of the card, with random weights."""
-    build = choose(ARCHITECTURES, task.card["architecture"], "architecture")
-    return build(task.card["num_classes"], tuple(task.card["image_shape"]))
+    card = task.card
+    return built(card["architecture"], card["num_classes"], tuple(card["image_shape"]), card.get("shapes"))
 
 
 def fitted(

@@ -1,5 +1,6 @@
 """Early pruning: find the mask that keeps the weights worth self-distilling. Writes artifacts/prune/."""
 
+from epsd.architectures import narrowed
 from epsd.compute import distributed
 from epsd.compute.devices import Machine
 from epsd.data.prepared import Prepared
@@ -12,13 +13,15 @@ from epsd.project.params import Params
 def main(params: Params, machine: Machine) -> str:
     """Build and score the network on augmented training images; save mask, initial weights and report."""
     data = Prepared.load(artifacts.DATA, machine)
-    mask, model, report, examined = pruned(params, data)
+    mask, model, report, examined, channels = pruned(params, data)
     if not distributed.is_main():
         return ""
     warn_of_detection(params, model)
-    artifacts.save_pruned(mask, model, report, examined.rows() if examined else [])
+    shapes = narrowed(model, params.architecture, data.num_classes, data.image_shape) if channels else None
+    artifacts.save_pruned(mask, model, report, examined.rows() if examined else [], channels, shapes)
     dead = f", no weight left in {', '.join(mask.dead_layers())}" if mask.dead_layers() else ""
-    return f"kept {mask.kept:,} of {mask.total:,} weights, sparsity {mask.sparsity:.4f}{dead}"
+    narrow = f"cut to {report['macs']:.1%} of the multiply-adds, " if channels else ""
+    return f"{narrow}kept {mask.kept:,} of {mask.total:,} weights, sparsity {mask.sparsity:.4f}{dead}"
 
 
 if __name__ == "__main__":

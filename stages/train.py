@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from epsd.architectures import ARCHITECTURES
+from epsd.architectures import built
 from epsd.compute import distributed
 from epsd.compute.cost import Meter
 from epsd.compute.devices import Machine
@@ -19,7 +19,6 @@ from epsd.pipeline.train import card, trained
 from epsd.project import artifacts, code
 from epsd.project.params import Params, flatten
 from epsd.project.runtime import counted, state_folder
-from epsd.registry import choose
 from epsd.tracking import Tracker, track
 from epsd.training import checkpoints
 from epsd.training.record import Record
@@ -29,8 +28,8 @@ def main(params: Params, machine: Machine) -> str:
     """Load mask and initial weights, train (or go on from the last finished epoch), save, log."""
     data = Prepared.load(artifacts.DATA, machine)
     mask = Mask.load(artifacts.MASK)
-    architecture = choose(ARCHITECTURES, params.architecture, "architecture")
-    model = artifacts.load_into(architecture(data.num_classes, data.image_shape), artifacts.INITIAL)
+    network = built(params.architecture, data.num_classes, data.image_shape, artifacts.load_shapes())
+    model = artifacts.load_into(network, artifacts.INITIAL)
     model.to(machine.device)
     mark = fingerprint(params)
     folder = state_folder("checkpoints", mark)
@@ -53,7 +52,7 @@ def fingerprint(params: Params) -> str:
     """Of everything this training depends on: parameters, data, mask, initial weights, code and torch."""
     values = params.marked("seed", "device", "threads", "launch", "data", "architecture", "objective", "train")
     values |= {"torch": torch.__version__, "code": code.digests(["train"], params.model_dump())}
-    files = [artifacts.DATA_INDEX, artifacts.MASK, artifacts.INITIAL, Path(__file__)]
+    files = [artifacts.DATA_INDEX, artifacts.MASK, artifacts.CHANNELS, artifacts.INITIAL, Path(__file__)]
     return checkpoints.fingerprint(values, files)
 
 
@@ -78,7 +77,7 @@ def log_epoch(tracker: Tracker, record: Record) -> None:
 
 def save(params: Params, data: Prepared, model: nn.Module, mask: Mask, history: list[Record], tracker: Tracker) -> None:
     """Weights, card, curves, and what later stages need to add to the run, or to make it anew."""
-    artifacts.save_model(model, artifacts.MODEL, card(params, data, mask))
+    artifacts.save_model(model, artifacts.MODEL, card(params, data, mask, model))
     artifacts.write_csv(artifacts.HISTORY, list(history[0]), [list(record.values()) for record in history])
     about = {"tags": tags(params, data), "description": story(params, data)}
     artifacts.write_json(artifacts.RUN, {"run_id": tracker.run_id, "name": run_name(params), **about})

@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from conftest import ROOT
+from epsd.architectures import built
 from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
 from epsd.pipeline.prune import pruned, scored, scoring_key
+from epsd.pipeline.train import card
 from epsd.preparing.write import prepare
 from epsd.project.params import Params, override, parse, read_yaml
 from epsd.pruning.paths import on_path
+from epsd.pruning.prune import PruneError
 from epsd.registry import choose
 
 SMALL = {"data.limit": 12, "architecture.width": 0.25, "prune.batch_size": 32, "threads": 1}
@@ -77,3 +80,69 @@ def test_scores_are_not_shared_over_rounds(data: Prepared) -> None:
 )
 def test_another_scoring_has_another_key(change: dict[str, Any]) -> None:
     assert scoring_key(params(**change)) != scoring_key(params())
+
+
+# --- channels -------------------------------------------------------------------------------------------------------
+
+CHANNELS = {"prune.structure": "channels", "prune.macs": 0.25, "prune.sparsity": 0.0, "prune.round_to": 2}
+
+
+def widths(model: torch.nn.Module) -> dict[str, int]:
+    return {name: len(p) for name, p in model.named_parameters() if p.dim() == 4}
+
+
+def test_channels_are_cut_before_anything_is_trained(data: Prepared) -> None:
+    """The network is narrow, its weights are those of the whole one, and no weight is masked."""
+    mine = params(**CHANNELS, **{"architecture.width": 1.0})
+    found = pruned(mine, data)
+    whole = pruned(params(**{"prune.sparsity": 0.0, "architecture.width": 1.0}), data).model
+    assert 0.2 <= found.report["macs"] <= 0.25
+    assert found.mask.sparsity == 0 and found.report["kept"] == found.mask.total
+    assert found.channels is not None
+    assert torch.equal(found.model.conv1.weight, whole.conv1.weight[found.channels["conv1"]])
+    again = pruned(mine, data)
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_controls_mean_the_same_for_channels(data: Prepared) -> None:
+    found = {c: pruned(params(**CHANNELS, **{"prune.control": c}), data) for c in ("none", "shuffled", "reinitialised")}
+    plain, mixed, anew = found.values()
+    assert widths(plain.model) == widths(mixed.model) == widths(anew.model)
+    same = {name: torch.equal(plain.channels[name], mixed.channels[name]) for name in plain.channels}
+    assert not all(same.values())
+    assert all(torch.equal(kept, anew.channels[name]) for name, kept in plain.channels.items())
+    assert not torch.equal(plain.model.conv1.weight, anew.model.conv1.weight)
+
+
+@pytest.mark.filterwarnings("ignore:no weight survives", "ignore:.*lie on no path")
+@pytest.mark.parametrize("control", ["none", "reinitialised"])
+def test_weights_of_the_narrow_network_are_pruned_too(control: str, data: Prepared) -> None:
+    found = pruned(params(**{**CHANNELS, "prune.sparsity": 0.5, "prune.control": control}), data)
+    assert found.mask.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert {name: tuple(keep.shape) for name, keep in found.mask.keep.items()} == {
+        name: tuple(found.model.get_parameter(name).shape) for name in found.mask.keep
+    }
+    alone = pruned(params(**CHANNELS), data)
+    assert found.report["image_passes"] > alone.report["image_passes"]  # both scorings are counted
+
+
+def test_channels_by_lot_need_no_score(data: Prepared) -> None:
+    found = pruned(params(**CHANNELS, **{"prune.allocation": "random", "prune.score": {"name": "magnitude"}}), data)
+    assert found.report["image_passes"] == 0
+    assert 0.2 <= found.report["macs"] <= 0.25
+
+
+def test_scores_without_a_gate_are_named(data: Prepared) -> None:
+    with pytest.raises(PruneError, match="which epsd, prospr and snip differentiate"):
+        pruned(params(**CHANNELS, **{"prune.score": {"name": "grasp"}}), data)
+
+
+def test_a_narrow_network_is_built_again_from_its_card(data: Prepared) -> None:
+    mine = params(**CHANNELS)
+    found = pruned(mine, data)
+    about = card(mine, data, found.mask, found.model)
+    again = built(about["architecture"], about["num_classes"], about["image_shape"], about["shapes"])
+    again.load_state_dict(found.model.state_dict())
+    images = torch.rand(2, *data.image_shape)
+    assert torch.equal(again.eval()(images), found.model.eval()(images))
+    assert "shapes" not in card(params(), data, found.mask, found.model)

@@ -87,7 +87,7 @@ def examine(params: Params, data: Prepared, *, points: int, slice_seed: int) -> 
 
     points : of the loss slice along each direction; 0 leaves slice and features out.  slice_seed : of its directions.
     """
-    mask, model, report, examined = pruned(params, data)
+    mask, model, report, examined, _ = pruned(params, data)
     objective = choose(OBJECTIVES, params.objective, "objective")
     figures = _named("trainability", gradient_norms(model, mask, batches(params, data, "train"), objective))
     history = _watched(params, data, model, mask)

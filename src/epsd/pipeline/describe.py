@@ -11,17 +11,26 @@ from epsd.tracking import Tracker, track
 
 def method(params: Params) -> str:
     """Score and control, `dense` where nothing is removed: `epsd`, `epsd-shuffled`, `dense`."""
-    if params.prune.sparsity == 0:
+    narrow = params.prune.structure == "channels"
+    if params.prune.sparsity == 0 and not narrow:
         return "dense"
     control = "" if params.prune.control == "none" else f"-{params.prune.control}"
-    return f"{params.prune.score['name']}{control}"
+    return f"{params.prune.score['name']}{f'-channels-{params.prune.allocation}' if narrow else ''}{control}"
+
+
+def removal(params: Params) -> str:
+    """How much goes, for names: `s0.95`, `macs0.25`, both."""
+    share = f"s{params.prune.sparsity:g}"
+    if params.prune.structure == "weights":
+        return share
+    return f"macs{params.prune.macs:g}" + (f"-{share}" if params.prune.sparsity else "")
 
 
 def run_name(params: Params, named: str = "") -> str:
     """The run's story in a few words: data, method (`named`, or the score), objective, sparsity, seed."""
     return (
         f"{params.dataset['name']}-{(named or method(params)).replace(' ', '_')}-{params.objective['name']}"
-        f"-s{params.prune.sparsity:g}-seed{params.seed}"
+        f"-{removal(params)}-seed{params.seed}"
     )
 
 
@@ -48,6 +57,8 @@ def story(params: Params, data: Prepared) -> str:
 
 def _removal(params: Params) -> str:
     prune = params.prune
+    if prune.structure == "channels":
+        return _narrowing(params)
     if prune.sparsity == 0:
         return "Dense: it keeps all of its weights."
     share, score = f"{prune.sparsity:.1%}", f"`{prune.score['name']}`"
@@ -58,6 +69,18 @@ def _removal(params: Params) -> str:
         "reinitialised": f"A control: {score} removed {share} of its weights before training; those that stayed were "
         "drawn anew.",
     }[prune.control]
+
+
+def _narrowing(params: Params) -> str:
+    prune = params.prune
+    lots = prune.allocation == "random" or prune.control == "shuffled"
+    which = "drawn by lot" if lots else f"chosen by the gates of `{prune.score['name']}`"
+    zeros = f" Then {prune.sparsity:.1%} of its weights were removed." if prune.sparsity else ""
+    anew = " Its weights were drawn anew." if prune.control == "reinitialised" else ""
+    return (
+        f"Its channels, {which}, were cut to {prune.macs:.1%} of the multiply-adds before training "
+        f"(allocation {prune.allocation}).{zeros}{anew}"
+    )
 
 
 def reopened(stage: str, params: Params, tags: dict[str, Any]) -> AbstractContextManager[Tracker]:

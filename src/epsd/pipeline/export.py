@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from epsd.architectures import ARCHITECTURES
+from epsd.architectures import built
 from epsd.evaluation import compact_file
 from epsd.evaluation.servable import Intake, Servable, ServingError, answers, example, find_images
 from epsd.project import artifacts
-from epsd.registry import choose
 from epsd.types import Batches
 
 _EXAMPLES = 2
@@ -54,9 +53,7 @@ def trained_network(weights: Path, card: Mapping[str, Any]) -> nn.Module:
 
 
 def _network(card: Mapping[str, Any]) -> nn.Module:
-    architecture = choose(ARCHITECTURES, card["architecture"], "architecture")
-    network: nn.Module = architecture(card["num_classes"], tuple(card["image_shape"]))
-    return network
+    return built(card["architecture"], card["num_classes"], tuple(card["image_shape"]), card.get("shapes"))
 
 
 def opened(model: str | None) -> tuple[nn.Module, Intake]:

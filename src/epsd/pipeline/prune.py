@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from epsd.architectures import ARCHITECTURES
+from epsd.architectures import built
+from epsd.compute import distributed
 from epsd.compute.cost import Meter
 from epsd.compute.devices import pick_precision, seed_everything
 from epsd.compute.memory import GIB
@@ -19,8 +21,10 @@ from epsd.losses import PlainLoss, cross_entropy
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
 from epsd.project.params import Params
-from epsd.pruning import paths
+from epsd.project.runtime import note
+from epsd.pruning import channels, paths, widths
 from epsd.pruning import prune as pruning
+from epsd.pruning.channels import Kept
 from epsd.pruning.scoring import Means, within
 from epsd.registry import choose
 from epsd.scores import SCORES
@@ -31,13 +35,15 @@ class Pruned(NamedTuple):
     """`mask` and the network with the weights to train (all of them, unmasked), on its device.
 
     `report`: the mask's summary; what finding it cost (`Meter.figures`, the comparison excluded); the comparison; what
-    of the mask is in effect. `examined`: that layer by layer, None for a dense network.
+    of the mask is in effect. `examined`: that layer by layer, None for a dense network. `channels`: those that the
+    network was cut to before its weights were looked at, None where it is as wide as its architecture.
     """
 
     mask: Mask
     model: nn.Module
     report: dict[str, Any]
     examined: paths.Examined | None = None
+    channels: Kept | None = None
 
 
 class Scored(NamedTuple):
@@ -69,8 +75,13 @@ def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Prune
     `known`: what `scored` gave for parameters with an equal `scoring_key`; it is selected from instead of scoring
     again, with the same mask. It needs `prune.rounds: 1`, as later rounds score what earlier ones left.
     """
-    work = _begin(params, data)
-    if known is None:
+    work, kept = _begin(params, data), None
+    if params.prune.structure == "channels":
+        work, kept, narrowing = _narrowed(params, data, work)
+    if kept is not None and params.prune.sparsity == 0:
+        mask = Mask.dense(work.model)
+        report = mask.summary() | narrowing
+    elif known is None:
         how: dict[str, Any] = {"rounds": params.prune.rounds, **selection(params), **_draws(params)}
         with within(work.means):
             with _measured(work) as spent:
@@ -78,9 +89,11 @@ def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Prune
             report = mask.summary() | spent
             if params.prune.compare:
                 report |= _compared(work, mask, how)
+            if kept is not None:
+                report = _added(narrowing, report)
     else:
         mask, report = _cut(known, params)
-    return _examined(params, data, _controlled(params, data, Pruned(mask, work.model, report)))
+    return _examined(params, data, _controlled(params, data, Pruned(mask, work.model, report, channels=kept)))
 
 
 def scored(params: Params, data: Prepared) -> Scored:
@@ -166,7 +179,40 @@ def _controlled(params: Params, data: Prepared, found: Pruned) -> Pruned:
     if params.prune.control != "reinitialised":
         return found._replace(mask=mask)
     seed_everything(mix(params.seed, "reinitialise"))
-    return found._replace(mask=mask, model=network(params, data))
+    model = network(params, data)
+    if found.channels is not None:
+        model = channels.cut(model, data.image_shape, found.channels)
+    return found._replace(mask=mask, model=model)
+
+
+def _narrowed(params: Params, data: Prepared, work: _Scoring) -> tuple[_Scoring, Kept, dict[str, Any]]:
+    """The network cut to the channels that `prune.macs` allows, which those are, and what finding them cost."""
+    wanted, structure = params.prune, channels.Structure(work.model, data.image_shape)
+    if structure.whole and distributed.is_main():
+        note(f"kept whole, as they cannot be narrower: {'; '.join(f'{n} ({r})' for n, r in structure.whole.items())}.")
+    how = wanted.model_dump(include={"macs", "allocation", "round_to", "floor"})
+    how["seed"] = mix(params.seed, "channels")
+    lots: Scores = {name: torch.zeros(group.size) for name, group in structure.groups.items()}
+    rank = partial(pruning.gates, work.model, work.batches, structure, score=work.score, **_draws(params))
+    with within(work.means):
+        with _measured(work) as report:
+            gates = lots if wanted.allocation == "random" else rank(objective=work.objective)
+        kept = widths.chosen(structure, gates, **how)
+        if wanted.compare and wanted.allocation != "random" and pruning.follows_objective(work.score):
+            plain = rank(objective=PlainLoss(cross_entropy, work.objective.needs))
+            report["channels_jaccard_cross_entropy"] = widths.jaccard(kept, widths.chosen(structure, plain, **how))
+    if wanted.control == "shuffled":
+        kept = widths.shuffled(structure, kept, mix(params.seed, "shuffle"))
+    report |= widths.summary(structure, kept)
+    return work._replace(model=channels.cut(work.model, data.image_shape, kept)), kept, report
+
+
+def _added(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two reports as one: what they cost is added, the peak is the higher one."""
+    meter = Meter.of(first)
+    meter.add(Meter.of(second))
+    peak = max(report.get("peak_memory_mib", 0.0) for report in (first, second))
+    return first | second | meter.figures() | {"peak_memory_mib": peak}
 
 
 def _examined(params: Params, data: Prepared, found: Pruned) -> Pruned:
@@ -177,9 +223,7 @@ def _examined(params: Params, data: Prepared, found: Pruned) -> Pruned:
 
 def network(params: Params, data: Prepared) -> nn.Module:
     """The randomly initialised network on the device of the data."""
-    architecture = choose(ARCHITECTURES, params.architecture, "architecture")
-    built: nn.Module = architecture(data.num_classes, data.image_shape)
-    return built.to(data.machine.device)
+    return built(params.architecture, data.num_classes, data.image_shape).to(data.machine.device)
 
 
 def _compared(work: _Scoring, mask: Mask, how: dict[str, Any]) -> dict[str, Any]:

@@ -226,7 +226,9 @@ def describe(params: Params, name: str) -> str:
     """What the stage does and on what data, in a few words."""
     data, scenes, network = params.dataset["name"], params.voc["name"], params.architecture["name"]
     objective, sparsity = params.objective["name"], f"sparsity {params.prune.sparsity:g}"
-    removed = f"to {sparsity} by {method(params)} under {objective}" if params.prune.sparsity else "stays dense"
+    if params.prune.structure == "channels":
+        sparsity = f"{params.prune.macs:.1%} of its multiply-adds" + (f", {sparsity}" if params.prune.sparsity else "")
+    removed = f"to {sparsity} by {method(params)} under {objective}" if method(params) != "dense" else "stays dense"
     train_epochs, detect_epochs = (counted(section.epochs, "epoch") for section in (params.train, params.detect))
     doing = {
         "prepare": f"reading {data}, and {scenes} for detection",

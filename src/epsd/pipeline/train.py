@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from epsd.architectures import narrowed
 from epsd.compute.cost import Meter
 from epsd.compute.seeds import mix
 from epsd.compute.speed import keep_freed_memory
@@ -77,9 +78,14 @@ def batches(params: Params, data: Prepared, split: Any) -> Batches:
         )
 
 
-def card(params: Params, data: Prepared, mask: Mask) -> dict[str, Any]:
-    """What stands beside saved weights: how to build the network again, to feed it, and what was removed from it."""
-    return {
+def card(params: Params, data: Prepared, mask: Mask, model: nn.Module) -> dict[str, Any]:
+    """What stands beside saved weights: how to build the network again, to feed it, and what was removed from it.
+
+    `shapes`, of a network that was made narrow alone: its tensors that are smaller than the architecture has them.
+    """
+    made = (params.architecture, data.num_classes, data.image_shape)
+    narrow = {"shapes": narrowed(model, *made)} if params.prune.structure == "channels" else {}
+    return narrow | {
         "architecture": params.architecture,
         "num_classes": data.num_classes,
         "class_names": data.class_names,

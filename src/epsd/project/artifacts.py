@@ -16,6 +16,7 @@ from epsd.types import EpsdError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from epsd.compute.narrow import Shapes
     from epsd.masks import Mask
 
 ROOT = Path("artifacts")
@@ -30,6 +31,7 @@ DATA_INDEX = DATA / "data.json"
 VOC_INDEX = VOC / "voc.json"
 MASK = PRUNE / "mask.safetensors"
 INITIAL = PRUNE / "initial.safetensors"
+CHANNELS = PRUNE / "channels.safetensors"
 PRUNE_REPORT = PRUNE / "report.json"
 LAYERS = PRUNE / "layers.csv"
 MODEL = TRAIN / "model.safetensors"
@@ -168,6 +170,22 @@ def load_state(path: Path) -> "dict[str, Tensor]":
         raise ArtifactError(f"{path}: cannot be read as safetensors ({error}).") from None
 
 
+def load_shapes() -> "Shapes":
+    """Of the tensors that `prune` made smaller; {} where the network is as wide as its architecture.
+
+    Raises ArtifactError: missing, or not what `save_pruned` writes.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not CHANNELS.is_file():
+        raise ArtifactError(f"{CHANNELS}: missing. `dvc repro` runs the stage that writes it.")
+    try:
+        with safe_open(CHANNELS, "pt") as file:
+            return {name: tuple(shape) for name, shape in json.loads(file.metadata()["shapes"]).items()}
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"{CHANNELS}: cannot be read ({error}).") from None
+
+
 def load_into(model: "nn.Module", path: Path) -> "nn.Module":
     """`model` itself with the weights of `path`. Raises ArtifactError: missing, unreadable, or of another network."""
     return fill(model, load_state(path), path)
@@ -184,9 +202,21 @@ def fill(model: "nn.Module", state: Mapping[str, "Tensor"], path: Path) -> "nn.M
 
 
 def save_pruned(
-    mask: "Mask", initial: "nn.Module", report: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]
+    mask: "Mask",
+    initial: "nn.Module",
+    report: Mapping[str, Any],
+    layers: Sequence[Mapping[str, Any]],
+    channels: "Mapping[str, Tensor] | None" = None,
+    shapes: "Shapes | None" = None,
 ) -> None:
-    """What `prune` found: mask, the initial weights it was found for (all of them), report, a row for each layer."""
+    """What `prune` found: mask, the initial weights it was found for (all of them), report, a row for each layer.
+
+    channels, shapes : of a network that was made narrow: positions kept in each group, tensors that became smaller.
+    """
+    from safetensors.torch import save_file
+
+    with replacing(CHANNELS) as temporary:
+        save_file(dict(channels or {}), temporary, {"shapes": json.dumps(shapes or {})})
     with replacing(MASK) as temporary:
         mask.save(temporary)
     _save_state(initial, INITIAL)

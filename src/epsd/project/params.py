@@ -97,7 +97,12 @@ class PruneParams(Section):
     """The early-prune mask. Each key's unit and range stand beside it in params.yaml."""
 
     score: Annotated[Choice, Bearing(settings={"graphs_kept": Bearing(only_timing=True)})]
+    structure: Literal["weights", "channels"] = "weights"
     sparsity: Share
+    macs: Annotated[float, Field(gt=0, le=1)] = 0.25
+    allocation: Literal["uniform", "cost", "random"] = "uniform"
+    round_to: Count = 8
+    floor: Annotated[float, Field(gt=0, le=1)] = 0.5
     scope: Literal["global", "layer", "erk", "lamp"]
     densities: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     channel_cap: Annotated[Annotated[float, Field(ge=1, allow_inf_nan=False)] | None, Bearing(neutral="null")] = None

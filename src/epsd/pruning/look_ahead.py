@@ -3,7 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -49,6 +49,8 @@ class LookAhead:
     detach_first_step: bool = False
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     graphs_kept: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+
+    derivative: ClassVar[bool] = True
 
     def drawn(self, batches: Iterable[Batch], who: str, device: torch.device) -> list[Batch]:
         """The batches of all steps and of the outer loss, on `device`. Raises MetaGradientError as `draw` does."""

@@ -19,6 +19,7 @@ from epsd.compute.random_state import keeping_random_state
 from epsd.data.loaders import as_batches
 from epsd.losses import PlainLoss, as_objective, cross_entropy
 from epsd.masks import Mask, MaskError, Scope, check_fits, hidden, prunable
+from epsd.pruning.channels import Structure
 from epsd.pruning.look_ahead import LookAhead, planned
 from epsd.pruning.metagradients import gradient_norms
 from epsd.pruning.scoring import Following, MetaGradientError, means, normalised, scoring, within
@@ -168,6 +169,35 @@ def scored(
     scores = _Repeated(score, batches, average)(_copied(model), stream, objective, _sizes(source))
     _refuse_zeros(model, scores)
     return scores
+
+
+def gates(
+    model: nn.Module,
+    source: Source,
+    structure: Structure,
+    *,
+    score: Score,
+    objective: LossLike = cross_entropy,
+    batches: int = 1,
+    average: Average = "absolute",
+) -> Scores:
+    """|∂L/∂g| of every channel, (size,) by group of `structure`: what `widths.chosen` ranks. `model` is left as it is.
+
+    batches, average : as of `prune`. Raises PruneError: a score that is no derivative with respect to a mask, and what
+    `prune` raises.
+    """
+    if not getattr(score, "derivative", False):
+        raise PruneError("prune.score: channels are scored by their gates, which epsd, prospr and snip differentiate.")
+    objective = copy.deepcopy(as_objective(_checked(model, score, objective)))
+    work, drawn = _copied(model), Stream(source, objective.needs)
+    total = {name: torch.zeros(group.size, dtype=torch.float64) for name, group in structure.groups.items()}
+    with within(replace(means(), signed=True)):
+        for _ in range(batches):
+            objective.begin("score", *_sizes(source))
+            for name, gate in structure.gates(score(work, drawn, objective)).items():
+                total[name] += gate.abs() if average == "absolute" else gate
+    distributed.same_everywhere(total.values())
+    return {name: gate.abs() / batches for name, gate in total.items()}
 
 
 class _Repeated:

@@ -31,6 +31,7 @@ class Snip:
     mode: Literal["train", "eval"] = "train"
 
     follows_objective: ClassVar[bool] = False
+    derivative: ClassVar[bool] = True
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
         """Draws `batches` batches; the objective is not consulted."""

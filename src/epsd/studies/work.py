@@ -313,7 +313,7 @@ def evaluated(params: Params, data: Prepared, trained: Trained, tracker: Tracker
     found = {f"test/{name}": value for name, value in result.metrics.items()}
     with tempfile.TemporaryDirectory() as folder:
         built = params.model_copy(update={"architecture": trained.architecture or params.architecture})
-        about = card(built, data, trained.mask)
+        about = card(built, data, trained.mask, trained.model)
         dense, compact = Path(folder) / "model.safetensors", Path(folder) / "model.sparse.safetensors"
         artifacts.save_model(trained.model, dense, about)
         costs = measured(trained.model, about, settings, dense=dense, compact=compact)

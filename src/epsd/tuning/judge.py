@@ -46,7 +46,7 @@ def run(params: Params, data: Prepared, watch: Callable[[Record, Callable[[], Fi
     `watch` is called after each epoch with its record and a function that gives the figures as they stand; it ends the
     trial by raising.
     """
-    mask, model, report, _ = pruned(
+    mask, model, report, *_ = pruned(
         params.model_copy(update={"prune": params.prune.model_copy(update={"compare": False})}), data
     )
 
@@ -93,7 +93,7 @@ def figures(params: Params, data: Prepared, model: nn.Module, mask: Mask, record
     """All of FIGURES, for the network as it is after the epoch of `record`."""
     cost = evaluation.cost(model, prunable(model), data.image_shape)
     with tempfile.TemporaryDirectory() as folder:
-        size = compact_file.save(model.state_dict(), Path(folder) / "model", card(params, data, mask))
+        size = compact_file.save(model.state_dict(), Path(folder) / "model", card(params, data, mask, model))
     known = {**record, **{f"model/{name}": float(value) for name, value in cost.items()}}
     known["model/bytes_sparse"] = float(size.file)
     return {name: known[name] for name in FIGURES}

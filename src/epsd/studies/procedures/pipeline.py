@@ -26,7 +26,7 @@ class Pipeline:
     def __call__(self, params: Params, data: Prepared, desk: Desk) -> Trained:
         """As the stages do it, without files. At sparsity 0 nothing is scored."""
         begun = time.perf_counter()
-        mask, model, report, _ = self._pruned(params, data, desk)
+        mask, model, report, *_ = self._pruned(params, data, desk)
         middle = time.perf_counter()
         checkpoint = desk.folder / "last.safetensors"
         settings: dict[str, Any] = {"checkpoint": checkpoint, "mark": desk.mark, "meter": Meter.of(report)}
@@ -43,10 +43,12 @@ class Pipeline:
 
     def shares(self, params: Params) -> Mapping[str, Any] | None:
         """One scoring, where there is one and it is the first and last round."""
-        return scoring_key(params) if params.prune.sparsity > 0 and params.prune.rounds == 1 else None
+        prune = params.prune
+        single = prune.structure == "weights" and prune.sparsity > 0 and prune.rounds == 1
+        return scoring_key(params) if single else None
 
     def _pruned(self, params: Params, data: Prepared, desk: Desk) -> Pruned:
-        if params.prune.sparsity == 0:
+        if params.prune.sparsity == 0 and params.prune.structure == "weights":
             return _dense(params, data)
         known = desk.shared(lambda: scored(params, data)) if self.shares(params) is not None else None
         return pruned(params, data, known)
