@@ -60,16 +60,16 @@ def main(params: Params, machine: Machine) -> str:
     """Train and score the detector on the pruned backbone, and its twin where one is asked for; save, log."""
     mark = fingerprint(params)
     folder = state_folder("checkpoints", mark)
-    voc, card = VocIndex.load(artifacts.VOC_INDEX), artifacts.read_json(artifacts.MODEL_CARD)
+    voc, card = VocIndex.load(artifacts.VOC_INDEX), artifacts.read_card(artifacts.MODEL_CARD)
     task = Task(params, machine, voc, card, folder, mark)
     keep_freed_memory()
     if not distributed.is_main():
         followed(task)
         return ""
+    model = classifier(task)
+    mask = artifacts.load_mask(model)
     with reopened("detect", params, {"voc.digest": task.voc.digest}) as tracker:
-        trained = fitted(
-            task, classifier(task), Mask.load(artifacts.MASK), on_epoch=lambda row: log_epoch(tracker, row)
-        )
+        trained = fitted(task, model, mask, on_epoch=lambda row: log_epoch(tracker, row))
         report = judged(task, trained) | beside(task)
         artifacts.write_json(artifacts.DETECT_METRICS, report)
         log(tracker, report)
@@ -92,7 +92,8 @@ def fingerprint(params: Params) -> str:
 
 def followed(task: Task) -> None:
     """Take part in all that the main process does with the others."""
-    trained = fitted(task, classifier(task), Mask.load(artifacts.MASK))
+    model = classifier(task)
+    trained = fitted(task, model, artifacts.load_mask(model))
     found(task, trained.detector, "test")
     if detection.countable(task.voc.scenes["validation"]):
         found(task, trained.detector, "validation")
@@ -107,7 +108,8 @@ def classifier(task: Task) -> nn.Module:
 def network(task: Task) -> nn.Module:
     """The classifier of the card, with random weights."""
     card = task.card
-    return built(card["architecture"], card["num_classes"], tuple(card["image_shape"]), card.get("shapes"))
+    with artifacts.naming(artifacts.MODEL_CARD):
+        return built(card["architecture"], card["num_classes"], tuple(card["image_shape"]), card.get("shapes"))
 
 
 def fitted(

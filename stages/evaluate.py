@@ -21,7 +21,8 @@ from epsd.project.params import Params
 def main(params: Params, machine: Machine) -> str:
     """Load the trained network, evaluate it, save tables, figures and the model to hand on; add them to its run."""
     data = Prepared.load(artifacts.DATA, machine)
-    card = artifacts.read_json(artifacts.MODEL_CARD)
+    card, run = artifacts.read_card(artifacts.MODEL_CARD), artifacts.read_run(artifacts.RUN)
+    history = artifacts.read_history(run)
     model = trained_network(artifacts.MODEL, card).to(machine.device)
 
     settings = params.evaluate
@@ -32,8 +33,8 @@ def main(params: Params, machine: Machine) -> str:
 
     artifacts.write_json(artifacts.METRICS, report)
     save_tables(result, data.class_names)
-    save_figures(result, model, data.class_names)
-    artifacts.write_text(artifacts.MODEL_README, model_card.model_card(subject(params, data, result, report)))
+    save_figures(result, model, data.class_names, history)
+    artifacts.write_text(artifacts.MODEL_README, model_card.model_card(subject(params, data, run, result, report)))
     exported(model, card, test)
     version = log(params, report, data.sizes["test"])
     kept = f"; model 'epsd' version {version} (candidate)" if version else ""
@@ -50,23 +51,25 @@ def save_tables(result: evaluation.Evaluation, names: list[str]) -> None:
     artifacts.write_csv(artifacts.RELIABILITY, result.reliability._fields, evaluation.reliability_rows(result))
 
 
-def save_figures(result: evaluation.Evaluation, model: nn.Module, names: list[str]) -> None:
+def save_figures(result: evaluation.Evaluation, model: nn.Module, names: list[str], history: artifacts.Columns) -> None:
     """Confusion, reliability, density by layer and training curves, as PNG."""
     densities = metrics.densities(prunable(model))
     overall = metrics.count_parameters(model, prunable(model))
-    panels = figures.history_panels(artifacts.read_csv(artifacts.HISTORY))
     figures.save(figures.confusion(result.confusion, names), artifacts.CONFUSION_FIGURE)
     figures.save(figures.reliability(result.reliability), artifacts.RELIABILITY_FIGURE)
     figures.save(figures.density_per_layer(densities, 1 - overall.sparsity), artifacts.DENSITY_FIGURE)
-    figures.save(figures.curves(panels), artifacts.CURVES_FIGURE)
+    figures.save(figures.curves(figures.history_panels(history)), artifacts.CURVES_FIGURE)
 
 
 def subject(
-    params: Params, data: Prepared, result: evaluation.Evaluation, report: Mapping[str, Mapping[str, float]]
+    params: Params,
+    data: Prepared,
+    run: artifacts.Run,
+    result: evaluation.Evaluation,
+    report: Mapping[str, Mapping[str, float]],
 ) -> model_card.Subject:
     """What the model card is about."""
     rows = list(evaluation.per_class_rows(result, data.class_names))
-    run = artifacts.read_json(artifacts.RUN)
     return model_card.Subject(params.model_dump(), data.index, story(params, data), run, report, rows)
 
 

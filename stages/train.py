@@ -12,6 +12,7 @@ from epsd.compute import distributed
 from epsd.compute.cost import Meter
 from epsd.compute.devices import Machine
 from epsd.data.prepared import Prepared
+from epsd.files.digests import digest_of
 from epsd.masks import Mask
 from epsd.pipeline.describe import run_name, story, tags
 from epsd.pipeline.stage import run_stage
@@ -27,14 +28,15 @@ from epsd.training.record import Record
 def main(params: Params, machine: Machine) -> str:
     """Load mask and initial weights, train (or go on from the last finished epoch), save, log."""
     data = Prepared.load(artifacts.DATA, machine)
-    mask = Mask.load(artifacts.MASK)
     network = built(params.architecture, data.num_classes, data.image_shape, artifacts.load_shapes())
     model = artifacts.load_into(network, artifacts.INITIAL)
+    mask = artifacts.load_mask(model)
     model.to(machine.device)
     mark = fingerprint(params)
     folder = state_folder("checkpoints", mark)
     settings: dict[str, Any] = {"checkpoint": folder / "last.safetensors", "mark": mark}
-    settings["meter"] = Meter.of(artifacts.read_json(artifacts.PRUNE_REPORT))
+    report = artifacts.read_report()
+    settings["meter"] = Meter.of(report)
     if not distributed.is_main():
         trained(params, data, model, mask, on_epoch=lambda record: None, **settings)
         return ""
@@ -42,6 +44,7 @@ def main(params: Params, machine: Machine) -> str:
         artifacts.write_json(folder / "run.json", {"run_id": tracker.run_id})
         history = trained(params, data, model, mask, on_epoch=lambda record: log_epoch(tracker, record), **settings)
         save(params, data, model, mask, history, tracker)
+        tracker.metrics({f"mask/{name}": value for name, value in report.items()})
     shutil.rmtree(folder, ignore_errors=True)
     last = history[-1]
     judged = f", validation top-1 {last['val/top1']:.4f}" if "val/top1" in last else ""
@@ -58,7 +61,7 @@ def fingerprint(params: Params) -> str:
 
 def opened(params: Params, data: Prepared, folder: Path) -> Any:
     """The run of this model: a new one, or the one that an interrupted training of the same fingerprint began."""
-    begun = artifacts.read_json(folder / "run.json")["run_id"] if (folder / "run.json").exists() else None
+    begun = artifacts.read_run(folder / "run.json").run_id if (folder / "run.json").exists() else None
     return track(
         "train",
         experiment=params.tracking.experiment,
@@ -79,10 +82,8 @@ def save(params: Params, data: Prepared, model: nn.Module, mask: Mask, history: 
     """Weights, card, curves, and what later stages need to add to the run, or to make it anew."""
     artifacts.save_model(model, artifacts.MODEL, card(params, data, mask, model))
     artifacts.write_csv(artifacts.HISTORY, list(history[0]), [list(record.values()) for record in history])
-    about = {"tags": tags(params, data), "description": story(params, data)}
+    about = {"tags": tags(params, data), "description": story(params, data), "history": digest_of(artifacts.HISTORY)}
     artifacts.write_json(artifacts.RUN, {"run_id": tracker.run_id, "name": run_name(params), **about})
-    report = artifacts.read_json(artifacts.PRUNE_REPORT)
-    tracker.metrics({f"mask/{name}": value for name, value in report.items()})
     tracker.dataset(params.dataset["name"], data.digest, str(data.index.get("source", "")), data.sizes)
     tracker.artifact(artifacts.MODEL, folder="model")
     tracker.artifact(artifacts.MODEL_CARD, folder="model")

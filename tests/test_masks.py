@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from epsd import masks
+from epsd.files import digests
+from epsd.files.digests import DamagedFile
 from epsd.masks import Mask, MaskError, MaskHolder, Scope, check_fits, erk_ranked, hidden, prunable
 from toys import convnet
 
@@ -125,7 +127,7 @@ def test_save_and_load_give_the_same_mask_in_the_same_order(tmp_path: Path) -> N
 def test_a_damaged_mask_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "mask.safetensors"
     path.write_bytes(content)
-    with pytest.raises(MaskError, match=r"mask\.safetensors"):
+    with pytest.raises(DamagedFile, match=r"mask\.safetensors"):
         Mask.load(path)
 
 
@@ -133,7 +135,7 @@ def test_a_truncated_mask_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "mask.safetensors"
     Mask.from_scores({"w": torch.randn(1000)}, 0.5).save(path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(MaskError, match="damaged"):
+    with pytest.raises(DamagedFile, match=r"mask\.safetensors: cannot be read"):
         Mask.load(path)
 
 
@@ -141,10 +143,23 @@ def test_another_safetensors_file_is_no_mask(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"w": torch.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(MaskError, match="not a mask file"):
+    with pytest.raises(DamagedFile, match="no mask of this version"):
         Mask.load(tmp_path / "model.safetensors")
-    with pytest.raises(MaskError, match="no such file"):
+    with pytest.raises(DamagedFile, match=r"absent\.safetensors: missing"):
         Mask.load(tmp_path / "absent.safetensors")
+
+
+def test_a_mask_that_keeps_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mask.safetensors"
+    Mask({"w": torch.zeros(3, dtype=torch.bool)}).save(path)
+    with pytest.raises(MaskError, match=r"mask\.safetensors: it keeps no weight at all"):
+        Mask.load(path)
+    digests.save_tensors(path, "mask", {"w": torch.ones(3)}, {"order": ["w"]})
+    with pytest.raises(MaskError, match=r"mask\.safetensors: .*expected bool"):
+        Mask.load(path)
+    digests.save_tensors(path, "mask", {"w": torch.ones(3)}, {"order": ["v"]})
+    with pytest.raises(MaskError, match=r"mask\.safetensors: 'v'"):
+        Mask.load(path)
 
 
 def test_a_mask_for_another_model_is_refused() -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from epsd.files import digests
 from epsd.types import EpsdError, Scores
 
 Scope = Literal["global", "layer", "erk", "lamp"]
@@ -20,7 +20,6 @@ Scope = Literal["global", "layer", "erk", "lamp"]
 layer, of Erdős-Rényi-Kernel density (`erk_factor`). lamp : in the whole net, each score divided by the sum of those of
 its layer that are not smaller, so that no layer is emptied (Lee et al., ICLR 2021, there for magnitudes)."""
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-_FORMAT = "epsd-mask-1"
 
 
 class MaskError(EpsdError):
@@ -407,6 +406,10 @@ class Mask:
         wanted = set(names)
         return Mask({name: keep for name, keep in self.keep.items() if name in wanted})
 
+    def check(self, model: nn.Module) -> None:
+        """Raises MaskError where the model has no such parameter, or one of another shape."""
+        self._same_layers(dict(model.named_parameters(remove_duplicate=False)))
+
     def apply_(self, model: nn.Module) -> None:
         """Set the removed weights of `model` to exactly +0, in place. MaskError when names or shapes differ.
 
@@ -419,30 +422,21 @@ class Mask:
                 parameters[name].masked_fill_(~keep.to(parameters[name].device), 0.0)
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file."""
-        from safetensors.torch import save_file
-
-        save_file(
-            {n: k.contiguous() for n, k in self.keep.items()},
-            path,
-            {"format": _FORMAT, "order": json.dumps(list(self.keep))},
-        )
+        """Write one safetensors file with a digest, the same bytes for the same mask."""
+        keep = {name: keep.contiguous() for name, keep in self.keep.items()}
+        digests.save_tensors(path, "mask", keep, {"order": list(keep)})
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote. MaskError names a file that is missing, corrupt or something else."""
-        from safetensors import SafetensorError, safe_open
-
+        """Read what `save` wrote. DamagedFile or MaskError names a file that is missing, damaged, or no such mask."""
+        keep, about = digests.load_tensors(path, "mask")
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise MaskError(f"{path}: not a mask file of this project.")
-                return cls({name: file.get_tensor(name) for name in json.loads(metadata["order"])})
-        except FileNotFoundError:
-            raise MaskError(f"{path}: no such file.") from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise MaskError(f"{path}: damaged or not a mask file ({error}).") from None
+            mask = cls({name: keep[name] for name in about["order"]})
+        except (MaskError, LookupError, TypeError) as error:
+            raise MaskError(f"{path}: {error}") from None
+        if not mask.kept:
+            raise MaskError(f"{path}: it keeps no weight at all.")
+        return mask
 
     def _same_layers(self, shapes: Mapping[str, Tensor]) -> None:
         for name, keep in self.keep.items():

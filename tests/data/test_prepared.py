@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +7,15 @@ from torch import Tensor
 
 from epsd.data.prepared import Augmentation, MemoryBatches, Pixels, Prepared
 from epsd.data.sampling import TooFewImages
+from epsd.files.archives import open_tree
+from epsd.files.digests import DamagedFile, digest_of
+from epsd.files.images import ImageError
+from epsd.files.layouts import Reading, folder_source
 from epsd.preparing.write import prepare
+from epsd.project import artifacts
 from epsd.project.artifacts import ArtifactError
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError
+from pictures import classes, picture, write
 from preparing.test_write import arrays
 
 PARTNERS = [BatchNeeds(), BatchNeeds("view"), BatchNeeds("same_class")]
@@ -192,22 +197,40 @@ def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
         Prepared.load(tmp_path).batches("validation", batch_size=4)
 
 
-def test_missing_and_damaged_artifacts_are_named(tmp_path: Path) -> None:
+def test_missing_and_other_artifacts_are_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"data.json: missing. `dvc repro`"):
         Prepared.load(tmp_path)
     prepare(arrays(40), tmp_path)
     images = tmp_path / "train_images.npy"
     images.write_bytes(images.read_bytes()[:500])
-    with pytest.raises(ArtifactError, match=r"train_images.npy: missing or damaged"):
+    with pytest.raises(DamagedFile, match=r"train_images.npy: damaged or replaced"):
         Prepared.load(tmp_path).batches("train", batch_size=4)
-    np.save(tmp_path / "test_labels.npy", np.zeros(3, dtype=np.int64))
-    with pytest.raises(ArtifactError, match=r"test_labels.npy: holds 3 entries, data.json says 8"):
-        Prepared.load(tmp_path).batches("test", batch_size=4)
-    np.save(tmp_path / "test_labels.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(ArtifactError, match=r"test_labels.npy"):
-        Prepared.load(tmp_path).labels("test")
-    index = json.loads((tmp_path / "data.json").read_text())
-    del index["mean"]
-    (tmp_path / "data.json").write_text(json.dumps(index))
-    with pytest.raises(ArtifactError, match=r"not written by this version of prepare \('mean'\)"):
-        Prepared.load(tmp_path)
+    for labels, words in (
+        (np.zeros(3, dtype=np.int64), r"holds \(3,\) int64, data.json says \(8,\) int64"),
+        (np.zeros(8, dtype=np.float64), r"holds \(8,\) float64, data.json says \(8,\) int64"),
+        (np.arange(8), "labels reach from 0 to 7, classes are 2"),
+        (np.arange(8) - 7, "labels reach from -7 to 0, classes are 2"),
+    ):
+        np.save(tmp_path / "test_labels.npy", labels)
+        with pytest.raises(DamagedFile, match=r"test_labels.npy"):
+            Prepared.load(tmp_path).labels("test")
+        sealed(tmp_path, "test_labels.npy")
+        with pytest.raises(EpsdError, match=f"test_labels.npy: {words}"):
+            Prepared.load(tmp_path).labels("test")
+
+
+def sealed(folder: Path, name: str) -> None:
+    """As if `prepare` had written the file."""
+    index = artifacts.read_json(folder / "data.json")
+    index["digests"][name] = digest_of(folder / name)
+    artifacts.write_json(folder / "data.json", index)
+
+
+def test_a_streamed_image_that_was_changed_is_named(tmp_path: Path) -> None:
+    root = write(tmp_path / "tree", classes(8, size=80))
+    prepare(folder_source(open_tree(root), Reading()), tmp_path / "out", seed=1)
+    data = Prepared.load(tmp_path / "out")
+    name = artifacts.read_json(tmp_path / "out" / "test_files.json")["files"][1]
+    (root / name).write_bytes(picture(99, 80))
+    with pytest.raises(ImageError, match=rf"{name}: changed or damaged since prepare read it"):
+        list(data.batches("test", batch_size=5).epoch(0))

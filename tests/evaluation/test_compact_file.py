@@ -1,13 +1,13 @@
 """The compact file gives back the very same bits, is smaller where it should be, and damage is found."""
 
-import json
-
 import pytest
 import torch
 from torch import Tensor
 
 from epsd.architectures.resnet import ResNet
 from epsd.evaluation import compact_file
+from epsd.files import digests
+from epsd.files.digests import DamagedFile
 from epsd.project import artifacts
 
 
@@ -110,26 +110,24 @@ def test_a_compact_file_is_told_from_others(net, tmp_path) -> None:
 
 @pytest.mark.parametrize("entry", [7, {"way": "gaps", "shape": None}, {"way": "dense"}, {"shape": [2**62]}, []])
 def test_a_crafted_index_is_refused(entry: object, tmp_path) -> None:
-    from safetensors.torch import save_file
-
-    header = {"format": compact_file.FORMAT, "tensors": json.dumps({"w": entry}), "card": "{}"}
+    about = {"tensors": {"w": entry}, "card": {}}
     parts = {"w:codes": torch.zeros(3, dtype=torch.uint8), "w:values": torch.ones(2)}
-    save_file(parts, tmp_path / "w.safetensors", header)
-    with pytest.raises(compact_file.SparseError, match=r"w\.safetensors"):
+    digests.save_tensors(tmp_path / "w.safetensors", compact_file.KIND, parts, about)
+    with pytest.raises(DamagedFile, match=r"w\.safetensors"):
         compact_file.load(tmp_path / "w.safetensors")
 
 
 def test_missing_truncated_and_foreign_files_are_named(net, tmp_path) -> None:
     path = tmp_path / "m.safetensors"
-    with pytest.raises(compact_file.SparseError, match=r"m\.safetensors"):
+    with pytest.raises(DamagedFile, match=r"m\.safetensors"):
         compact_file.load(path)
     compact_file.save(net.state_dict(), path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(compact_file.SparseError, match=r"m\.safetensors"):
+    with pytest.raises(DamagedFile, match=r"m\.safetensors"):
         compact_file.load(path)
     artifacts.save_model(net, path, {})
-    with pytest.raises(compact_file.SparseError, match="not a compact model"):
+    with pytest.raises(DamagedFile, match="holds weights, not compact model"):
         compact_file.load(path)
 
 
@@ -138,14 +136,8 @@ def test_missing_truncated_and_foreign_files_are_named(net, tmp_path) -> None:
     [("gaps", [255] * 9 + [0, 1]), ("gaps", [3]), ("bitmap", [255, 255, 0, 0]), ("bitmap", [1]), ("nonsense", [1])],
 )
 def test_places_that_do_not_fit_are_refused(way: str, codes: list[int], tmp_path) -> None:
-    from safetensors.torch import save_file
-
-    header = {
-        "format": compact_file.FORMAT,
-        "tensors": json.dumps({"w": {"way": way, "shape": [30]}}),
-        "card": "{}",
-    }
+    about = {"tensors": {"w": {"way": way, "shape": [30]}}, "card": {}}
     parts = {"w:codes": torch.tensor(codes, dtype=torch.uint8), "w:values": torch.ones(2)}
-    save_file(parts, tmp_path / "w.safetensors", header)
-    with pytest.raises(compact_file.SparseError, match=r"w\.safetensors"):
+    digests.save_tensors(tmp_path / "w.safetensors", compact_file.KIND, parts, about)
+    with pytest.raises(DamagedFile, match=r"w\.safetensors"):
         compact_file.load(tmp_path / "w.safetensors")

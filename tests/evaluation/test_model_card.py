@@ -10,6 +10,7 @@ import pytest
 from epsd.data.prepared import Prepared
 from epsd.evaluation import model_card
 from epsd.pipeline import describe, stage
+from epsd.project.artifacts import Run
 from epsd.project.params import DEFAULT_PATH, load
 
 REPORT = {
@@ -39,7 +40,7 @@ SUBJECT = model_card.Subject(
         "image_shape": [3, 20, 30],
     },
     story="A small network.",
-    run={"run_id": "abc", "name": "digits-snip"},
+    run=Run("abc", "digits-snip"),
     report=REPORT,
     classes=[("class0", 3, 0.5), ("class1", 2, 1.0), ("class2", 0, "")],
 )

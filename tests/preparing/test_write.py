@@ -16,6 +16,7 @@ from epsd.files.archives import ArchiveError, open_tree
 from epsd.files.images import ImageError, Shortage
 from epsd.files.layouts import Labelled, Reading, Source, SourceError, folder_source
 from epsd.preparing.write import Tally, carved, limited, prepare, summary, written_arrays
+from epsd.project import artifacts
 from epsd.project.artifacts import ArtifactError
 from pictures import classes, picture, tarred, write, zipped
 
@@ -141,7 +142,7 @@ def test_preparing_takes_little_more_memory_than_the_images(tmp_path: Path) -> N
 def test_what_is_written_is_what_was_read(tmp_path: Path) -> None:
     source = arrays(60, channels=3)
     index = prepare(source, tmp_path, validation=0.2, test=0.2)
-    assert index == json.loads((tmp_path / "data.json").read_text())
+    assert index == artifacts.read_json(tmp_path / "data.json")
     assert index["sizes"] == {"train": 36, "validation": 12, "test": 12}
     assert index["per_class"]["test"] == {"a": 6, "b": 6}
     assert index["image_shape"] == [3, 6, 6]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from epsd.files.digests import DamagedFile
 from epsd.project import artifacts
 from epsd.project.artifacts import ArtifactError
 from epsd.training import checkpoints
@@ -47,7 +48,7 @@ def test_wrong_missing_and_damaged_models_are_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"m\.safetensors: does not fit"):
         artifacts.load_into(net(width=4), path)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ArtifactError, match=r"m\.safetensors: cannot be read"):
+    with pytest.raises(DamagedFile, match=r"m\.safetensors: cannot be read"):
         artifacts.load_state(path)
 
 

@@ -1,7 +1,6 @@
 """stages/detect.py behind a network that the test makes: every file, the mask still there, twins, real pictures."""
 
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -101,7 +100,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_figures(done: Path) -> None:
-    report = json.loads((done / artifacts.DETECT_METRICS).read_text())
+    report = artifacts.read_json(done / artifacts.DETECT_METRICS)
     scores = {"map50", "map50_11point", "map", "map75"}
     twin = {f"beside_{name}" for name in scores}
     assert set(report) == scores | twin | {"validation_map50", "sparsity", "seconds"}
@@ -118,7 +117,7 @@ def test_the_mask_still_holds_in_the_saved_detector(done: Path) -> None:
     moved = {name: state[f"backbone.body.{name}"] for name in mask.keep if name != "fc.weight"}
     assert all(not weights[~mask.keep[name]].any() for name, weights in moved.items())
     zeros = 1 - sum(int(w.count_nonzero()) for w in moved.values()) / sum(w.numel() for w in moved.values())
-    assert json.loads((done / artifacts.DETECT_METRICS).read_text())["sparsity"] == pytest.approx(zeros)
+    assert artifacts.read_json(done / artifacts.DETECT_METRICS)["sparsity"] == pytest.approx(zeros)
     trained = artifacts.load_state(done / artifacts.MODEL)
     assert any(not torch.equal(weights, trained[name]) for name, weights in moved.items())
 
@@ -141,7 +140,7 @@ def test_everything_is_in_the_run(done: Path) -> None:
     experiment = client.get_experiment_by_name("epsd")
     assert experiment is not None
     (found,) = client.search_runs([experiment.experiment_id])
-    report = json.loads((done / artifacts.DETECT_METRICS).read_text())
+    report = artifacts.read_json(done / artifacts.DETECT_METRICS)
     assert found.data.metrics["detect/map50"] == report["map50"]
     assert found.data.metrics["detect/map"] == report["map"]
     assert "detect/train_loss" in found.data.metrics
@@ -208,7 +207,7 @@ def test_other_detectors_and_an_untrained_twin(tmp_path: Path, detector: dict[st
     )
     result = run(folder)
     assert result.returncode == 0, result.stderr
-    report = json.loads((folder / artifacts.DETECT_METRICS).read_text())
+    report = artifacts.read_json(folder / artifacts.DETECT_METRICS)
     assert {"map50", "beside_map50"} <= set(report)
     assert "validation_map50" not in report
     assert list((folder / artifacts.DETECT_PICTURES).iterdir()) == []

@@ -1,7 +1,6 @@
 """stages/evaluate.py on a network and data that the test makes: every file, and figures that agree with each other."""
 
 import csv
-import json
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import torch
 
 from epsd.architectures.resnet import ResNet
 from epsd.evaluation import compact_file
+from epsd.files.digests import digest_of
 from epsd.masks import Mask, prunable
 from epsd.project import artifacts
 
@@ -52,7 +52,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     artifacts.save_model(net, folder / artifacts.MODEL, card)
     artifacts.write_csv(folder / artifacts.HISTORY, ["epoch", "train/loss", "val/top1"], [[1, 2.3, 0.1], [2, 2.0, 0.3]])
-    artifacts.write_json(folder / artifacts.RUN, {"run_id": "none-yet"})
+    history = digest_of(folder / artifacts.HISTORY)
+    artifacts.write_json(folder / artifacts.RUN, {"run_id": "none-yet", "history": history})
     return folder
 
 
@@ -77,7 +78,7 @@ def test_writes_every_file(project: Path, done: subprocess.CompletedProcess[str]
 
 
 def test_figures_agree_with_each_other(project: Path, done: subprocess.CompletedProcess[str]) -> None:
-    report = json.loads((project / artifacts.METRICS).read_text())
+    report = artifacts.read_json(project / artifacts.METRICS)
     predictions = read(project / artifacts.CONFUSION)
     right = sum(row["actual"] == row["predicted"] for row in predictions)
     assert report["test"]["top1"] == pytest.approx(right / len(predictions))
@@ -91,7 +92,7 @@ def test_figures_agree_with_each_other(project: Path, done: subprocess.Completed
 
 
 def test_cost_is_recounted_from_the_weights(project: Path, done: subprocess.CompletedProcess[str]) -> None:
-    model = json.loads((project / artifacts.METRICS).read_text())["model"]
+    model = artifacts.read_json(project / artifacts.METRICS)["model"]
     weights = prunable(NET(10, (1, 8, 8)))
     total = sum(weight.numel() for weight in weights.values())
     assert model["prunable"] == total
@@ -118,7 +119,7 @@ def test_the_run_holds_the_figures(project: Path, done: subprocess.CompletedProc
 
     client = MlflowClient(f"sqlite:///{project}/mlflow.db")
     (run_,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    report = json.loads((project / artifacts.METRICS).read_text())
+    report = artifacts.read_json(project / artifacts.METRICS)
     for name in ("test/top1", "test/top5", "test/nll", "test/ece", "model/compression", "model/sparsity"):
         group, _, key = name.partition("/")
         assert run_.data.metrics[name] == pytest.approx(report[group][key])
@@ -149,7 +150,7 @@ def test_the_exported_model_gets_as_many_right_as_evaluation_says(
     data = Prepared.load(project / artifacts.DATA)
     module = models.load_exported(project / artifacts.SERVED_MODEL)
     chosen = module(torch.from_numpy(data.images("test").astype(np.float32))).argmax(1).numpy()
-    report = json.loads((project / artifacts.METRICS).read_text())
+    report = artifacts.read_json(project / artifacts.METRICS)
     assert (chosen == data.labels("test")).mean() == pytest.approx(report["test"]["top1"])
 
 

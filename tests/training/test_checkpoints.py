@@ -27,7 +27,7 @@ def test_absent_is_none_damaged_is_named(tmp_path: Path) -> None:
     assert load(path, "mark") is None
     save(path, {"w": torch.randn(500)}, "mark")
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(CheckpointError, match=r"c\.safetensors: damaged"):
+    with pytest.raises(CheckpointError, match=r"c\.safetensors: cannot be read .*Delete it to start again"):
         load(path, "mark")
 
 
@@ -48,22 +48,9 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
         damaged = bytearray(content)
         damaged[place] ^= 1
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"c\.safetensors: damaged .* Delete it to start again") as error:
+        with pytest.raises(CheckpointError, match=r"c\.safetensors: .* Delete it to start again") as error:
             load(path, "mark")
         assert "\n" not in str(error.value)
-
-
-def test_one_written_without_a_digest_is_taken(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, safe_open, save_file
-
-    path = tmp_path / "c.safetensors"
-    save(path, {"w": torch.ones(2)}, "mark")
-    with safe_open(path, "pt") as file:
-        metadata = dict(file.metadata())
-    del metadata["digest"]
-    save_file(load_file(path), path, metadata)
-    state = load(path, "mark")
-    assert state is not None and state["w"].tolist() == [1, 1]
 
 
 def test_another_fingerprint_is_refused(tmp_path: Path) -> None:

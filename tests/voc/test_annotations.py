@@ -11,6 +11,8 @@ from PIL import Image
 
 from conftest import shared_file
 from devkits import devkit, scene, xml
+from epsd.files.images import ImageError
+from epsd.project import artifacts
 from epsd.project.artifacts import ArtifactError
 from epsd.voc import annotations
 from epsd.voc.annotations import HIT, IGNORED, MISS, NOTHING, Detections, VocError
@@ -80,7 +82,7 @@ def test_index_survives_saving_and_moving(root: Path) -> None:
 
 
 def test_index_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "voc.json").write_text('{"class_names": []}')
+    artifacts.write_json(tmp_path / "voc.json", {"class_names": []})
     with pytest.raises(VocError, match=r"voc\.json: not an index"):
         annotations.VocIndex.load(tmp_path / "voc.json")
     with pytest.raises(ArtifactError, match=r"none\.json: missing"):
@@ -159,7 +161,7 @@ def _damage(root: Path, name: str, content: bytes | None) -> None:
         ),
         ("Annotations/000002.xml", b'<?xml version="1.0" encoding="foo-8"?><a/>', r"000002\.xml: not a readable XML"),
         ("JPEGImages/000002.jpg", None, r"000002\.jpg: no such picture"),
-        ("JPEGImages/000002.jpg", b"no picture", r"000002\.jpg: not a readable picture"),
+        ("JPEGImages/000002.jpg", b"no picture", r"000002\.jpg: not an image"),
         ("ImageSets/Main/train.txt", None, r"train\.txt: no such image set\. Found there: test, val"),
         ("ImageSets/Main/train.txt", b"\n", r"train\.txt: lists no picture"),
         ("ImageSets/Main/test.txt", b"000001\n", r"000001 \(1 in all\) is both in train and in test"),
@@ -168,7 +170,7 @@ def _damage(root: Path, name: str, content: bytes | None) -> None:
 )
 def test_bad_devkit_is_named(root: Path, name: str, content: bytes | None, message: str) -> None:
     _damage(root, name, content)
-    with pytest.raises(VocError, match=message) as caught:
+    with pytest.raises((VocError, ImageError), match=message) as caught:
         annotations.read_index(sources(root), class_names=["cat", "dog"])
     assert "\n" not in str(caught.value)
 
@@ -193,7 +195,7 @@ def test_a_test_split_needs_an_object_that_counts(root: Path) -> None:
 def test_truncated_picture_is_named(root: Path) -> None:
     path = root / FOLDER / "JPEGImages/000002.jpg"
     path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(VocError, match=r"000002\.jpg: not a readable picture"):
+    with pytest.raises(ImageError, match=r"000002\.jpg: cannot be read as an image"):
         annotations.read_index(sources(root))
 
 

@@ -10,11 +10,12 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from epsd.compute.devices import Machine
@@ -22,8 +23,9 @@ from epsd.data.loaders import as_batches
 from epsd.data.sampling import SameClass, Sampler, Share, generator, partner_positions
 from epsd.data.streaming import Augmentation, Normalise, Pictures, StreamedBatches
 from epsd.files.archives import open_tree
-from epsd.files.layouts import UNPACKED, Files, Reading, Split
-from epsd.project.artifacts import ArtifactError, read_json
+from epsd.files.digests import check
+from epsd.files.layouts import UNPACKED, Files, Reading, Split, check_labels
+from epsd.project.artifacts import ArtifactError, Described, Digest, read_json, valid
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError
 
 __all__ = ["Augmentation", "MemoryBatches", "Pixels", "Prepared", "as_batches"]
@@ -131,6 +133,25 @@ class MemoryBatches:
         return self._normalise(picked.permute(0, 3, 1, 2))
 
 
+class _Index(Described):
+    """What of data.json is read back; the rest is for people. `digests`: of the files beside it, by name."""
+
+    storage: Literal["memory", "files"]
+    root: str | None
+    reading: Reading
+    sizes: dict[Split, Annotated[int, Field(ge=0)]]
+    digest: str
+    digests: dict[str, Digest]
+    settings: dict[str, Any]
+
+
+class _Listed(BaseModel):
+    """The images of a split, and the digests of their files."""
+
+    files: list[str]
+    digests: list[Digest]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What `prepare` wrote, opened. `sizes`: images per split (0 where a split is not there).
@@ -148,27 +169,16 @@ class Prepared:
     index: dict[str, Any]
     machine: Machine = field(default=Machine(), compare=False)
     _cache: dict[tuple[str, str, int], Pixels] = field(default_factory=dict, repr=False, compare=False)
+    _checked: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
     def load(cls, folder: Path, machine: Machine = Machine()) -> "Prepared":
-        """Open `folder/data.json`. Raises ArtifactError when it is missing or not what `prepare` writes."""
+        """Open `folder/data.json`. Raises ArtifactError or DamagedFile: missing, or not what `prepare` writes."""
         path = Path(folder) / "data.json"
         index = read_json(path)
-        try:
-            channels, height, width = index["image_shape"]
-            return cls(
-                folder=Path(folder),
-                class_names=list(index["class_names"]),
-                image_shape=(channels, height, width),
-                mean=list(index["mean"]),
-                std=list(index["std"]),
-                sizes=dict(index["sizes"]),
-                digest=index["digest"],
-                index=index,
-                machine=machine,
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path}: not written by this version of prepare ({error}). Run it again.") from None
+        known = valid(index, _Index, path)
+        told = known.model_dump(include={"class_names", "image_shape", "mean", "std", "sizes", "digest"})
+        return cls(folder=Path(folder), index=index, machine=machine, **told)
 
     def on(self, machine: Machine) -> Self:
         """The same images, with batches for `machine`."""
@@ -232,17 +242,28 @@ class Prepared:
     def _files(self, split: Split) -> Files:
         root = self.index["root"]
         folder = self.folder / UNPACKED if root is None else Path(root)
-        return Files(open_tree(folder), list(read_json(self.folder / f"{split}_files.json")["files"]))
+        path = self.folder / f"{split}_files.json"
+        listed = valid(read_json(path), _Listed, path)
+        if not len(listed.files) == len(listed.digests) == self.sizes[split]:
+            raise ArtifactError(f"{path}: lists {len(listed.files)} files, data.json says {self.sizes[split]}.")
+        return Files(open_tree(folder), listed.files, listed.digests)
 
     def _reading(self) -> Reading:
         return Reading(**self.index["reading"])
 
     def _array(self, split: Split, kind: str) -> NDArray[Any]:
         path = self.folder / f"{split}_{kind}.npy"
+        if path.name not in self._checked:
+            check(path, self.index["digests"].get(path.name, "unknown"))
+            self._checked.add(path.name)
         try:
             array: NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise ArtifactError(f"{path}: missing or damaged ({error}). Run prepare again.") from None
-        if len(array) != self.sizes[split]:
-            raise ArtifactError(f"{path}: holds {len(array)} entries, data.json says {self.sizes[split]}.")
+            raise ArtifactError(f"{path}: cannot be read ({error}). Run prepare again.") from None
+        shape, dtype = ((), np.int64) if kind == "labels" else (self.image_shape, np.uint8)
+        wanted = (self.sizes[split], *shape)
+        if array.shape != wanted or array.dtype != dtype:
+            raise ArtifactError(f"{path}: holds {array.shape} {array.dtype}, data.json says {wanted} {dtype.__name__}.")
+        if kind == "labels":
+            check_labels(array, self.class_names, str(path))
         return array

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from epsd.compute.devices import Machine
 from epsd.compute.seeds import mix
 from epsd.data.sampling import SameClass, Sampler, Share, partner_positions
-from epsd.files.images import decode, decode_planes, fit, pixels
+from epsd.files.digests import digest
+from epsd.files.images import ImageError, decode, decode_planes, fit, pixels
 from epsd.files.layouts import Files, Reading
 from epsd.types import Batch, BatchNeeds, EpsdError
 
@@ -93,6 +94,7 @@ class Pictures:
         # one block of bytes, not a million strings: workers would copy these by counting references to them
         encoded = [name.encode("utf-8", "surrogateescape") for name in files.names]  # not every name is text
         self._names, self._ends = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
+        self._digests = np.array([int(one, 16) for one in files.digests], dtype=np.int64)
 
     def __getitem__(self, position: int) -> Tensor:
         """Resized and cut as for evaluation."""
@@ -120,9 +122,12 @@ class Pictures:
         return resized.flip(-1) if drawn.mirrored else resized
 
     def _content(self, position: int) -> tuple[bytes, str]:
-        """The bytes of a file, and what to call it."""
+        """The bytes of a file, and what to call it. Raises ImageError where it is not the one that was prepared."""
         name = self._names[self._ends[position] : self._ends[position + 1]].decode("utf-8", "surrogateescape")
-        return self.tree.read(name), f"{self.tree.where}: {name}"
+        content, where = self.tree.read(name), f"{self.tree.where}: {name}"
+        if len(self._digests) and int(digest([content]), 16) != self._digests[position]:
+            raise ImageError(f"{where}: changed or damaged since prepare read it. Run prepare again.")
+        return content, where
 
 
 @contextmanager

@@ -8,10 +8,10 @@ One safetensors file. Each floating-point tensor is stored in the smallest of th
   Smaller than the bitmap below a density of about 12 %.
 
 "Zero" means all bits zero: a negative zero is kept as a value, so that nothing at all changes on the way. Metadata
-(JSON, in the header) hold each tensor's shape and way of storage, and the card of the model. No pickled code.
+(JSON, in the header) hold each tensor's shape and way of storage, and the card of the model. No pickled code. The same
+network and card give the same bytes, which carry a digest.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,17 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from epsd.files import digests
 from epsd.project.artifacts import replacing
-from epsd.types import EpsdError
 
-FORMAT = "epsd-sparse-1"
+KIND = "compact model"
 SKIP = 255
 ENTRY = 128  # bytes that a second part costs in the header
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class SparseError(EpsdError):
-    """A file that is no compact model, or one that is damaged."""
 
 
 class Sizes(NamedTuple):
@@ -101,8 +97,6 @@ def save(state: Mapping[str, Tensor], path: Path, card: Mapping[str, Any] | None
 
     Returns the sizes. Raises ArtifactError where the file cannot be written.
     """
-    from safetensors.torch import save_file
-
     parts: dict[str, Tensor] = {}
     index: dict[str, Any] = {}
     dense = 0
@@ -112,21 +106,20 @@ def save(state: Mapping[str, Tensor], path: Path, card: Mapping[str, Any] | None
         way, stored = _encode(tensor)
         index[name] = {"way": way, "shape": list(tensor.shape)}
         parts.update({name + suffix: part for suffix, part in stored.items()})
-    header = {"format": FORMAT, "tensors": json.dumps(index), "card": json.dumps(card or {}, default=str)}
     with replacing(path) as temporary:
-        save_file(parts, temporary, header)
+        digests.save_tensors(temporary, KIND, parts, {"tensors": index, "card": card or {}})
     return Sizes(path.stat().st_size, dense)
 
 
 def _decode(name: str, entry: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Tensor:
-    """One tensor as it was. Raises SparseError (without the file's name) when parts and shape do not fit."""
+    """One tensor as it was. Raises ValueError and others where parts and shape do not fit."""
     way, shape = entry["way"], torch.Size(entry["shape"])
     if way == "dense":
         return parts[name]
     values = parts[f"{name}:values"]
     keep = DECODERS[way](parts[f"{name}:codes"], shape.numel())
     if int(keep.sum()) != values.numel():
-        raise SparseError(f"'{name}' has {values.numel()} values for {int(keep.sum())} places")
+        raise ValueError(f"'{name}' has {values.numel()} values for {int(keep.sum())} places")
     flat = torch.zeros(shape.numel(), dtype=values.dtype)
     flat[keep] = values
     return flat.view(shape)
@@ -135,39 +128,20 @@ def _decode(name: str, entry: Mapping[str, Any], parts: Mapping[str, Tensor]) ->
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict (on the CPU, in the order it was saved) and card of a file that `save` wrote.
 
-    Raises SparseError naming the file: missing, truncated, or not of this format.
+    Raises DamagedFile naming the file: missing, truncated, changed, or not of this format.
     """
-    from safetensors import SafetensorError, safe_open
-
+    parts, about = digests.load_tensors(path, KIND)
     try:
-        with safe_open(path, framework="pt") as file:
-            header: dict[str, str] = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise SparseError(f"not a compact model ('{FORMAT}')")
-            parts = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
-        index = json.loads(header["tensors"])
-        state = {name: _decode(name, entry, parts) for name, entry in index.items()}
-        return state, json.loads(header["card"])
-    except (
-        SafetensorError, SparseError, OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, MemoryError
-    ) as error:  # fmt: skip
-        raise SparseError(f"{path}: cannot be read as a compact model: {error}.") from None
+        return {name: _decode(name, entry, parts) for name, entry in about["tensors"].items()}, about["card"]
+    except (AttributeError, ValueError, LookupError, TypeError, RuntimeError, MemoryError) as error:
+        raise digests.DamagedFile(f"{path}: cannot be read as a compact model: {error}.") from None
 
 
 def is_compact(path: Path) -> bool:
     """Whether `path` is a file that `save` wrote, told by its header."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (SafetensorError, OSError):
-        return False
+    return digests.kind_of(path) == KIND
 
 
 def ways(path: Path) -> dict[str, str]:
-    """Tensor name -> "dense", "bitmap" or "gaps", as stored in `path`."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return {name: entry["way"] for name, entry in json.loads(file.metadata()["tensors"]).items()}
+    """Tensor name -> "dense", "bitmap" or "gaps", as stored in `path`. Raises DamagedFile."""
+    return {name: entry["way"] for name, entry in digests.load_tensors(path, KIND)[1]["tensors"].items()}

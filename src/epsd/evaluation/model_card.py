@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from epsd.project.artifacts import Run
+
 Row = tuple[str, int, float | str]
 """Class, test images, accuracy ("" for a class without images)."""
 
@@ -29,13 +31,13 @@ _COST = {
 
 class Subject(NamedTuple):
     """What a card is about. `params`: params.yaml as nested mappings. `data`: data.json of `prepare`. `story`: the run
-    in plain words. `run`: its id and name. `report`: the figures of evaluate by group. `classes`: one row per class.
+    in plain words. `run`: as MLflow knows it. `report`: the figures of evaluate by group. `classes`: one row each.
     """
 
     params: Mapping[str, Any]
     data: Mapping[str, Any]
     story: str
-    run: Mapping[str, str]
+    run: Run
     report: Mapping[str, Mapping[str, float]]
     classes: Sequence[Row]
 
@@ -51,7 +53,7 @@ def model_card(subject: Subject) -> str:
         "Parameters": _parameters(subject.params),
     }
     body = "\n\n".join("\n".join([f"## {title}", "", *lines]) for title, lines in sections.items())
-    return f"# {subject.run.get('name', 'Model')}\n\n{subject.story}\n\n{body}\n"
+    return f"# {subject.run.name or 'Model'}\n\n{subject.story}\n\n{body}\n"
 
 
 def results(report: Mapping[str, Mapping[str, float]], images: int) -> str:
@@ -141,8 +143,8 @@ def _limits(subject: Subject) -> Iterator[str]:
 def _use(subject: Subject) -> Iterator[str]:
     height, width = subject.data["image_shape"][1:]
     yield "```console"
-    yield f"$ epsd predict --model {subject.run.get('run_id', 'candidate')} photo.png"
-    yield f"$ epsd promote {subject.run.get('run_id', 'RUN')}     # makes it models:/epsd@champion"
+    yield f"$ epsd predict --model {subject.run.run_id} photo.png"
+    yield f"$ epsd promote {subject.run.run_id}     # makes it models:/epsd@champion"
     yield "$ mlflow models serve --env-manager local -p 5001 -m models:/epsd@champion"
     yield "```"
     yield ""

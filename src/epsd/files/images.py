@@ -61,7 +61,7 @@ def decode(
     """
     from PIL import Image
 
-    with _named(name), Image.open(io.BytesIO(content)) as picture:
+    with named(name), Image.open(io.BytesIO(content)) as picture:
         _reduce(picture, least, upright)
         return _loaded(picture, "L" if grayscale else "RGB", upright)
 
@@ -76,7 +76,7 @@ def decode_planes(content: bytes, name: str, *, grayscale: bool = False, least: 
     from PIL import Image
 
     mode = "L" if grayscale else "RGB"
-    with _named(name), Image.open(io.BytesIO(content)) as picture:
+    with named(name), Image.open(io.BytesIO(content)) as picture:
         whole = not _reduce(picture, least, upright=True)
         if whole and picture.format == "JPEG" and picture.mode == mode and _orientation(picture) in (None, 1):
             from torchvision.io import decode_jpeg
@@ -114,7 +114,7 @@ def _loaded(picture: "Image", mode: str, upright: bool) -> "Image":
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
     """Pillow's many errors as an ImageError that names the file; a Shortage where the file is not to blame."""
     from PIL import UnidentifiedImageError
 

@@ -39,10 +39,11 @@ class SourceError(EpsdError):
 
 
 class Files(NamedTuple):
-    """Image files inside a tree."""
+    """Image files inside a tree. `digests`: of their contents (`epsd.files.digests`), where these are known."""
 
     tree: Tree
     names: list[str]
+    digests: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

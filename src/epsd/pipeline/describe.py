@@ -85,13 +85,13 @@ def _narrowing(params: Params) -> str:
 
 def reopened(stage: str, params: Params, tags: dict[str, Any]) -> AbstractContextManager[Tracker]:
     """A session of a later stage in the run that `train` opened; whole again where that is no more in the store."""
-    run = artifacts.read_json(artifacts.RUN)
+    run = artifacts.read_run(artifacts.RUN)
     return track(
         stage,
         experiment=params.tracking.experiment,
-        name=run.get("name", stage),
-        run_id=run["run_id"],
+        name=run.name or stage,
+        run_id=run.run_id,
         params=dict(flatten(params.model_dump())),
-        tags=run.get("tags", {}) | tags,
-        description=run.get("description", ""),
+        tags=run.tags | tags,
+        description=run.description,
     )

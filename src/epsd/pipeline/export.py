@@ -49,11 +49,12 @@ def pixels_of(test: Batches, intake: Intake) -> NDArray[np.uint8]:
 
 def trained_network(weights: Path, card: Mapping[str, Any]) -> nn.Module:
     """The network of a card with its weights. Raises EpsdError where they do not fit."""
-    return artifacts.load_into(_network(card), weights)
+    return artifacts.load_into(_network(card, weights.with_suffix(".json")), weights)
 
 
-def _network(card: Mapping[str, Any]) -> nn.Module:
-    return built(card["architecture"], card["num_classes"], tuple(card["image_shape"]), card.get("shapes"))
+def _network(card: Mapping[str, Any], path: Path) -> nn.Module:
+    with artifacts.naming(path):
+        return built(card["architecture"], card["num_classes"], tuple(card["image_shape"]), card.get("shapes"))
 
 
 def opened(model: str | None) -> tuple[nn.Module, Intake]:
@@ -77,12 +78,13 @@ def _from_folder(place: Path) -> tuple[nn.Module, Intake]:
         return _from_mlflow(place)
     if place.is_file() and compact_file.is_compact(place):
         state, card = compact_file.load(place)
+        artifacts.valid(card, artifacts.Card, place)
         intake = Intake.of(card)
-        return Servable(artifacts.fill(_network(card), state, place), intake), intake
+        return Servable(artifacts.fill(_network(card, place), state, place), intake), intake
     weights = place if place.is_file() else place / artifacts.MODEL.name
     if weights.suffix != ".safetensors":
         raise ServingError(f"{place}: neither a folder with a model nor a .safetensors file with its .json beside it.")
-    card = artifacts.read_json(weights.with_suffix(".json"))
+    card = artifacts.read_card(weights.with_suffix(".json"))
     intake = Intake.of(card)
     return Servable(trained_network(weights, card), intake), intake
 

@@ -202,10 +202,17 @@ def images_read(params: Params) -> dict[Path, str]:
     dataset, devkit = choose(DATASETS, params.dataset, "dataset"), choose(DEVKITS, params.voc, "voc")
     made = {artifacts.DATA_INDEX: dataset, artifacts.VOC_INDEX: devkit}
     return {
-        located(variant.root): artifacts.read_json(index)["digest"]
+        located(variant.root): digest
         for index, variant in made.items()
-        if hasattr(variant, "root") and index.exists()
+        if hasattr(variant, "root") and (digest := _digest(index))
     }
+
+
+def _digest(index: Path) -> str | None:
+    """Of what was made; None where that is missing or damaged, so that DVC makes it anew."""
+    with contextlib.suppress(EpsdError, KeyError):
+        return str(artifacts.read_json(index)["digest"])
+    return None
 
 
 def warn_of_detection(params: Params, model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from epsd.compute.seeds import mix
 from epsd.files.archives import ArchiveError, open_tree, unpack
+from epsd.files.digests import digest, digest_of
 from epsd.files.images import ImageError, decode, fit, pixels
 from epsd.files.layouts import (
     SPLITS,
@@ -173,11 +174,12 @@ def _image_shape(train: Labelled, reading: Reading) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Read:
-    """One file: its place in the split, its name, its SHA-256, and its pixels (C, H, W); None: unreadable."""
+    """One file: place in the split, name, SHA-256 and CRC-32, and its pixels (C, H, W); None: unreadable."""
 
     position: int
     name: str
     digest: bytes
+    crc: str
     image: NDArray[np.uint8] | None
 
 
@@ -192,13 +194,13 @@ def decoded(files: Files, reading: Reading) -> Iterator[Read]:
     def read(name: str, content: bytes | None) -> Read:
         image, where = None, f"{files.tree.where}: {name}"
         if content is None:
-            return Read(place[name], name, b"", None)
+            return Read(place[name], name, b"", "", None)
         try:
             image = pixels(fit(decode(content, where, grayscale=reading.grayscale), reading.size, reading.resize))
         except ImageError:
             if reading.unreadable == "error":
                 raise
-        return Read(place[name], name, hashlib.sha256(content).digest(), image)
+        return Read(place[name], name, hashlib.sha256(content).digest(), digest([content]), image)
 
     with ThreadPoolExecutor() as pool:
         waiting: list[Future[Read]] = []
@@ -236,7 +238,7 @@ class Writer:
     sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     per_class: dict[str, dict[str, int]] = field(default_factory=dict)
     skipped: dict[str, list[str]] = field(default_factory=dict)
-    written: set[str] = field(default_factory=lambda: {"data.json"})
+    digests: dict[str, str] = field(default_factory=dict)
     root: str | None = None
 
     def __post_init__(self) -> None:
@@ -301,23 +303,24 @@ class Writer:
         else:
             unpack(files.tree, files.names, self.out / UNPACKED)
             files = Files(open_tree(self.out / UNPACKED), files.names)
-        digests = [b""] * len(files.names)
+        reads = [(b"", "")] * len(files.names)
         for read in self._read(split, files):
-            digests[read.position] = read.digest
+            reads[read.position] = read.digest, read.crc
             if split == "train" and read.image is not None:
                 self.tally.add(read.image[None])
-        kept = [(name, digest) for name, digest in zip(files.names, digests, strict=True) if digest]
-        for name, digest in kept:
-            self._hash.update(name.encode("utf-8", "surrogateescape") + digest)  # a name may be bytes that are no text
-        write_json(self.out / f"{split}_files.json", {"files": [name for name, _ in kept]})
-        self.written.add(f"{split}_files.json")
-        return np.array([bool(digest) for digest in digests])
+        kept = [(name, *read) for name, read in zip(files.names, reads, strict=True) if read[0]]
+        for name, sha, _ in kept:
+            self._hash.update(name.encode("utf-8", "surrogateescape") + sha)  # a name may be bytes that are no text
+        listed = {"files": [name for name, *_ in kept], "digests": [crc for *_, crc in kept]}
+        write_json(path := self.out / f"{split}_files.json", listed)
+        self.digests[path.name] = digest_of(path)
+        return np.array([bool(sha) for sha, _ in reads])
 
     def _save(self, split: Split, kind: str, array: NDArray[Any]) -> None:
         name = f"{split}_{kind}.npy"
         with replacing(self.out / name) as temporary, temporary.open("wb") as file:
             np.save(file, array, allow_pickle=False)
-        self.written.add(name)
+        self.digests[name] = digest_of(self.out / name)
 
     def finish(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Remove what an earlier run left, write data.json, return it."""
@@ -337,9 +340,10 @@ class Writer:
             "skipped": self.skipped,
             "settings": settings,
             "digest": self._hash.hexdigest(),
+            "digests": self.digests,
         }
         for stale in [*self.out.glob("*.npy"), *self.out.glob("*_files.json")]:
-            if stale.name not in self.written:
+            if stale.name not in self.digests:
                 stale.unlink()
         write_json(self.out / "data.json", index)
         return index

@@ -3,14 +3,21 @@
 import contextlib
 import csv
 import errno
+import io
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+
+from epsd.files import digests
+from epsd.files.regular import read_bytes
+from epsd.registry import explain
 from epsd.types import EpsdError
 
 if TYPE_CHECKING:
@@ -60,12 +67,62 @@ DETECTOR = DETECT / "model.safetensors"
 DETECTOR_CARD = DETECT / "model.json"
 
 
+T = TypeVar("T")
+Columns = dict[str, list[float | None]]
+_MISSING = "missing. `dvc repro` runs the stage that writes it."
 _NAMES = "surrogateescape"
 """How text is encoded: the name of a file may hold bytes that are no UTF-8, and they are written as they are."""
 
 
 class ArtifactError(EpsdError):
     """A file of artifacts/ that is missing, unreadable or cannot be written."""
+
+
+Size = Annotated[int, Field(ge=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Positive = Annotated[Finite, Field(gt=0)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{8}$")]
+
+
+class Described(BaseModel):
+    """What data.json and the card of a model both say. `mean`, `std`: per channel, of pixels in [0, 1]."""
+
+    class_names: Annotated[list[str], Field(min_length=1)]
+    image_shape: tuple[Size, Size, Size]
+    mean: list[Finite]
+    std: list[Positive]
+
+    @model_validator(mode="after")
+    def _of_one_size(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.image_shape[0]:
+            raise ValueError("mean and std need one value for each channel of image_shape")
+        return self
+
+
+class Card(Described):
+    """What stands beside saved weights."""
+
+    architecture: dict[str, Any]
+    num_classes: Size
+
+    @model_validator(mode="after")
+    def _names_all(self) -> Self:
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(f"num_classes is {self.num_classes}, class_names are {len(self.class_names)}")
+        if not isinstance(self.architecture.get("name"), str):
+            raise ValueError("architecture has no name")
+        return self
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it is noted for who goes on with it. `history`: digest of the curves beside it, "" for none."""
+
+    run_id: str
+    name: str = ""
+    tags: dict[str, Any] = field(default_factory=dict)
+    description: str = ""
+    history: str = ""
 
 
 @contextmanager
@@ -106,8 +163,8 @@ def check_writable(folder: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """`content` as indented JSON. NaN and infinity are refused: they are not JSON."""
-    text = json.dumps(content, indent=2, allow_nan=False, default=str) + "\n"
+    """`content` as indented JSON, with a digest as its last entry. NaN and infinity are refused: they are not JSON."""
+    text = json.dumps(digests.sealed(content), indent=2, allow_nan=False, default=str) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -119,16 +176,59 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ArtifactError when the file is missing (naming the stage that writes it) or no JSON mapping."""
+    """What `write_json` wrote. Raises ArtifactError (missing, no JSON mapping), DamagedFile (not what was written)."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(path))
     except FileNotFoundError:
-        raise ArtifactError(f"{path}: missing. `dvc repro` runs the stage that writes it.") from None
-    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: {_MISSING}") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot be read ({error}).") from None
     if not isinstance(content, dict):
         raise ArtifactError(f"{path}: expected a JSON mapping.")
-    return content
+    return digests.unsealed(content, path)
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """The card of a model. Raises as `read_json` and `valid`."""
+    card = read_json(path)
+    valid(card, Card, path)
+    return card
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What cannot be made of the content of `path` is told with its name."""
+    try:
+        yield
+    except EpsdError as error:
+        raise ArtifactError(f"{path}: {error}") from None
+
+
+def read_run(path: Path) -> Run:
+    """Raises as `read_json` and `valid`."""
+    return valid(read_json(path), Run, path)
+
+
+def read_history(run: Run) -> Columns:
+    """The curves that `train` left with `run`. Raises as `read_csv`, and DamagedFile where they are not those."""
+    digests.check(HISTORY, run.history)
+    return read_csv(HISTORY)
+
+
+def read_report() -> dict[str, float]:
+    """What `prune` reported. Raises as `read_json` and `valid`."""
+    return valid(read_json(PRUNE_REPORT), dict[str, Finite], PRUNE_REPORT)
+
+
+def valid(content: Mapping[str, Any], schema: type[T], path: Path) -> T:
+    """`content`, read from `path`, as `schema` (a model, a dataclass, a type) makes it.
+
+    Raises ArtifactError naming every key that is missing, of another type, or out of range.
+    """
+    try:
+        return TypeAdapter(schema).validate_python(content)
+    except ValidationError as error:
+        raise ArtifactError(f"{path}: {explain('', error)}") from None
 
 
 def save_model(model: "nn.Module", path: Path, card: Mapping[str, Any]) -> None:
@@ -144,11 +244,9 @@ def save_model(model: "nn.Module", path: Path, card: Mapping[str, Any]) -> None:
 
 
 def _save_state(model: "nn.Module", path: Path) -> None:
-    from safetensors.torch import save_file
-
     state = {name: _plain(tensor) for name, tensor in model.state_dict().items()}
     with replacing(path) as temporary:
-        save_file(state, temporary)
+        digests.save_tensors(temporary, "weights", state, {})
 
 
 def _plain(tensor: "Tensor") -> "Tensor":
@@ -158,47 +256,50 @@ def _plain(tensor: "Tensor") -> "Tensor":
 
 
 def load_state(path: Path) -> "dict[str, Tensor]":
-    """The tensors of a safetensors file, on the CPU. Raises ArtifactError: missing, or not such a file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise ArtifactError(f"{path}: missing. `dvc repro` runs the stage that writes it.")
-    try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path}: cannot be read as safetensors ({error}).") from None
+    """The weights that `save_model` wrote, on the CPU. Raises ArtifactError (missing), DamagedFile."""
+    if not path.exists():
+        raise ArtifactError(f"{path}: {_MISSING}")
+    return digests.load_tensors(path, "weights")[0]
 
 
 def load_shapes() -> "Shapes":
     """Of the tensors that `prune` made smaller; {} where the network is as wide as its architecture.
 
-    Raises ArtifactError: missing, or not what `save_pruned` writes.
+    Raises DamagedFile; ArtifactError where they are no shapes.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not CHANNELS.is_file():
-        raise ArtifactError(f"{CHANNELS}: missing. `dvc repro` runs the stage that writes it.")
-    try:
-        with safe_open(CHANNELS, "pt") as file:
-            return {name: tuple(shape) for name, shape in json.loads(file.metadata()["shapes"]).items()}
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArtifactError(f"{CHANNELS}: cannot be read ({error}).") from None
+    about = digests.load_tensors(CHANNELS, "channels")[1]
+    return valid(about, dict[str, dict[str, tuple[Size, ...]]], CHANNELS).get("shapes", {})
 
 
 def load_into(model: "nn.Module", path: Path) -> "nn.Module":
-    """`model` itself with the weights of `path`. Raises ArtifactError: missing, unreadable, or of another network."""
+    """`model` itself with the weights of `path`. Raises as `load_state` and `fill`."""
     return fill(model, load_state(path), path)
 
 
 def fill(model: "nn.Module", state: Mapping[str, "Tensor"], path: Path) -> "nn.Module":
-    """`model` itself with the weights `state`, read from `path`. Raises ArtifactError where they are another's."""
+    """`model` itself with the weights `state`, read from `path`.
+
+    Raises ArtifactError where they are another network's, or all zero: every image would get the same answer.
+    """
+    matrices = [tensor for tensor in state.values() if tensor.ndim > 1 and tensor.is_floating_point()]
+    if matrices and not any(tensor.any() for tensor in matrices):
+        raise ArtifactError(f"{path}: all weights are zero.")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(f"{path}: does not fit the network of its card ({reason}).") from None
     return model
+
+
+def load_mask(model: "nn.Module") -> "Mask":
+    """The mask that `prune` left for `model`. Raises as `Mask.load`, and ArtifactError where it does not fit."""
+    from epsd.masks import Mask
+
+    mask = Mask.load(MASK)
+    with naming(MASK):
+        mask.check(model)
+    return mask
 
 
 def save_pruned(
@@ -213,10 +314,8 @@ def save_pruned(
 
     channels, shapes : of a network that was made narrow: positions kept in each group, tensors that became smaller.
     """
-    from safetensors.torch import save_file
-
     with replacing(CHANNELS) as temporary:
-        save_file(dict(channels or {}), temporary, {"shapes": json.dumps(shapes or {})})
+        digests.save_tensors(temporary, "channels", dict(channels or {}), {"shapes": shapes or {}})
     with replacing(MASK) as temporary:
         mask.save(temporary)
     _save_state(initial, INITIAL)
@@ -232,19 +331,18 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
         writer.writerows(rows)
 
 
-def read_csv(path: Path) -> dict[str, list[float | None]]:
+def read_csv(path: Path) -> Columns:
     """The columns of a table of numbers by name; an empty field is None, a column with other text is left out.
 
     Raises ArtifactError when the file is missing or cannot be read.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8"), newline="")))
     except FileNotFoundError:
-        raise ArtifactError(f"{path}: missing. `dvc repro` runs the stage that writes it.") from None
+        raise ArtifactError(f"{path}: {_MISSING}") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ArtifactError(f"{path}: cannot be read ({error}).") from None
-    columns: dict[str, list[float | None]] = {}
+    columns: Columns = {}
     for name in rows[0] if rows else ():
         with contextlib.suppress(ValueError, TypeError):
             columns[name] = [float(row[name]) if row[name] else None for row in rows]

@@ -137,7 +137,7 @@ class Place:
     def parent(self) -> str | None:
         """The id of the study's own run, where it has begun."""
         path = self.folder / "run.json"
-        return str(artifacts.read_json(path)["run_id"]) if path.exists() else None
+        return artifacts.read_run(path).run_id if path.exists() else None
 
 
 _SPLITTING = {"validation", "test", "limit"}
@@ -288,7 +288,7 @@ def _finite(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def opened(plan: Plan, place: Place, cell: Cell, data: Prepared, folder: Path) -> Any:
     """The cell's run: a new one under the study's, or the one that an interrupted attempt began."""
-    begun = artifacts.read_json(folder / "run.json")["run_id"] if (folder / "run.json").exists() else None
+    begun = artifacts.read_run(folder / "run.json").run_id if (folder / "run.json").exists() else None
     params = cell.params
     method = {"method": f"{cell.method}+{params.objective['name']}"}
     method |= {"variant": cell.variant} if cell.variant else {}

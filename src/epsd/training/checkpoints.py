@@ -7,18 +7,15 @@ that a run with other parameters never resumes from them (DVC keeps persistent o
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from epsd.files import digests
 from epsd.project.artifacts import replacing
 from epsd.types import EpsdError
-
-_FORMAT = "epsd-checkpoint-1"
 
 
 class CheckpointError(EpsdError):
@@ -62,24 +59,12 @@ def _decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
     return content
 
 
-def _digest(mark: str, tree: str, tensors: Mapping[str, Tensor]) -> str:
-    """A checksum over all that a checkpoint holds. A CRC finds every flipped byte, at a gigabyte per second or more."""
-    crc = zlib.crc32(f"{mark}\n{tree}".encode())
-    for name, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
-    return f"crc32:{crc:08x}"
-
-
 def save(path: Path, state: Mapping[str, Any], mark: str) -> None:
     """Write `state` under `mark` (a fingerprint); the previous checkpoint stays until the new one is on disk."""
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_encode(state, tensors))
-    metadata = {"format": _FORMAT, "mark": mark, "tree": tree, "digest": _digest(mark, tree, tensors)}
+    about = {"mark": mark, "tree": _encode(state, tensors)}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        digests.save_tensors(temporary, "checkpoint", tensors, about)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -89,25 +74,16 @@ def load(path: Path, mark: str) -> dict[str, Any] | None:
 
     Raises CheckpointError for a damaged file and for one written under another fingerprint.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.exists():
         return None
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found, tree = metadata["mark"], metadata["tree"]
-        digest = metadata.get("digest")  # of checkpoints written before there was one nothing can be said
-        if digest is not None and digest != _digest(found, tree, tensors):
-            raise ValueError("its content is not what was written")
-        plain = json.loads(tree)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged checkpoint ({error}). Delete it to start again.") from None
-    if found != mark:
+        tensors, about = digests.load_tensors(path, "checkpoint")
+    except digests.DamagedFile as error:
+        raise CheckpointError(f"{error} Delete it to start again.") from None
+    if (found := about["mark"]) != mark:
         raise CheckpointError(
             f"{path}: this checkpoint belongs to other parameters, data or code ({found[:8]}, this run is {mark[:8]}). "
             "Delete it to start again."
         )
-    state: dict[str, Any] = _decode(plain, tensors)
+    state: dict[str, Any] = _decode(about["tree"], tensors)
     return state

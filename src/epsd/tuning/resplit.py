@@ -6,6 +6,7 @@ judged on test images that it had validated on.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,9 @@ class Resplit(Prepared):
         if split not in self.parts:
             return super()._files(split)
         files = [super(Resplit, self)._files(part) for part in POOL]
-        names = [name for part in files for name in part.names]
-        return Files(files[0].tree, [names[position] for position in self.parts[split]])
+        names, digests = (list(chain(*columns)) for columns in zip(*(part[1:] for part in files), strict=True))
+        chosen = self.parts[split]
+        return Files(files[0].tree, [names[at] for at in chosen], [digests[at] for at in chosen])
 
 
 def resplit(data: Prepared, seed: int) -> Prepared:

@@ -8,7 +8,9 @@ are `xmax - xmin + 1`; no "+ 1" appears below, and a test holds the two against 
 
 import dataclasses
 import hashlib
+import io
 import math
+import operator
 import random
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,9 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from epsd.files.images import decode, pixels
+from epsd.files.digests import digest
+from epsd.files.images import decode, named, pixels
+from epsd.files.regular import read_bytes
 from epsd.project import artifacts
 from epsd.types import EpsdError
 
@@ -41,7 +45,8 @@ class Scene:
 
     `boxes` (n, 4) float64, left, top, right, bottom as corners of pixels; `labels` (n,) int64, positions in the class
     names; `difficult` (n,) bool: objects that neither training nor the official scores count. `upright`: the boxes
-    refer to the picture as its EXIF orientation shows it, not to the pixels as stored.
+    refer to the picture as its EXIF orientation shows it, not to the pixels as stored. `digest`: of the picture's file
+    (`epsd.files.digests`); "": not known.
     """
 
     id: str
@@ -52,6 +57,7 @@ class Scene:
     labels: npt.NDArray[np.int64]
     difficult: npt.NDArray[np.bool_]
     upright: bool = False
+    digest: str = ""
 
     def to_json(self, base: Path) -> dict[str, Any]:
         """Plain values; the image path relative to `base` where it lies below it."""
@@ -64,21 +70,34 @@ class Scene:
             "labels": self.labels.tolist(),
             "difficult": self.difficult.tolist(),
             "upright": self.upright,
+            "digest": self.digest,
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], base: Path) -> Self:
-        """What `to_json` gave."""
-        return cls(
+        """What `to_json` gave. Raises KeyError, TypeError, ValueError or IndexError for anything else."""
+        scene = cls(
             id=content["id"],
             image=base / content["image"],
             width=content["size"][0],
             height=content["size"][1],
             boxes=np.asarray(content["boxes"], dtype=np.float64).reshape(-1, 4),
-            labels=np.asarray(content["labels"], dtype=np.int64),
+            labels=np.asarray([operator.index(label) for label in content["labels"]], dtype=np.int64),
             difficult=np.asarray(content["difficult"], dtype=np.bool_),
             upright=content["upright"],
+            digest=content["digest"],
         )
+        scene.check()
+        return scene
+
+    def check(self) -> None:
+        """Raises ValueError where boxes do not lie inside the picture, or do not go with labels and flags."""
+        low, high = self.boxes[:, :2], self.boxes[:, 2:]
+        inside = (low >= 0).all() and (low < high).all() and (high <= [self.width, self.height]).all()
+        if not (inside and len(self.boxes) == len(self.labels) == len(self.difficult)):
+            raise ValueError(f"scene '{self.id}' has boxes outside its picture, or without label or flag")
+        if not (isinstance(self.id, str) and isinstance(self.digest, str)):
+            raise TypeError(f"scene '{self.id}' has an id or digest that is no text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +128,23 @@ class VocIndex:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote. Raises ArtifactError (missing, no JSON) or VocError (something else's JSON)."""
+        """Read what `save` wrote. Raises ArtifactError, DamagedFile (see `read_json`) or VocError naming the file."""
         content, base = artifacts.read_json(path), path.parent.resolve()
         try:
             scenes = {s: [Scene.from_json(scene, base) for scene in some] for s, some in content["scenes"].items()}
-            return cls(content["class_names"], scenes, content["digest"], content["dropped"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            known = cls(content["class_names"], scenes, content["digest"], content["dropped"])
+            known.check()
+            return known
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise VocError(f"{path}: not an index of this project ({error!r}).") from None
+
+    def check(self) -> None:
+        """Raises KeyError for a split that is missing, ValueError for a label outside the classes."""
+        numbers = range(len(self.class_names))
+        for split in SPLITS:
+            for scene in self.scenes[split]:
+                if not set(scene.labels.tolist()) <= set(numbers):
+                    raise ValueError(f"scene '{scene.id}' has a label outside the {len(numbers)} classes")
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Per split: pictures, objects, of them difficult."""
@@ -221,27 +250,30 @@ def find_image(folder: Path, identifier: str) -> Path:
 
 
 def _probe(path: Path) -> tuple[tuple[int, int], int, bytes]:
-    """(width, height) as stored, EXIF orientation, and SHA-256 of a picture that was decoded to its last row."""
+    """(width, height) as stored, EXIF orientation, and the content of a picture that was decoded to its last row."""
     from PIL import Image
 
+    content = _content(path)
+    with named(str(path)), Image.open(io.BytesIO(content)) as image:
+        image.load()
+        return image.size, int(image.getexif().get(EXIF_ORIENTATION, 1)), content
+
+
+def _content(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
-        with Image.open(path) as image:
-            image.load()
-            return image.size, int(image.getexif().get(EXIF_ORIENTATION, 1)), hashlib.sha256(content).digest()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise VocError(f"{path}: not a readable picture ({error}).") from None
+        return read_bytes(path)
+    except OSError as error:
+        raise VocError(f"{path}: cannot be read ({error.strerror or error}).") from None
 
 
 def read_picture(scene: Scene, channels: int) -> npt.NDArray[np.uint8]:
     """The pixels of a scene, (channels, height, width): grey for 1 channel, RGB for 3.
 
-    Raises VocError (missing) or ImageError (damaged), naming the file.
+    Raises VocError (missing, another than was prepared) or ImageError (damaged), naming the file.
     """
-    try:
-        content = scene.image.read_bytes()
-    except OSError as error:
-        raise VocError(f"{scene.image}: cannot be read ({error.strerror or error}).") from None
+    content = _content(scene.image)
+    if scene.digest and digest([content]) != scene.digest:
+        raise VocError(f"{scene.image}: changed or damaged since prepare read it. Run prepare again.")
     return pixels(decode(content, str(scene.image), grayscale=channels == 1, upright=scene.upright))
 
 
@@ -269,9 +301,9 @@ def read_scene(
 ) -> tuple[Scene, int, bytes]:
     """One picture of a devkit, checked against its annotation.
 
-    Returns the scene, how many boxes were dropped, and the picture's SHA-256. Raises VocError: no or damaged picture
-    or XML; a class outside `numbers`; a stated size that is not the picture's; a box without area or outside the
-    picture (unless `bad_boxes` is "drop"); no box (unless `empty` is "background").
+    Returns the scene, how many boxes were dropped, and the picture's SHA-256. Raises ImageError: a damaged picture.
+    VocError: no picture, no or damaged XML; a class outside `numbers`; a stated size that is not the picture's; a box
+    without area or outside the picture (unless `bad_boxes` is "drop"); no box (unless `empty` is "background").
     """
     path = folder / "Annotations" / f"{identifier}.xml"
     found = read_annotation(path)
@@ -279,7 +311,7 @@ def read_scene(
     if unknown:
         raise VocError(f"{path}: unknown class '{unknown[0]}'. Known: {', '.join(numbers)}.")
     image = find_image(folder, identifier)
-    (width, height), orientation, digest = _probe(image)
+    (width, height), orientation, content = _probe(image)
     if found.size not in (None, (0, 0), (width, height), (height, width)):
         raise VocError(
             f"{path}: states a size of {found.size[0]}x{found.size[1]}, the picture has {width}x{height}: its boxes "
@@ -292,8 +324,8 @@ def read_scene(
         raise VocError(f"{path}: no boxes. Set voc.empty to 'background' to keep such pictures as background.")
     boxes = np.clip(found.boxes[keep], 0, [width, height, width, height])
     labels = np.asarray([numbers[name] for name in found.names], dtype=np.int64)[keep]
-    scene = Scene(identifier, image, width, height, boxes, labels, found.difficult[keep], upright)
-    return scene, int((~keep).sum()), digest
+    scene = Scene(identifier, image, width, height, boxes, labels, found.difficult[keep], upright, digest([content]))
+    return scene, int((~keep).sum()), hashlib.sha256(content).digest()
 
 
 def find_class_names(sources: Sequence[tuple[Path, str]]) -> list[str]:
@@ -364,8 +396,8 @@ def read_index(
     for split, pictures in listed.items():
         scenes[split] = []
         for folder, identifier in pictures:
-            scene, lost, digest = read_scene(folder.resolve(), identifier, numbers, bad_boxes, empty)
-            hasher.update(digest + scene.boxes.tobytes() + scene.labels.tobytes() + scene.difficult.tobytes())
+            scene, lost, sha = read_scene(folder.resolve(), identifier, numbers, bad_boxes, empty)
+            hasher.update(sha + scene.boxes.tobytes() + scene.labels.tobytes() + scene.difficult.tobytes())
             scenes[split].append(scene)
             dropped += lost
     if all(scene.difficult.all() for scene in scenes["test"]):
