@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ def main(params: Params, machine: Machine) -> str:
     model = classifier(task)
     mask = artifacts.load_mask(model)
     with reopened("detect", params, {"voc.digest": task.voc.digest}) as tracker:
-        trained = fitted(task, model, mask, on_epoch=lambda row: log_epoch(tracker, row))
+        trained = fitted(task, model, mask, on_epoch=partial(tracker.epoch, prefix="detect/train_"))
         report = judged(task, trained) | beside(task)
         artifacts.write_json(artifacts.DETECT_METRICS, report)
         log(tracker, report)
@@ -215,11 +216,6 @@ def train_dense(task: Task, model: nn.Module) -> None:
     """Train the whole network as `train` trains the pruned one: same recipe, objective, batches and seed; in place."""
     data, mask = Prepared.load(artifacts.DATA, task.machine), Mask.dense(model)
     train_classifier(task.params, data, model, mask, on_epoch=lambda record: None, **task.saved("dense"))
-
-
-def log_epoch(tracker: Tracker, row: dict[str, float]) -> None:
-    """One epoch's losses, at that epoch."""
-    tracker.metrics({f"detect/train_{name}": row[name] for name in row if name != "epoch"}, step=int(row["epoch"]))
 
 
 def log(tracker: Tracker, report: dict[str, float]) -> None:

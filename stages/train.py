@@ -42,7 +42,7 @@ def main(params: Params, machine: Machine) -> str:
         return ""
     with opened(params, data, folder) as tracker:
         artifacts.write_json(folder / "run.json", {"run_id": tracker.run_id})
-        history = trained(params, data, model, mask, on_epoch=lambda record: log_epoch(tracker, record), **settings)
+        history = trained(params, data, model, mask, on_epoch=tracker.epoch, **settings)
         save(params, data, model, mask, history, tracker)
         tracker.metrics({f"mask/{name}": value for name, value in report.items()})
     shutil.rmtree(folder, ignore_errors=True)
@@ -71,11 +71,6 @@ def opened(params: Params, data: Prepared, folder: Path) -> Any:
         tags=tags(params, data),
         description=story(params, data),
     )
-
-
-def log_epoch(tracker: Tracker, record: Record) -> None:
-    """One epoch's figures, at that epoch."""
-    tracker.metrics({name: value for name, value in record.items() if name != "epoch"}, step=int(record["epoch"]))
 
 
 def save(params: Params, data: Prepared, model: nn.Module, mask: Mask, history: list[Record], tracker: Tracker) -> None:

@@ -265,7 +265,7 @@ def test_the_dense_twin_is_the_pipeline_at_sparsity_0(finished: Path) -> None:
 
 
 def test_every_cell_is_a_run_with_the_names_of_the_pipeline(finished: Path) -> None:
-    frame = read_runs(["epsd"], ["study=grid", "kind=study"])
+    frame = read_runs(["epsd"], ["study=grid", "kind=cell"])
     assert len(frame) == 10 and frame["name"].nunique() == 10
     assert "digits-epsd-cskd-s0.8-seed1" in set(frame["name"])
     names = {"test/top1", "test/ece", "test/nll", "val/top1", "train/loss", "time/train", "model/sparsity",
@@ -275,7 +275,7 @@ def test_every_cell_is_a_run_with_the_names_of_the_pipeline(finished: Path) -> N
     assert pruned_runs["metrics.mask/sparsity"].tolist() == pytest.approx([0.8] * 4, abs=1e-3)
     assert frame["tags.data.digest"].nunique() == 1  # the same test split for every seed
     (parent,) = set(frame["tags.mlflow.parentRunId"])
-    summary = read_runs(["epsd"], ["tags.kind = 'study summary'"])
+    summary = read_runs(["epsd"], ["tags.kind = 'study'"])
     assert summary["run_id"].tolist() == [parent]
 
 
@@ -364,7 +364,7 @@ def test_kill_9_and_again_gives_each_cell_once(project: Path) -> None:
     done = {path.name: path.read_bytes() for path in (state / "cells").glob("*.json")}
     assert main(["study", "grid.yaml"]) == 0
     assert {name: (state / "cells" / name).read_bytes() for name in done} == done  # what was done was not done again
-    frame = read_runs(["epsd"], ["kind=study"])
+    frame = read_runs(["epsd"], ["kind=cell"])
     assert sorted(frame["params.prune.sparsity"]) == ["0.5", "0.8"]
     from mlflow import MlflowClient
 
@@ -373,7 +373,7 @@ def test_kill_9_and_again_gives_each_cell_once(project: Path) -> None:
         steps = [point.step for point in client.get_metric_history(run_id, "train/loss")]
         assert sorted(steps) == list(range(1, 13))
     others = client.search_runs(["1"], "attributes.status != 'FINISHED'")
-    assert not [run for run in others if run.data.tags.get("kind") == "study"]
+    assert not [run for run in others if run.data.tags.get("kind") == "cell"]
     assert not list((state / "work").iterdir())
 
 
@@ -390,7 +390,7 @@ def test_two_workers_share_the_cells_and_outlive_nobody(project: Path) -> None:
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
     assert begin(project, "--workers", "2").wait(timeout=240) == 0
-    frame = read_runs(["epsd"], ["kind=study"])
+    frame = read_runs(["epsd"], ["kind=cell"])
     assert len(frame) == 4
     assert len(list((project / ".epsd/studies/grid/cells").glob("*.json"))) == 4
 
@@ -414,7 +414,7 @@ def test_ctrl_c_ends_in_order(workers: str, project: Path) -> None:
 
     client = MlflowClient(f"sqlite:///{project}/mlflow.db")
     assert not client.search_runs(["1"], "attributes.status = 'RUNNING'")
-    assert client.search_runs(["1"], "attributes.status = 'FAILED' and tags.kind = 'study'")
+    assert client.search_runs(["1"], "attributes.status = 'FAILED' and tags.kind = 'cell'")
 
 
 def test_no_cell_begins_after_the_minutes(
@@ -437,7 +437,7 @@ def test_a_cell_that_cannot_be_trained_stops_no_other(
     said = capsys.readouterr()
     assert "1 cells failed" in said.err and "the loss is nan" in said.err.lower()
     assert "1 of 2 cells are done" in said.err
-    assert len(read_runs(["epsd"], ["kind=study"])) == 1
+    assert len(read_runs(["epsd"], ["kind=cell"])) == 1
 
 
 def test_scores_over_rounds_are_not_shared(project: Path) -> None:
@@ -537,7 +537,7 @@ def test_a_store_that_is_not_there(project: Path) -> None:
 
 
 def test_trials_of_a_search_are_no_results(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    frame = read_runs(["epsd"], ["study=grid", "kind=study"])
+    frame = read_runs(["epsd"], ["study=grid", "kind=cell"])
     frame.loc[frame.index[0], "tags.kind"] = "trial"
     monkeypatch.setattr(command, "read_runs", lambda *a: frame)
     seen = command.compared(command.Request(("epsd",)))

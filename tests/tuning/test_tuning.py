@@ -928,7 +928,7 @@ def test_search_apply_and_the_pipeline_gives_the_same_accuracy(project: Path) ->
 
     logged = runs()
     parent = logged["study-quick"]
-    assert parent["kind"] == "study" and parent["status"] == "FINISHED"
+    assert parent["kind"] == "search" and parent["status"] == "FINISHED"
     for number in range(3):
         child = logged[f"trial-{number}"]
         assert child["mlflow.parentRunId"] == parent["run_id"]

@@ -175,7 +175,7 @@ class _Study:
             experiment=first.tracking.experiment,
             name=f"study-{study.name}",
             run_id=self.place.parent(),
-            tags={"kind": "study summary", "study": study.name, "dataset": first.dataset["name"]},
+            tags={"kind": "study", "study": study.name, "dataset": first.dataset["name"]},
             description=_story(self.study),
         )
 

@@ -40,7 +40,6 @@ from epsd.studies.procedures.types import Cache
 from epsd.tracking import Tracker, track
 from epsd.tracking.texts import as_text
 from epsd.training import checkpoints
-from epsd.training.record import Record
 
 CODE = ("images", "prune", "train", "evaluate", "procedure")
 """What a cell's result depends on, in the words of `epsd.project.code`."""
@@ -252,12 +251,7 @@ def run_cell(plan: Plan, place: Place, own: str, cell: Cell, cache: Cache, key: 
     started, clock = time.time(), time.monotonic()
     with opened(plan, place, cell, data, folder) as tracker:
         artifacts.write_json(folder / "run.json", {"run_id": tracker.run_id})
-
-        def log(record: Record) -> None:
-            values = {name: value for name, value in record.items() if name != "epoch"}
-            tracker.metrics(values, step=int(record["epoch"]))
-
-        trained = cell.how()(params, data, Desk(folder, own, log, cache, key))
+        trained = cell.how()(params, data, Desk(folder, own, tracker.epoch, cache, key))
         figures = {**trained.figures, **evaluated(params, data, trained, tracker, keep=plan.study.keep_models)}
         tracker.metrics(figures)
         tracker.dataset(params.dataset["name"], data.digest, str(data.index.get("source", "")), data.sizes)
@@ -300,7 +294,7 @@ def opened(plan: Plan, place: Place, cell: Cell, data: Prepared, folder: Path) -
         run_id=begun,
         parent_run_id=place.parent(),
         params=cell.logged(),
-        tags={**describe.tags(params, data, kind="study"), "study": plan.study.name, **method, **_machine()},
+        tags={**describe.tags(params, data, kind="cell"), "study": plan.study.name, **method, **_machine()},
         description=f"{cell.how().story(params, data)} A cell of the study `{plan.study.name}`.",
     )
 

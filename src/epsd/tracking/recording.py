@@ -52,6 +52,11 @@ class Tracker:
         """Log numbers, at `step` (an epoch) or as the run's one figure. NaN and infinity are named in a tag instead."""
         self._safely(lambda: self._metrics(values, step))
 
+    def epoch(self, record: Mapping[str, float], prefix: str = "") -> None:
+        """Log the figures of one epoch at that epoch, which is `record["epoch"]`; `prefix` begins their names."""
+        figures = {f"{prefix}{name}": value for name, value in record.items() if name != "epoch"}
+        self.metrics(figures, step=int(record["epoch"]))
+
     def params(self, values: Mapping[str, Any]) -> None:
         """Further parameters, flat, with the dotted names of params.yaml."""
         self._do("params", params={as_key(key): as_text(value) for key, value in values.items()})

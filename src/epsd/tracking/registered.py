@@ -1,7 +1,7 @@
 """The registered model `epsd`: which version is meant by a run, an alias; who is the champion."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,10 +122,15 @@ def _runs(client: Any) -> list[Any]:
     found, token = [], None
     while True:
         page = client.search_runs(experiments, order_by=["attributes.start_time DESC"], page_token=token)
-        found += [run for run in page if run.data.tags.get("kind") not in ("trial", "study summary")]
+        found += [run for run in page if _is_trained(run.data.tags)]
         token = page.token
         if not token:
             return found
+
+
+def _is_trained(tags: Mapping[str, str]) -> bool:
+    """Whether it is a model that one may want to serve: no trial, no summary. Cells once were of kind `study`."""
+    return tags.get("kind") in ("pipeline", "cell") or (tags.get("kind") == "study" and "method" in tags)
 
 
 def _newest(client: Any, run: Any) -> Version | None:

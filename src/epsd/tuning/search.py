@@ -222,7 +222,7 @@ class _Search:
             run_id=self._known_run(),
             params={**judged, **fixed, **space},
             tags={
-                "kind": "study",
+                "kind": "search",
                 "study": tune.study,
                 "sampler": tune.sampler,
                 "pruner": tune.pruner,

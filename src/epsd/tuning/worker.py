@@ -203,7 +203,7 @@ class Worker:
             if number > 0:
                 return
             epoch = int(record["epoch"])
-            tracker.metrics({name: value for name, value in record.items() if name != "epoch"}, step=epoch)
+            tracker.epoch(record)
             if reports and epoch < self.params.train.epochs:
                 known = record if first in record and not self.tune.constraints else figures()
                 self._report(trial, known, epoch, figures)
