@@ -34,8 +34,9 @@ from epsd.masks import Mask
 from epsd.pipeline.prune import pruned
 from epsd.pipeline.train import trained
 from epsd.preparing.write import prepare
+from epsd.project import presets
 from epsd.project.code import digests
-from epsd.project.params import Params, override, parse, read_yaml
+from epsd.project.params import Params, override, parse
 from epsd.project.runtime import versions
 from epsd.registry import choose
 from epsd.studies.prune_then_distill.rewinding import Best, Rewinding
@@ -79,7 +80,7 @@ class Row(NamedTuple):
 
 def params_of(arguments: argparse.Namespace, seed: int, changes: dict[str, Any]) -> Params:
     """The preset, changed by the command line and then by the method."""
-    tree = read_yaml(ROOT / "presets" / f"{arguments.preset}.yaml")
+    tree = presets.read(arguments.preset)
     if arguments.images:
         tree["dataset"] = {"name": "image_folder", "root": str(arguments.images.resolve()), "size": 32}
     for change in arguments.set:

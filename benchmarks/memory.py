@@ -34,8 +34,8 @@ from epsd.compute.memory import free_bytes
 from epsd.detection import fit as detection
 from epsd.detectors import DETECTORS, Picture
 from epsd.objectives import OBJECTIVES
-from epsd.project.params import Params, load
-from epsd.project.presets import names
+from epsd.project import presets
+from epsd.project.params import Params, parse
 from epsd.project.runtime import versions
 from epsd.pruning.prune import prune
 from epsd.registry import choose
@@ -168,7 +168,7 @@ JOBS = {"score": scored, "train": trained, "detect": detected, "estimate": estim
 
 def job(preset: str, kind: str, size: int, device: str) -> None:
     """One measurement, in a process of its own: prints MiB."""
-    params = load(ROOT / "presets" / f"{preset}.yaml")
+    params = parse(presets.read(preset))
     if kind == "nothing":
         network(params, device)
     else:
@@ -211,7 +211,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[str]:
     yield "| preset | batch (score, train, detect) | network alone | scoring | training | estimated | detector | data |"
     yield "|---|---|---|---|---|---|---|---|"
     for preset in arguments.presets:
-        params = load(ROOT / "presets" / f"{preset}.yaml")
+        params = parse(presets.read(preset))
         sizes = params.prune.batch_size, params.train.batch_size, params.detect.batch_size
         alone = measured(preset, "nothing", 0, arguments.device)
         score, train = (
@@ -236,7 +236,7 @@ def report(arguments: argparse.Namespace) -> Iterator[str]:
 def main() -> None:
     """Print the table, or run one job of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=names())
+    parser.add_argument("--presets", nargs="+", default=presets.names())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", nargs=2, type=int, default=[8, 16])
     parser.add_argument("--whole", action="store_true")

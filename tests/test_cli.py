@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from epsd.cli import main
+from epsd.project import presets
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_list_names_every_preset(arguments: list[str], project: Path, capsys: py
 
 def test_show_prints_the_file(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preset", "cifar10-vgg19"]) == 0
-    assert capsys.readouterr().out == (project / "presets/cifar10-vgg19.yaml").read_text()
+    assert capsys.readouterr().out == presets.whole("cifar10-vgg19")
     assert not (project / "params.yaml").exists()
 
 

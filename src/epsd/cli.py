@@ -30,7 +30,7 @@ def preset(arguments: argparse.Namespace) -> None:
         )
         print("Next: dvc repro")
     else:
-        print(presets.find(arguments.name).read_text(encoding="utf-8"), end="")
+        print(presets.whole(arguments.name), end="")
 
 
 def tune(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from epsd.detectors._features import Picture
 from epsd.objectives import OBJECTIVES
 from epsd.pipeline.stage import check
 from epsd.project import presets
-from epsd.project.params import Params, flatten, load, read_yaml
+from epsd.project.params import Params, flatten, parse, read_yaml
 from epsd.pruning import prune as pruning
 from epsd.registry import ParamsError, choose
 from epsd.scores import SCORES
@@ -65,7 +65,7 @@ def test_all_are_shipped() -> None:
 
 @every
 def test_loads_and_every_choice_exists(name: str) -> None:
-    params = load(FOLDER / f"{name}.yaml")
+    params = parse(presets.read(name))
     check(params)
     assert params.seed == 0
     assert params.train.milestones == sorted(params.train.milestones)
@@ -75,15 +75,15 @@ def test_loads_and_every_choice_exists(name: str) -> None:
 def test_has_every_key_of_the_default_file(name: str, root: Path) -> None:
     choices = ("dataset.", "architecture.", "objective.", "prune.score.", "voc.", "detect.detector.", "tune.")
 
-    def keys(path: Path) -> set[str]:
-        return {key for key, _ in flatten(read_yaml(path)) if not key.startswith(choices)}
+    def keys(tree: dict[str, Any]) -> set[str]:
+        return {key for key, _ in flatten(tree) if not key.startswith(choices)}
 
-    assert keys(FOLDER / f"{name}.yaml") == keys(root / "params.yaml")
+    assert keys(presets.read(name)) == keys(read_yaml(root / "params.yaml"))
 
 
 @every
 def test_every_line_says_what_it_means(name: str) -> None:
-    head, _, body = (FOLDER / f"{name}.yaml").read_text().partition("\nseed:")
+    head, _, body = presets.whole(name).partition("\nseed:")
     assert head.startswith(f"# {name}: ")
     assert f"# Command: epsd preset {name} --apply && dvc repro" in head
     assert "# Time: " in head and "# Memory: " in head
@@ -95,6 +95,34 @@ def test_digits_is_the_default_file(root: Path) -> None:
     default, preset = (root / "params.yaml").read_text(), (FOLDER / "digits.yaml").read_text()
     assert preset.endswith(default)
     assert all(line.startswith("#") for line in preset.removesuffix(default).splitlines())
+
+
+def test_a_preset_on_a_base_is_that_one_but_for_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "presets").mkdir()
+    monkeypatch.setattr(presets, "folder", lambda: tmp_path / "presets")
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / "presets" / f"{name}.yaml").write_text(text)
+
+    net = "net:  # which\n  name: a\n  size: 1   # of a\n"
+    write("low", f"# low: words\nseed: 0   # why\n\n{net}\nlast:\n  x: 1  # ex\n  y: null\n")
+    write("mid", "# mid: more\n# words\nbase: low\nlast:\n    x: 1.5    # other\n")
+    write("top", "base: mid\nnet:\n  name: b\nseed: 2\n")
+    assert presets.whole("mid") == (
+        f"# mid: more\n# words\nseed: 0   # why\n\n{net}\nlast:\n  x: 1.5      # other\n  y: null\n"
+    )
+    assert presets.whole("top") == (
+        "seed: 2   # why\n\nnet:  # which\n  name: b\n\nlast:\n  x: 1.5      # other\n  y: null\n"
+    )
+    write("low", "base: top\n")
+    with pytest.raises(ParamsError, match=r"low\.yaml: base: unknown 'top'"):
+        presets.whole("top")
+    write("mid", "base: lo\n")
+    with pytest.raises(ParamsError, match=r"mid\.yaml: base: unknown 'lo'\. Did you mean 'low'"):
+        presets.whole("mid")
+    write("mid", "base: [\n")
+    with pytest.raises(ParamsError, match=r"mid\.yaml: not valid YAML"):
+        presets.whole("mid")
 
 
 def mini(params: Params) -> tuple[Any, Any, Noise]:
@@ -110,7 +138,7 @@ def mini(params: Params) -> tuple[Any, Any, Noise]:
 )
 def test_one_mini_step(name: str) -> None:
     """Score, mask, one epoch of two batches: finite, exactly as sparse as asked, and something was learnt."""
-    params = load(FOLDER / f"{name}.yaml")
+    params = parse(presets.read(name))
     assert choose(DATASETS, params.dataset)
     _, net, noise = mini(params)
     objective = choose(OBJECTIVES, params.objective)
@@ -130,7 +158,7 @@ def test_one_mini_step(name: str) -> None:
 
 @every
 def test_the_detector_fits_the_backbone(name: str) -> None:
-    params = load(FOLDER / f"{name}.yaml")
+    params = parse(presets.read(name))
     architecture, net, noise = mini(params)
     channels = noise.shape[0]
     detector = choose(DETECTORS, params.detect.detector)(
@@ -156,8 +184,8 @@ class TestApply:
         copies = [presets.apply("cifar10-vgg19", target), presets.apply("digits", target)]
         assert copies[0] != copies[1]
         assert copies[0].read_text() == first
-        assert copies[1].read_text() == (FOLDER / "cifar10-vgg19.yaml").read_text()
-        assert target.read_text() == (FOLDER / "digits.yaml").read_text()
+        assert copies[1].read_text() == presets.whole("cifar10-vgg19")
+        assert target.read_text() == presets.whole("digits")
 
     def test_applying_it_again_makes_no_copy(self, tmp_path: Path) -> None:
         presets.apply("digits", tmp_path / "params.yaml")

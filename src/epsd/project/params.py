@@ -317,15 +317,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Raises ParamsError when the file is missing, unreadable or no mapping.
     """
+    return as_tree(read_text(path), path)
+
+
+def read_text(path: Path) -> str:
+    """The text of a parameter file. Raises ParamsError when it is missing or unreadable."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: no such file. Run from the project's root: `epsd preset` has more.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path}: cannot be read ({error}).") from None
+
+
+def as_tree(text: str, path: Path) -> dict[str, Any]:
+    """The content of `path` as `read_yaml` gives it. Raises ParamsError for what is no YAML, or no mapping."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ParamsError(f"{path}: no such file. Run from the project's root, or copy one from presets/.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path}: cannot be read ({error}).") from None
+        content = YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

@@ -1,10 +1,15 @@
-"""Ready-made parameter files for the field's benchmarks: `presets/<name>.yaml`, each a whole params.yaml."""
+"""Ready-made parameter files for the field's benchmarks: `presets/<name>.yaml`, a whole params.yaml, or `base: OTHER`
+and what differs from that preset.
+"""
 
+import re
 import time
 from pathlib import Path
+from typing import Any
 
+from epsd.project import commented
 from epsd.project.artifacts import replacing
-from epsd.project.params import DEFAULT_PATH, load
+from epsd.project.params import DEFAULT_PATH, as_tree, parse, read_text
 from epsd.project.runtime import project_root
 from epsd.registry import ParamsError, unknown
 
@@ -38,6 +43,33 @@ def summary(name: str) -> str:
     return first.lstrip("# ").removeprefix(f"{name}: ")
 
 
+def whole(name: str) -> str:
+    """A preset as a whole parameter file, comments included. Raises ParamsError: unknown, no YAML, or its `base` is."""
+    return _whole(name, ())
+
+
+def read(name: str) -> dict[str, Any]:
+    """`whole` as plain Python."""
+    return as_tree(whole(name), find(name))
+
+
+def _whole(name: str, above: tuple[str, ...]) -> str:
+    path = find(name)
+    head, own = _parts(read_text(path))
+    base = as_tree(own, path).get("base")
+    if base is None:
+        return head + own
+    if base not in names() or base in (name, *above):
+        raise unknown(f"{path}: base", base, [other for other in names() if other not in (name, *above)])
+    return head + commented.laid_over(_parts(_whole(base, (name, *above)))[1], own)
+
+
+def _parts(text: str) -> tuple[str, str]:
+    """The comment that a file begins with, and the rest."""
+    rest = re.sub(r"\A(#.*\n)*", "", text)
+    return text[: len(text) - len(rest)], rest
+
+
 def current() -> Path:
     """params.yaml of the project that the current folder belongs to. Raises ParamsError outside of one."""
     root = project_root()
@@ -55,9 +87,9 @@ def apply(name: str, target: Path) -> Path | None:
     Raises ParamsError for an unknown or unfit preset, ArtifactError where a file cannot be written; `target` then
     is what it was.
     """
-    source = find(name)
-    load(source)
-    wanted = source.read_bytes()
+    text = whole(name)
+    parse(as_tree(text, find(name)))
+    wanted = text.encode()
     before = target.read_bytes() if target.exists() else wanted
     copy = None if before == wanted else _free(target)
     if copy is not None:

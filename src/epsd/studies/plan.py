@@ -173,10 +173,9 @@ def _base(path: Path, study: StudyParams) -> dict[str, Any]:
     beside = path.parent / named
     if Path(named).suffix in (".yaml", ".yml"):
         root = project_root() / DEFAULT_PATH
-        file = beside if beside.is_file() or Path(named) != DEFAULT_PATH else root
+        tree = read_yaml(beside if beside.is_file() or Path(named) != DEFAULT_PATH else root)
     else:
-        file = presets.find(named)
-    tree = read_yaml(file)
+        tree = presets.read(named)
     tree.pop("tune", None)
     return tree
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from epsd.project import presets
+from epsd.project import commented, presets
 from epsd.project.artifacts import replacing
 from epsd.project.params import DEFAULT_PATH, Params, flatten, load, parse, read_yaml
 from epsd.project.runtime import note
@@ -347,14 +347,7 @@ def _at(tree: Mapping[str, Any], dotted: str) -> Any:
 
 
 def _rewrite(target: Path, changes: Mapping[str, Any]) -> None:
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.width = 4096
-    yaml.preserve_quotes = True
-    for kind, written in ((type(None), _null), (float, _number)):
-        yaml.representer.add_representer(kind, written)
-    tree = yaml.load(target.read_text(encoding="utf-8"))
+    tree = commented.load(target.read_text(encoding="utf-8"))
     for key, value in changes.items():
         *parents, last = key.split(".")
         node = _at(tree, ".".join(parents)) if parents else tree
@@ -363,17 +356,7 @@ def _rewrite(target: Path, changes: Mapping[str, Any]) -> None:
         else:
             node[last] = value
     with replacing(target) as temporary:
-        yaml.dump(tree, temporary)
-
-
-def _null(made: Any, _: None) -> Any:
-    return made.represent_scalar("tag:yaml.org,2002:null", "null")
-
-
-def _number(made: Any, value: float) -> Any:
-    """1e-05 as 1.0e-05, which is a number for readers of YAML 1.1 too."""
-    text = repr(value)
-    return made.represent_scalar("tag:yaml.org,2002:float", text if "." in text else text.replace("e", ".0e"))
+        temporary.write_text(commented.dump(tree), encoding="utf-8")
 
 
 def _replace_choice(node: Any, wanted: Mapping[str, Any]) -> None:
