@@ -12,6 +12,7 @@ from PIL import Image
 from conftest import shared_file
 from devkits import devkit, scene, xml
 from epsd.files.images import ImageError
+from epsd.files.layouts import SourceError
 from epsd.project import artifacts
 from epsd.project.artifacts import ArtifactError
 from epsd.voc import annotations
@@ -210,6 +211,8 @@ def test_bad_boxes_can_be_dropped_and_are_counted(root: Path) -> None:
     _damage(root, "Annotations/000002.xml", xml(bad))
     index = annotations.read_index(sources(root), bad_boxes="drop")
     assert index.dropped == 2
+    assert index.notes[0] == "boxes dropped: 2 (without area, or outside the picture)"
+    assert "pictures left out by voc.limit: 1" in annotations.read_index(sources(root), bad_boxes="drop", limit=1).notes
     assert index.scenes["train"][1].boxes.tolist() == [[1, 2, 8, 9]]
     assert index.scenes["train"][1].labels.tolist() == [CAT]
 
@@ -220,8 +223,12 @@ def test_boxes_counted_from_zero_are_clipped(root: Path) -> None:
 
 
 def test_repeated_class_name_and_missing_splits(root: Path) -> None:
-    with pytest.raises(VocError, match="'cat' is there twice"):
-        annotations.read_index(sources(root), class_names=["cat", "dog", "cat"])
+    for name in ("cat", "CAT"):
+        with pytest.raises(SourceError, match=f"voc.class_names: class names clash: .*{name}"):
+            annotations.read_index(sources(root), class_names=["cat", "dog", name])
+    _damage(root, "Annotations/000002.xml", xml([("Dog", (5, 5, 9, 9)), ("dog", (1, 1, 9, 9))]))
+    with pytest.raises(SourceError, match=r"class names clash: Dog, dog \(upper and lower case"):
+        annotations.read_index(sources(root))
     with pytest.raises(VocError, match=r"voc\.test: names no image set"):
         annotations.read_index({**sources(root), "test": []})
 

@@ -21,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from epsd.files.digests import digest
+from epsd.files.duplicates import Marks, duplicates, mark
 from epsd.files.images import decode, named, pixels
+from epsd.files.layouts import check_spelling
 from epsd.files.regular import read_bytes
 from epsd.project import artifacts
 from epsd.types import EpsdError
@@ -105,12 +107,14 @@ class VocIndex:
     """What artifacts/voc/voc.json holds: class names, and the scenes of "train", "validation" and "test".
 
     `digest`: SHA-256 over pictures and boxes. `dropped`: boxes left out because they were degenerate, by request.
+    `notes`: what else was left out and what is there twice, in plain words.
     """
 
     class_names: list[str]
     scenes: dict[str, list[Scene]]
     digest: str
     dropped: int = 0
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Write the index. Pictures below its folder are named relative to it, so that the folder can be moved."""
@@ -122,6 +126,7 @@ class VocIndex:
                 "counts": self.counts(),
                 "digest": self.digest,
                 "dropped": self.dropped,
+                "notes": self.notes,
                 "scenes": {split: [scene.to_json(base) for scene in scenes] for split, scenes in self.scenes.items()},
             },
         )
@@ -336,12 +341,17 @@ def find_class_names(sources: Sequence[tuple[Path, str]]) -> list[str]:
             names.update(read_annotation(folder / "Annotations" / f"{identifier}.xml").names)
     if not names:
         raise VocError(f"{sources[0][0] if sources else 'voc'}: no annotation names a class.")
+    check_spelling(sorted(names), str(sources[0][0]))
     return sorted(names)
 
 
-def _listed(sources: Sequence[tuple[Path, str]], limit: int | None, seed: int) -> list[tuple[Path, str]]:
-    """(folder, id) of every picture of a split once; a seeded draw of `limit` of them in the same order."""
-    every = list(dict.fromkeys((folder, i) for folder, name in sources for i in read_image_set(folder, name)))
+def _listed(sources: Sequence[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """(folder, id) of every picture of a split once."""
+    return list(dict.fromkeys((folder, i) for folder, name in sources for i in read_image_set(folder, name)))
+
+
+def _drawn(every: list[tuple[Path, str]], limit: int | None, seed: int) -> list[tuple[Path, str]]:
+    """A seeded draw of `limit` pictures in the same order."""
     if limit is None or limit >= len(every):
         return every
     chosen = random.Random(seed).sample(range(len(every)), limit)
@@ -387,22 +397,28 @@ def read_index(
             raise VocError(f"voc.{split}: names no image set.")
     names = list(class_names) if class_names is not None else find_class_names(sources["train"])
     numbers = {name: number for number, name in enumerate(names)}
-    if len(numbers) < len(names):
-        raise VocError(f"voc.class_names: '{max(names, key=names.count)}' is there twice.")
-    listed = {split: _listed(sources.get(split, ()), limit, seed) for split in SPLITS}
+    check_spelling(names, "voc.class_names")
+    every = {split: _listed(sources.get(split, ())) for split in SPLITS}
+    listed = {split: _drawn(pictures, limit, seed) for split, pictures in every.items()}
     _disjoint(listed)
     hasher, dropped = hashlib.sha256(repr(names).encode()), 0
     scenes: dict[str, list[Scene]] = {}
+    marks: dict[str, Marks] = {}
     for split, pictures in listed.items():
-        scenes[split] = []
+        scenes[split], marks[split] = [], np.zeros(len(pictures), dtype=np.uint64)
         for folder, identifier in pictures:
             scene, lost, sha = read_scene(folder.resolve(), identifier, numbers, bad_boxes, empty)
             hasher.update(sha + scene.boxes.tobytes() + scene.labels.tobytes() + scene.difficult.tobytes())
+            marks[split][len(scenes[split])] = mark(sha)
             scenes[split].append(scene)
             dropped += lost
     if all(scene.difficult.all() for scene in scenes["test"]):
         raise VocError("voc.test: holds no object that counts (all are flagged difficult), so nothing could be scored.")
-    return VocIndex(names, scenes, hasher.hexdigest(), dropped)
+    over = sum(map(len, every.values())) - sum(map(len, listed.values()))
+    notes = [f"boxes dropped: {dropped:,} (without area, or outside the picture)"] if dropped else []
+    notes += [f"pictures left out by voc.limit: {over:,}"] if over else []
+    identifiers = {split: [identifier for _, identifier in pictures] for split, pictures in listed.items()}
+    return VocIndex(names, scenes, hasher.hexdigest(), dropped, notes + duplicates(marks, identifiers))
 
 
 # --- average precision ------------------------------------------------------------------------------------------------
