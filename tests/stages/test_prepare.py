@@ -7,7 +7,7 @@ from devkits import devkit
 from epsd.data.prepared import Prepared
 from epsd.project import artifacts
 from epsd.project.params import override, parse, read_yaml
-from epsd.voc.annotations import VocIndex
+from epsd.voc.scenes import VocIndex
 from pictures import classes, write, zipped
 
 SMALL = {"voc.train": 6, "voc.validation": 2, "voc.test": 3, "data.limit": 10}
