@@ -10,8 +10,8 @@ from torch import nn
 
 from epsd.types import Batch, EpsdError
 
-_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MEMORY_FORMATS = {
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEMORY_FORMATS = {
     "auto": torch.channels_last,
     "channels_last": torch.channels_last,
     "contiguous": torch.contiguous_format,
@@ -118,10 +118,10 @@ def pick_memory_format(name: str, model: nn.Module, device: torch.device) -> tor
     that must not be laid out so (`breaks_channels_last`). Raises EpsdError for another name, and where channels_last is
     asked for such a network.
     """
-    if name not in _MEMORY_FORMATS:
-        raise EpsdError(f"memory_format: unknown '{name}'. Valid: {', '.join(_MEMORY_FORMATS)}.")
+    if name not in MEMORY_FORMATS:
+        raise EpsdError(f"memory_format: unknown '{name}'. Valid: {', '.join(MEMORY_FORMATS)}.")
     if device.type != "cpu" or (layer := breaks_channels_last(model)) is None:
-        return _MEMORY_FORMATS[name]
+        return MEMORY_FORMATS[name]
     if name == "channels_last":
         raise EpsdError(
             f"memory_format: with channels_last the processor's kernels would write past the memory of '{layer}', "
@@ -152,8 +152,8 @@ def pick_precision(name: str, device: torch.device, key: str = "precision") -> t
     """
     if name == "auto":
         return torch.bfloat16 if _computes_in_bf16(device) else None
-    if name not in _PRECISIONS:
-        raise EpsdError(f"{key}: unknown '{name}'. Valid: auto, {', '.join(_PRECISIONS)}.")
+    if name not in PRECISIONS:
+        raise EpsdError(f"{key}: unknown '{name}'. Valid: auto, {', '.join(PRECISIONS)}.")
     if name == "fp16" and device.type == "cpu":
         raise EpsdError(f"{key}: fp16 needs a GPU; on the CPU use auto, fp32 or bf16.")
-    return _PRECISIONS[name]
+    return PRECISIONS[name]

@@ -82,9 +82,9 @@ def compiled(model: nn.Module, choice: Compile, device: torch.device) -> nn.Modu
     """`model` itself, or a compiled stand-in that shares its weights, buffers and mode.
 
     "kernels" : operations are merged into kernels of their own (a minute of work at the first step).  "graphs" : also
-    recorded as CUDA graphs, so that no step waits for Python.  "auto" : "none". On a CPU compilation costs half a
-    minute and gains nothing over channels_last with bf16 (benchmarks/results/training-cpu.md); on a GPU it pays from
-    some thousand steps on, which only the user knows of.
+    recorded as CUDA graphs, so that no step waits for Python.  "auto" : "none" here; a training of an hour or more
+    tries "kernels" (`epsd.training.autotune`). On a CPU compilation costs half a minute and gains nothing over
+    channels_last with bf16 (benchmarks/results/training-cpu.md).
 
     Raises AccelerationError where the compiler is missing, or for "graphs" without a CUDA device.
     """

@@ -14,14 +14,15 @@ from torch.utils.data import DataLoader
 
 from epsd.compute import distributed, joint_layers, shortage
 from epsd.compute.cost import Meter
-from epsd.compute.devices import pick_memory_format, pick_precision, to_device
+from epsd.compute.devices import to_device
 from epsd.compute.seeds import mix
 from epsd.compute.speed import align_, compiled, lay_out_, pick_update, sgd
 from epsd.data.loaders import as_batches
 from epsd.losses import as_objective, cross_entropy, no_such_class
 from epsd.masks import Mask, MaskHolder
 from epsd.project.progress import Progress
-from epsd.training import checkpoints
+from epsd.project.runtime import note
+from epsd.training import autotune, checkpoints
 from epsd.training.moving import Moving
 from epsd.training.parts import Fitting, added
 from epsd.training.recipe import Recipe
@@ -104,7 +105,8 @@ class _Loop:
         self.counted_forward = meter.through(self.forward)
         self.train = distributed.shard(as_batches(train, seed=mix(seed, "train")), even=True)
         self.device = next(model.parameters()).device
-        self.layout = pick_memory_format(recipe.memory_format, model, self.device)
+        self.way = autotune.ways(recipe, model, self.device)[0]
+        self.times: dict[str, float] = {}
         if distributed.world() > 1 and recipe.compile not in ("auto", "none"):
             raise TrainingError("train.compile: several processes run uncompiled; use none, or launch.processes: 1.")
         self.net = compiled(model, recipe.compile, self.device)
@@ -112,8 +114,7 @@ class _Loop:
         self.holder: MaskHolder | None = None
         self.moving: Moving | None = None
         self.on_mask: Callable[[Mask], None] = lambda mask: None
-        self.autocast = pick_precision(recipe.precision, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.way.precision == torch.float16)
         self.update = pick_update(recipe.update, self.device)
         self.optimiser = sgd(
             model,
@@ -134,7 +135,7 @@ class _Loop:
         mark: str | None,
         on_epoch: Callable[[Record], None],
     ) -> list[Record]:
-        lay_out_(self.model, self.layout)
+        lay_out_(self.model, self.way.layout)
         try:
             self.net = distributed.wrapped(self.net)
             return self._run(validation, checkpoint, mark, on_epoch)
@@ -197,6 +198,26 @@ class _Loop:
                 velocity.masked_fill_(~keep.to(velocity.device), 0.0)
         self.on_mask(mask)
 
+    def _settle(self, batch: Batch) -> None:
+        """In how many parts a batch is computed, and how: what the recipe leaves open, fixed from here on."""
+        self.room.find(batch)
+        times = autotune.autotuned(self, batch)
+        if not times:
+            return
+        self.times = {str(way): seconds for way, seconds in times.items()}
+        self.take(autotune.best(times))
+        self.room.find(batch)
+        if distributed.is_main():
+            each = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in self.times.items())
+            note(f"train: {self.way} is taken; a step took {each}.")
+
+    def take(self, way: autotune.Way) -> None:
+        """Compute the passes through the network so from here on."""
+        if way.compile != self.way.compile:
+            self.net = compiled(self.model, way.compile, self.device)
+        self.way = way
+        lay_out_(self.model, way.layout)
+
     def _moves(self, step: int) -> bool:
         """Let the mask move; whether that takes the place of the step."""
         if self.moving is None or self.mask is None:
@@ -217,7 +238,7 @@ class _Loop:
         for step, drawn in enumerate(self.train.epoch(epoch, self.objective.needs)):
             batch = to_device(drawn, self.device)
             if not self.room.known:
-                self.room.find(batch)
+                self._settle(batch)
                 torch.manual_seed(mix(self.seed, "train", epoch))
             self._step(epoch * len(self.train) + step, batch, progress, tally)
             bar.step()
@@ -229,18 +250,19 @@ class _Loop:
         record = {"epoch": epoch + 1.0, **tally.means()}
         record["train/lr"] = self.optimiser.param_groups[0]["lr"]
         record["time/epoch"] = time.perf_counter() - started
+        record |= {f"time/step {name}": seconds for name, seconds in self.times.items()}
         self.meter.seconds += record["time/epoch"]
         return record | self.meter.figures("cost/")
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) in full precision, whatever the network computes in."""
         if images.dim() == 4:
-            images = images.contiguous(memory_format=self.layout)
+            images = images.contiguous(memory_format=self.way.layout)
         with joint_layers.together():
-            if self.autocast is None:
+            if self.way.precision is None:
                 logits: Tensor = self.net(images)
             else:
-                with torch.autocast(self.device.type, self.autocast):
+                with torch.autocast(self.device.type, self.way.precision):
                     logits = self.net(images).float()
         return logits.clone() if self.recipe.compile == "graphs" else logits  # the next replay writes over them
 
@@ -336,11 +358,14 @@ class _Loop:
             "objective": self.objective.state_dict(),
             "history": self.history,
             "parts": self.room.parts,
+            "way": str(self.way),
+            "times": self.times,
             **({"mask": self.mask.keep} if self.moving is not None and self.mask is not None else {}),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.mask = Mask(state["mask"]) if "mask" in state else self.mask
+        self.take(autotune.named(state["way"]))
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         align_(self.optimiser)
@@ -349,7 +374,7 @@ class _Loop:
         self.objective.load_state_dict(placed)
         self.history = copy.deepcopy(state["history"])
         self.meter.stand_at(Meter.of(self.history[-1], "cost/"))
-        self.room.known, self.room.parts = True, state["parts"]
+        self.room.known, self.room.parts, self.times = True, state["parts"], dict(state["times"])
 
 
 _SHOWN = {"epoch": "epoch", "loss": "train/loss", "val": "val/top1"}
