@@ -109,3 +109,19 @@ def test_a_run_says_what_it_is(changed: dict[str, object], method: str, words: s
 
 def test_results_in_a_sentence() -> None:
     assert model_card.results(REPORT, 359).startswith("Top-1 accuracy 0.9861 on 359 test images, ECE 0.0916; 95.00% of")
+
+
+def test_names_are_no_markup() -> None:
+    name = "<img src=x onerror=alert(1)>\n# a [link](b) `c` *d*"
+    data = {**SUBJECT.data, "class_names": [name, "b"], "source": name}
+    params = {
+        **SUBJECT.params,
+        "architecture": {"name": "timm_zoo", "model": name},
+        "dataset": {"root": "```\n" + name},
+    }
+    subject = SUBJECT._replace(data=data, params=params, run=Run("abc", name), classes=[(name, 3, 0.5)])
+    text = model_card.model_card(subject)
+    told, _, rest = text.partition("````yaml")
+    assert "<img" not in told and "\n# a" not in told and "[link]" not in told
+    assert told.count("&lt;img src=x onerror=alert(1)&gt; \\# a \\[link\\](b) \\`c\\` \\*d\\*") == 5
+    assert rest.count("````") == 1

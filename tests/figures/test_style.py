@@ -1,6 +1,7 @@
 """Figures by what they contain: the numbers that are drawn, labels with units, styles that need no colour."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,12 @@ def test_what_training_records_has_a_panel_each_and_ink_in_it() -> None:
 @pytest.mark.parametrize("history", [{}, {"epoch": [1.0]}])
 def test_a_history_without_curves_gives_no_panel(history: dict[str, list[float]]) -> None:
     assert figures.history_panels(history) == {}
+
+
+def test_a_name_with_dollars_is_no_formula(tmp_path: Path) -> None:
+    names = [r"$\frac{$", "a$b$c", "plain"]
+    figure = figures.confusion(torch.eye(3), names)
+    figures.save(figure, tmp_path / "c.png")
+    shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert [text.replace(r"\$", "$") for text in shown] == names
+    assert not any(len(re.findall(r"(?<!\\)\$", text)) for text in shown)

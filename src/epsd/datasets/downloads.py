@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from epsd.files.regular import check_regular
 from epsd.project.runtime import note, watched
 from epsd.types import EpsdError
 
@@ -38,8 +39,8 @@ class Published(NamedTuple):
 
 
 def checksum(path: Path, algorithm: str) -> str:
-    """The file's digest as `algorithm:hex`."""
-    with path.open("rb") as file:
+    """The file's digest as `algorithm:hex`. Raises DownloadError where it cannot be read."""
+    with _written(path, "read"), check_regular(path).open("rb") as file:
         return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
@@ -81,12 +82,12 @@ def fetch(published: Published, folder: Path, *, tries: int = 5, pause: float = 
 
 
 @contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
+def _written(path: Path, doing: str = "written") -> Iterator[None]:
     """What the file system refuses, as a DownloadError. Errors of the network have become `_Lost` before."""
     try:
         yield
     except OSError as error:
-        raise DownloadError(f"{path}: cannot be written ({error.strerror or error}).") from None
+        raise DownloadError(f"{path}: cannot be {doing} ({error.strerror or error}).") from None
 
 
 def locate(root: Path, published: Published, download: bool, terms: str = "") -> Path:

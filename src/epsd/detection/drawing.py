@@ -106,6 +106,7 @@ def draw(axes: "Axes", pixels: npt.NDArray[np.uint8], some: Sequence[Mark]) -> N
     grey = len(pixels) == 1
     axes.imshow(pixels[0] if grey else pixels.transpose(1, 2, 0), cmap="gray" if grey else None, vmin=0, vmax=255)
     for (left, top, right, bottom), text, style in some:
+        text = text.replace("$", r"\$")  # or matplotlib would read a formula between two of them
         # imshow centres a pixel on its number; corners of pixels lie half a pixel before
         patch = Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False)
         patch.set(edgecolor=style.colour, linestyle=style.line, linewidth=1.8)

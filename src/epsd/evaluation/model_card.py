@@ -1,6 +1,8 @@
 """The model card: one page of Markdown that goes with a trained network wherever it is handed on."""
 
+import html
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -53,7 +55,12 @@ def model_card(subject: Subject) -> str:
         "Parameters": _parameters(subject.params),
     }
     body = "\n\n".join("\n".join([f"## {title}", "", *lines]) for title, lines in sections.items())
-    return f"# {subject.run.name or 'Model'}\n\n{subject.story}\n\n{body}\n"
+    return f"# {escaped(subject.run.name or 'Model')}\n\n{subject.story}\n\n{body}\n"
+
+
+def escaped(text: str) -> str:
+    """A name or path in Markdown as it stands: no markup, no HTML, one line."""
+    return re.sub(r"([\\`*\[\]|#~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def results(report: Mapping[str, Mapping[str, float]], images: int) -> str:
@@ -72,8 +79,8 @@ def results(report: Mapping[str, Mapping[str, float]], images: int) -> str:
 def _data(subject: Subject) -> Iterator[str]:
     data, names = subject.data, subject.data["class_names"]
     sizes = ", ".join(f"{count} {split}" for split, count in data["sizes"].items())
-    shown = ", ".join(names[:_LISTED_CLASSES]) + (", ..." if len(names) > _LISTED_CLASSES else "")
-    yield f"* Source: {data['source']}, digest `{data['digest'][:16]}`"
+    shown = ", ".join(map(escaped, names[:_LISTED_CLASSES])) + (", ..." if len(names) > _LISTED_CLASSES else "")
+    yield f"* Source: {escaped(data['source'])}, digest `{data['digest'][:16]}`"
     yield f"* Images: {sizes}, of {_shape(data['image_shape'])} pixels"
     yield f"* {len(names)} classes: {shown}"
     yield "* The test images were read once, to write this card; choices were made on validation."
@@ -112,7 +119,7 @@ _HOW = ("densities", "channel_cap", "rounds", "batches", "average")
 
 
 def _choice(choice: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{key} {value}" for key, value in choice.items() if key != "name")
+    settings = ", ".join(f"{key} {escaped(str(value))}" for key, value in choice.items() if key != "name")
     return f"{choice['name']} ({settings})" if settings else str(choice["name"])
 
 
@@ -127,7 +134,11 @@ def _metrics(subject: Subject) -> Iterator[str]:
     yield from (f"| {words} | {model[key]:{form}} |" for key, (words, form) in _COST.items() if key in model)
     weakest = sorted((row for row in subject.classes if row[2] != ""), key=lambda row: float(row[2]))[:_WEAKEST]
     yield ""
-    yield "Weakest classes: " + ", ".join(f"{name} {share:.1%} of {count}" for name, count, share in weakest) + "."
+    yield (
+        "Weakest classes: "
+        + ", ".join(f"{escaped(name)} {share:.1%} of {count}" for name, count, share in weakest)
+        + "."
+    )
 
 
 def _limits(subject: Subject) -> Iterator[str]:
@@ -163,10 +174,11 @@ def _use(subject: Subject) -> Iterator[str]:
 
 
 def _parameters(tree: Mapping[str, Any]) -> Iterator[str]:
-    yield "```yaml"
     made = {section: content for section, content in tree.items() if section not in _OTHERS}
-    yield from (f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in _flat(made))
-    yield "```"
+    lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in _flat(made)]
+    longest = max(map(len, re.findall("`+", "\n".join(lines))), default=0)
+    fence = "`" * max(3, longest + 1)
+    yield from (f"{fence}yaml", *lines, fence)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from epsd.data.streaming import Normalise
 from epsd.files.images import ImageError, decode, fit, is_image, pixels
+from epsd.files.regular import read_bytes
 from epsd.types import EpsdError
 
 BATCH = 64
@@ -67,7 +68,7 @@ class Intake:
     def read(self, path: Path) -> NDArray[np.uint8]:
         """An image file as (C, H, W), exactly as evaluation sees it. Raises ImageError: missing, damaged, no image."""
         try:
-            content = path.read_bytes()
+            content = read_bytes(path)
         except OSError as error:
             raise ImageError(f"{path}: {error.strerror or error}.") from None
         channels, height, width = self.image_shape

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epsd.evaluation.metrics import ReliabilityTable
 from epsd.figures.study import MARKERS, FigureError, Style, checked, style
-from epsd.figures.style import figure_of_size
+from epsd.figures.style import figure_of_size, plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -305,7 +305,7 @@ def _scatter(
         mine = points[labels == number]
         marker = f"${name}$" if written else MARKERS[number % len(MARKERS)]
         look: dict[str, Any] = {"marker": marker, "color": style(number).colour, "markersize": 5, "linestyle": "none"}
-        axes.plot(mine[:, 0], mine[:, 1], **look, label=name)
+        axes.plot(mine[:, 0], mine[:, 1], **look, label=plain(name))
     wrong = points[~right & (labels < len(shown))]
     ring: dict[str, Any] = {
         "markersize": 10,

@@ -36,11 +36,16 @@ def save(figure: "Figure", path: Path) -> None:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
+def plain(text: str) -> str:
+    """`text` as it stands: between two dollars matplotlib would read a formula."""
+    return text.replace("$", r"\$")
+
+
 def confusion(table: Tensor, class_names: Sequence[str]) -> "Figure":
     """`table` (K, K): rows true, columns predicted. Shades are shares of the true class; counts are written up to
     a dozen classes, names up to forty.
     """
-    classes = len(class_names)
+    classes, shown = len(class_names), [plain(name) for name in class_names]
     side = min(3 + 0.4 * classes, 12)
     figure = figure_of_size(side + 1, side)
     axes = figure.subplots()
@@ -49,8 +54,8 @@ def confusion(table: Tensor, class_names: Sequence[str]) -> "Figure":
     figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the true class")
     axes.set(xlabel="predicted class", ylabel="true class", title=f"Confusion, {int(table.sum()):,} test images")
     if classes <= NAMES_UP_TO:
-        axes.set_xticks(range(classes), class_names, rotation=90 if max(map(len, class_names)) > 2 else 0)
-        axes.set_yticks(range(classes), class_names)
+        axes.set_xticks(range(classes), shown, rotation=90 if max(map(len, class_names)) > 2 else 0)
+        axes.set_yticks(range(classes), shown)
     if classes <= NUMBERS_UP_TO:
         _write_counts(axes, table, shares)
     return figure

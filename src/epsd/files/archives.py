@@ -16,17 +16,22 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from epsd.files.images import Shortage
+from epsd.files.regular import LARGEST, read_bytes, too_large
 from epsd.types import EpsdError
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+MOST = 5_000_000
+"""Entries of an archive that is read: ImageNet with all its annotations has two million."""
 _LINKS = 40
 """Links followed one after another, as on Linux; more are taken for a circle."""
 
 _SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Errors of the system that say nothing about the file."""
 
+T = TypeVar("T")
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
 
 
@@ -86,7 +91,8 @@ class Tree(ABC):
         """The error for a file that is there and cannot be read."""
         if isinstance(error, OSError) and error.errno in _SHORTAGES:
             return Shortage(f"{self.where}: '{name}' cannot be read now ({error.strerror}).")
-        return ArchiveError(f"{self.where}: '{name}' cannot be read ({error or type(error).__name__}).")
+        reason = error.strerror or error if isinstance(error, OSError) else error or type(error).__name__
+        return ArchiveError(f"{self.where}: '{name}' cannot be read ({reason}).")
 
 
 class FolderTree(Tree):
@@ -120,7 +126,7 @@ class FolderTree(Tree):
         for name in names:
             path = self.where / name
             try:
-                yield name, path.read_bytes()
+                yield name, read_bytes(path)
             except FileNotFoundError:
                 raise self.broken(name, "a link to nothing") if path.is_symlink() else self.missing(name) from None
             except OSError as error:
@@ -137,7 +143,7 @@ class ZipTree(Tree):
         super().__init__(where)
         self._lock = threading.Lock()
         self._open()
-        entries = self._zip.infolist()
+        entries = list(_counted(self._zip.infolist(), self.where))
         wanted = {_clean(info.filename): info.filename for info in entries if _wanted_zip(info, self)}
         self._names = tuple(sorted(name for name in wanted if not _hidden(name)))
         self._written = {name: entry for name, entry in wanted.items() if name != entry}  # as the archive spells it
@@ -175,7 +181,10 @@ class ZipTree(Tree):
                 if self._process != os.getpid():  # a forked child shares the parent's file position: take its own
                     self._open()
             try:
-                content = self._zip.read(self._written.get(name, name))
+                entry = self._zip.getinfo(self._written.get(name, name))
+                if entry.file_size > LARGEST:
+                    raise self.broken(name, too_large(entry.file_size))
+                content = self._zip.read(entry)
             except KeyError:
                 raise self.missing(name) from None
             except _BROKEN as error:
@@ -196,7 +205,7 @@ class TarTree(Tree):
         super().__init__(where)
         with self._opened() as archive:
             try:
-                members = archive.getmembers()
+                members = list(_counted(self._sound(archive), where))
             except _BROKEN as error:
                 raise ArchiveError(f"{where}: truncated or corrupt ({error}).") from None
         self._links: dict[str, str] = {}  # name -> where it leads
@@ -206,6 +215,13 @@ class TarTree(Tree):
         self._names = tuple(sorted(name for name in self._shown or files if not _hidden(name)))
         self._known = frozenset(self._names)
         self._folders = _folders(self._names, (_clean(member.name) for member in members if member.isdir()))
+
+    def _sound(self, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+        """Every member. Raises at the header of one that is too large, before it is passed over."""
+        for member in archive:
+            if member.size > LARGEST:
+                raise self.broken(member.name, too_large(member.size))
+            yield member
 
     def _listed(self, members: Iterable[tarfile.TarInfo]) -> Iterable[str]:
         """The names of files that are no links; notes links, and which members count no more."""
@@ -283,6 +299,8 @@ def open_tree(root: Path) -> Tree:
         return FolderTree(root)
     if not root.exists():
         raise ArchiveError(f"{root}: no such folder or archive.")
+    if not root.is_file():
+        raise ArchiveError(f"{root}: neither a folder nor a regular file.")
     if not is_archive(root):
         raise ArchiveError(f"{root}: neither a folder nor an archive. Read are: {', '.join(ARCHIVE_SUFFIXES)}.")
     return ZipTree(root) if root.name.lower().endswith(".zip") else TarTree(root)
@@ -303,6 +321,14 @@ def unpack(tree: Tree, names: Iterable[str], target: Path) -> None:
             path.write_bytes(content)
         except OSError as error:
             raise ArchiveError(f"{path}: cannot be written ({error.strerror or error}).") from None
+
+
+def _counted(entries: Iterable[T], archive: Path) -> Iterable[T]:
+    """The entries. Raises ArchiveError where there are more than MOST."""
+    for number, entry in enumerate(entries):
+        if number >= MOST:
+            raise ArchiveError(f"{archive}: refused, it has more than {MOST:,} entries.")
+        yield entry
 
 
 def _inside(name: str, archive: Path) -> None:

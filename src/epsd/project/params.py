@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from epsd.files.regular import read_bytes
 from epsd.registry import ParamsError, explain, not_known, unknown
 
 DEFAULT_PATH = Path("params.yaml")
@@ -323,7 +324,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def read_text(path: Path) -> str:
     """The text of a parameter file. Raises ParamsError when it is missing or unreadable."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path).decode("utf-8")
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file. Run from the project's root: `epsd preset` has more.") from None
     except (OSError, UnicodeDecodeError) as error:

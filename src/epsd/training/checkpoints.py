@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from epsd.files import digests
+from epsd.files.regular import read_bytes
 from epsd.project.artifacts import replacing
 from epsd.types import EpsdError
 
@@ -27,7 +28,7 @@ def fingerprint(values: Mapping[str, Any], files: Iterable[Path] = ()) -> str:
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
     for path in files:
         try:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(hashlib.sha256(read_bytes(path)).digest())
         except FileNotFoundError:
             raise EpsdError(f"{path}: missing. `dvc repro` runs the stage that writes it.") from None
         except OSError as error:

@@ -206,7 +206,7 @@ _FLAGS = {"": False, "0": False, "false": False, "1": True, "true": True}
 def read_annotation(path: Path) -> Annotation:
     """Objects of one annotation file; boxes (n, 4) as corners of pixels. Raises VocError naming the file."""
     try:
-        top = ElementTree.parse(path).getroot()
+        top = ElementTree.fromstring(read_bytes(path))
     except FileNotFoundError:
         raise VocError(f"{path}: no such annotation.") from None
     except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:  # the last: an unknown encoding
@@ -229,7 +229,7 @@ def read_image_set(folder: Path, name: str) -> list[str]:
     sets = folder / "ImageSets" / "Main"
     path = sets / f"{name}.txt"
     try:
-        ids = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        ids = [line.split()[0] for line in read_bytes(path).decode("utf-8").splitlines() if line.strip()]
     except (FileNotFoundError, NotADirectoryError):
         found = sorted(p.stem for p in sets.glob("*.txt") if "_" not in p.stem)
         raise VocError(f"{path}: no such image set. Found there: {', '.join(found) or '(none)'}.") from None
