@@ -31,7 +31,8 @@ from epsd.architectures import ARCHITECTURES
 from epsd.compute import shortage
 from epsd.compute.devices import pick_precision
 from epsd.compute.memory import free_bytes
-from epsd.detection import fit as detection
+from epsd.detection import recipe as detection
+from epsd.detection.fit import fit_detector
 from epsd.detectors import DETECTORS, Picture
 from epsd.objectives import OBJECTIVES
 from epsd.project import presets
@@ -43,7 +44,7 @@ from epsd.scores import SCORES
 from epsd.training.fit import fit
 from epsd.training.recipe import Recipe
 from epsd.types import Batch
-from epsd.voc.annotations import Scene
+from epsd.voc.scenes import Scene
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
@@ -126,7 +127,7 @@ def detected(params: Params, size: int, device: str) -> None:
     recipe = detection.Recipe(**settings.model_dump(include=detection.Recipe.fields()) | {"epochs": 1})
     with tempfile.TemporaryDirectory() as folder:
         scenes = [scene(Path(folder), number, width, height) for number in range(3 * size)]
-        detection.fit_detector(
+        fit_detector(
             detector,
             scenes,
             recipe,

@@ -16,7 +16,12 @@ from epsd.compute.seeds import mix
 from epsd.compute.speed import keep_freed_memory
 from epsd.data.prepared import Prepared
 from epsd.detection import drawing
-from epsd.detection import fit as detection
+from epsd.detection.average_precision import Detections
+from epsd.detection.backbone import follow, sparsity
+from epsd.detection.fit import fit_detector
+from epsd.detection.pictures import typical_size
+from epsd.detection.recipe import Recipe
+from epsd.detection.score import Report, countable, detect, score_detections
 from epsd.detectors import DETECTORS, Picture
 from epsd.figures import style as figures
 from epsd.masks import Mask
@@ -29,7 +34,7 @@ from epsd.project.runtime import counted, state_folder
 from epsd.registry import choose
 from epsd.tracking import Tracker
 from epsd.training import checkpoints
-from epsd.voc.annotations import Detections, VocIndex
+from epsd.voc.scenes import VocIndex
 
 
 class Task(NamedTuple):
@@ -96,7 +101,7 @@ def followed(task: Task) -> None:
     model = classifier(task)
     trained = fitted(task, model, artifacts.load_mask(model))
     found(task, trained.detector, "test")
-    if detection.countable(task.voc.scenes["validation"]):
+    if countable(task.voc.scenes["validation"]):
         found(task, trained.detector, "validation")
     beside(task)
 
@@ -122,16 +127,16 @@ def fitted(
 ) -> Trained:
     """A detector around `model`, trained on the training scenes; the mask of `model` moves along and holds."""
     settings, device = task.params.detect, task.machine.device
-    picture = Picture(*detection.typical_size(task.voc.scenes["train"]), task.card["mean"], task.card["std"])
+    picture = Picture(*typical_size(task.voc.scenes["train"]), task.card["mean"], task.card["std"])
     nodes = choose(ARCHITECTURES, task.card["architecture"], "architecture").feature_nodes(model)
     seed_everything(mix(task.params.seed, "detect"))
     build = choose(DETECTORS, settings.detector, "detect.detector")
     detector = build(model, nodes, picture, len(task.voc.class_names), settings.frozen_stages)
-    moved = None if mask is None else detection.follow(mask, model, detector)
-    history = detection.fit_detector(
+    moved = None if mask is None else follow(mask, model, detector)
+    history = fit_detector(
         detector,
         task.voc.scenes["train"],
-        detection.Recipe(**settings.model_dump(include=detection.Recipe.fields())),
+        Recipe(**settings.model_dump(include=Recipe.fields())),
         channels=task.card["image_shape"][0],
         mask=moved,
         seed=task.params.seed,
@@ -146,7 +151,7 @@ def fitted(
 
 def found(task: Task, detector: nn.Module, split: str) -> list[Detections]:
     """What the detector finds in the scenes of a split."""
-    return detection.detect(
+    return detect(
         detector,
         task.voc.scenes[split],
         channels=task.card["image_shape"][0],
@@ -156,9 +161,9 @@ def found(task: Task, detector: nn.Module, split: str) -> list[Detections]:
     )
 
 
-def scored(task: Task, detections: Sequence[Detections], split: str) -> detection.Report:
+def scored(task: Task, detections: Sequence[Detections], split: str) -> Report:
     """Average precision on a split."""
-    return detection.score_detections(detections, task.voc.scenes[split], task.voc.class_names)
+    return score_detections(detections, task.voc.scenes[split], task.voc.class_names)
 
 
 def judged(task: Task, trained: Trained) -> dict[str, float]:
@@ -166,18 +171,18 @@ def judged(task: Task, trained: Trained) -> dict[str, float]:
     detections = found(task, trained.detector, "test")
     summary, rows = scored(task, detections, "test")
     card = task.card | {"detector": task.params.detect.detector, "detected": task.voc.class_names}
-    card |= {"typical_size": detection.typical_size(task.voc.scenes["train"])}
+    card |= {"typical_size": typical_size(task.voc.scenes["train"])}
     artifacts.save_model(trained.detector, artifacts.DETECTOR, card)
     artifacts.write_csv(artifacts.DETECT_PER_CLASS, list(rows[0]), [list(row.values()) for row in rows])
     artifacts.write_csv(
         artifacts.DETECT_HISTORY, list(trained.history[0]), [list(row.values()) for row in trained.history]
     )
     draw(task, detections)
-    if detection.countable(task.voc.scenes["validation"]):
+    if countable(task.voc.scenes["validation"]):
         validation = scored(task, found(task, trained.detector, "validation"), "validation")
         summary |= {"validation_map50": validation.summary["map50"]}
     if trained.mask is not None:
-        summary |= {"sparsity": detection.sparsity(trained.detector, trained.mask)}
+        summary |= {"sparsity": sparsity(trained.detector, trained.mask)}
     return summary | {"seconds": sum(row["seconds"] for row in trained.history)}
 
 

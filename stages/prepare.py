@@ -21,7 +21,9 @@ def main(params: Params, _machine: object) -> str:
     scenes.save(artifacts.VOC_INDEX)
     changes.remember(images_read(params))
     pictures = ", ".join(f"{count['pictures']} {split}" for split, count in scenes.counts().items())
-    return f"{summary(index)}; detection: {pictures} scenes of {len(scenes.class_names)} classes"
+    return "; ".join(
+        [f"{summary(index)}; detection: {pictures} scenes of {len(scenes.class_names)} classes", *scenes.notes]
+    )
 
 
 if __name__ == "__main__":

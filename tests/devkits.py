@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from epsd.voc.annotations import Scene
+from epsd.voc.scenes import Scene
 from pictures import picture
 
 Box = tuple[float, float, float, float]

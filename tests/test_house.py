@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -342,10 +343,39 @@ def test_commands_that_train_nothing_start_without_torch():
 # --- the lock and the presets ---------------------------------------------------------------------------------------
 
 
+UNIMPORTED = {  # declared, and imported by another package or by none
+    "dvc": "the command that runs the stages",
+    "plotly": "Optuna draws the search's figures with it",
+    "pyyaml": "of the design card",
+    "ruamel-yaml-clib": "DVC reads YAML with it, twice as fast",
+}
+
+
+def declared(*extras: str) -> set[str]:
+    """The packages that pyproject.toml names, as the lock spells them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    entries = [
+        *project["dependencies"],
+        *(entry for extra in extras for entry in project["optional-dependencies"][extra]),
+    ]
+    return {spelt(re.split(r"[<>=\[ ]", entry)[0]) for entry in entries}
+
+
+def spelt(name: str) -> str:
+    return re.sub(r"[._]", "-", name.lower())
+
+
+def test_packages_are_declared_when_they_are_imported_and_needed_when_they_are_declared():
+    owners = importlib.metadata.packages_distributions()
+    files = [*MODULES, *(ROOT / "stages").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    own = {"epsd", *sys.stdlib_module_names, *(file.stem for file in files)}
+    used = {module.split(".")[0] for file in files for module, _ in imports(file)} - own
+    brought = {name: {spelt(owner) for owner in owners.get(name, [name])} for name in used}
+    assert not {name for name in used if not brought[name] & declared("timm")}
+    assert declared() - set().union(*brought.values()) <= set(UNIMPORTED)
+
+
 def test_lock_pins_every_dependency_and_names_no_host():
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
     assert "://" not in lock
-    pinned = set(re.findall(r"^([a-z0-9._-]+)==", lock, re.M))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = {re.split(r"[<>=\[ ]", entry)[0].lower().replace(".", "-") for entry in project["dependencies"]}
-    assert wanted <= {name.replace(".", "-") for name in pinned}
+    assert declared() <= {spelt(name) for name in re.findall(r"^([a-z0-9._-]+)==", lock, re.M)}

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from epsd.architectures.resnet import ResNet
 from epsd.compute import distributed, shortage
 from epsd.datasets.digit_scenes import DigitScenes
-from epsd.detection import fit as detection
+from epsd.detection import recipe as detection
+from epsd.detection import score
+from epsd.detection.backbone import follow
+from epsd.detection.fit import fit_detector
 from epsd.detectors import DETECTORS, Picture
 from epsd.masks import Mask, prunable
 from epsd.objectives import OBJECTIVES
@@ -24,7 +27,8 @@ from epsd.scores import Epsd, Grasp, ProsPr, Random, Snip, SynFlow
 from epsd.training.fit import fit
 from epsd.training.recipe import Recipe
 from epsd.types import Batch
-from epsd.voc import annotations
+from epsd.voc.annotations import read_index
+from epsd.voc.scenes import Scene
 from toys import ToyBatches, convnet, mlp
 
 EPOCHS = 3
@@ -119,9 +123,9 @@ def scores(objective: str, folder: Path) -> Found:
         kinds |= {"grasp": Grasp(samples_per_class=5), "grasp-tiny": Grasp(samples_per_class=1)}
         kinds |= {"grasp-batches": Grasp(samples_per_class=None, batches=2), "synflow": SynFlow(), "random": Random()}
     found = {}
-    for kind, score in kinds.items():
+    for kind, one in kinds.items():
         torch.manual_seed(3)
-        found |= {f"{kind}/{name}": tensor for name, tensor in scored(model, data, score=score, objective=loss).items()}
+        found |= {f"{kind}/{name}": tensor for name, tensor in scored(model, data, score=one, objective=loss).items()}
     for name, value in signal(model, data, kinds["again"], loss).items():
         found[name] = torch.tensor(value)
     return found
@@ -144,13 +148,13 @@ DETECTOR_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def scenes(folder: Path) -> list[annotations.Scene]:
+def scenes(folder: Path) -> list[Scene]:
     """Seven pictures of two sizes."""
     found = []
     for canvas, count in ((48, 4), (80, 3)):
         kit = DigitScenes(train=count, validation=0, test=1, canvas=canvas, objects=3, smallest=20, largest=28)
         place = folder / f"voc-{canvas}-{distributed.world()}-{distributed.rank()}"
-        found += annotations.read_index(kit(place, seed=0), **kit.reading).scenes["train"]
+        found += read_index(kit(place, seed=0), **kit.reading).scenes["train"]
     return found
 
 
@@ -160,13 +164,13 @@ def detect(name: str, folder: Path, **changed: Any) -> Found:
     model = ResNet(depth=20, width=0.25)(10, (1, 8, 8))
     nodes = ["layer1", "layer2", "layer3"]
     detector = DETECTORS[name](**DETECTOR_SETTINGS[name])(model, nodes, Picture(48, 48, [0.2], [0.3]), 10)
-    mask = detection.follow(half(model), model, detector)
+    mask = follow(half(model), model, detector)
     recipe = detection.Recipe(epochs=2, batch_size=4, lr=0.01, clip_norm=10.0, warmup_steps=1, flip=True)
     pictures = scenes(folder)
     options: dict[str, Any] = {"channels": 1, "mask": mask, "seed": 2, **changed}
-    history = detection.fit_detector(detector, pictures, recipe, **options)
+    history = fit_detector(detector, pictures, recipe, **options)
     figures = {key: torch.tensor(value) for key, value in history[-1].items() if key != "seconds"}
-    seen = detection.detect(detector, pictures, channels=1, batch_size=2)
+    seen = score.detect(detector, pictures, channels=1, batch_size=2)
     assert len(seen) == len(pictures)
     boxes = {f"boxes{number}": torch.from_numpy(one.boxes[:3]) for number, one in enumerate(seen)}
     return {**detector.state_dict(), **figures, **boxes}

@@ -17,7 +17,7 @@ from epsd.datasets.digit_scenes import DigitScenes
 from epsd.datasets.downloads import DownloadError, Published
 from epsd.files.archives import ArchiveError
 from epsd.registry import ParamsError, choose
-from epsd.voc import annotations
+from epsd.voc.annotations import read_index
 from pictures import tarred, write, zipped
 
 THINGS = [("cat", (2, 2, 20, 12))]
@@ -26,7 +26,7 @@ YEAR_2012 = {"trainval": {"2008_000003": [("bird", (2, 2, 20, 12))]}}
 
 
 def ids(kit: Devkit, folder: Path) -> dict[str, list[str]]:
-    index = annotations.read_index(kit(folder, seed=0), seed=0, **kit.reading)
+    index = read_index(kit(folder, seed=0), seed=0, **kit.reading)
     return {split: [scene.id for scene in scenes] for split, scenes in index.scenes.items()}
 
 
@@ -86,7 +86,7 @@ def test_own_devkit_with_own_classes(tmp_path: Path) -> None:
     things = {"mine": {"a": [("screw", (1, 1, 9, 9))]}, "yours": {"b": [("nut", (1, 1, 9, 9))]}}
     root = write(tmp_path / "root", devkit(things, prefix="Workshop"))
     kit = Devkit(root=str(root), train=["mine"], test=["Workshop/yours"], class_names=["nut", "screw", "washer"])
-    index = annotations.read_index(kit(tmp_path, seed=0), **kit.reading)
+    index = read_index(kit(tmp_path, seed=0), **kit.reading)
     assert index.class_names == ["nut", "screw", "washer"]
     assert (index.scenes["train"][0].labels.tolist(), index.scenes["test"][0].labels.tolist()) == ([1], [0])
 

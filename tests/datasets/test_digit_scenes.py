@@ -9,8 +9,10 @@ from PIL import Image
 
 from epsd.datasets import DEVKITS
 from epsd.datasets.digit_scenes import CLASS_NAMES, INK, SETS, DigitScenes
+from epsd.detection.average_precision import overlaps
 from epsd.registry import ParamsError, choose
-from epsd.voc import annotations
+from epsd.voc.annotations import read_image_set, read_index, read_picture
+from epsd.voc.scenes import VocIndex
 
 FEW = {"train": 12, "validation": 4, "test": 6}
 
@@ -23,12 +25,10 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def read(
-    folder: Path, *, images: object = None, class_names: list[str] = CLASS_NAMES, **settings: object
-) -> annotations.VocIndex:
+def read(folder: Path, *, images: object = None, class_names: list[str] = CLASS_NAMES, **settings: object) -> VocIndex:
     scenes = choose(DEVKITS, {"name": "digit_scenes", **FEW, **settings})
     sources = scenes(folder, seed=0, images=images, class_names=class_names)  # type: ignore[call-arg]
-    return annotations.read_index(sources, **scenes.reading)
+    return read_index(sources, **scenes.reading)
 
 
 def pool(value: int, digit: int, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +42,7 @@ def test_reads_back_as_a_devkit(tmp_path: Path) -> None:
     assert index.class_names == CLASS_NAMES
     lists = tmp_path / "VOCdigits/ImageSets/Main"
     assert {path.stem for path in lists.iterdir()} == {"train", "val", "trainval", "test"}
-    assert annotations.read_image_set(lists.parents[1], "trainval") == [
+    assert read_image_set(lists.parents[1], "trainval") == [
         s.id for s in index.scenes["train"] + index.scenes["validation"]
     ]
 
@@ -132,7 +132,7 @@ def test_boxes_never_overlap_and_lie_inside(tmp_path: Path) -> None:
         assert 1 <= len(scene.labels) <= 6
         assert (scene.boxes >= 0).all()
         assert (scene.boxes <= 64).all()
-        shared = annotations.overlaps(scene.boxes, scene.boxes)
+        shared = overlaps(scene.boxes, scene.boxes)
         assert shared[~np.eye(len(shared), dtype=bool)].max(initial=0) == 0
 
 
@@ -140,7 +140,7 @@ def test_difficult_digits_are_faint(tmp_path: Path) -> None:
     index = read(tmp_path, train=60, difficult=0.5, noise=0.0, clutter=0)
     peaks: dict[bool, list[int]] = {True: [], False: []}
     for scene in index.scenes["train"]:
-        pixels = annotations.read_picture(scene, 1)[0]
+        pixels = read_picture(scene, 1)[0]
         for (left, top, right, bottom), hard in zip(scene.boxes.astype(int), scene.difficult, strict=True):
             peaks[bool(hard)].append(int(pixels[top:bottom, left:right].max()))
     assert 0.3 < len(peaks[True]) / (len(peaks[True]) + len(peaks[False])) < 0.7

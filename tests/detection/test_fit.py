@@ -13,14 +13,18 @@ from devkits import scene
 from epsd.architectures.resnet import ResNet
 from epsd.datasets.digit_scenes import DigitScenes
 from epsd.detection import drawing
-from epsd.detection import fit as detection
-from epsd.detection.fit import DetectionError, Pictures, Recipe, detect, fit_detector, follow, score_detections
+from epsd.detection.average_precision import Detections
+from epsd.detection.backbone import DetectionError, follow, sparsity
+from epsd.detection.fit import fit_detector
+from epsd.detection.pictures import Pictures, training_batches
+from epsd.detection.recipe import Recipe
+from epsd.detection.score import coco_map, detect, score_detections
 from epsd.detectors import Picture
 from epsd.detectors.faster_rcnn import FasterRcnn
 from epsd.detectors.ssd import Ssd
 from epsd.masks import Mask, prunable
-from epsd.voc import annotations
-from epsd.voc.annotations import Detections, Scene
+from epsd.voc.annotations import read_index
+from epsd.voc.scenes import Scene
 
 SMALL = FasterRcnn(channels=16, head_width=16, proposals=20, roi_samples=16, anchor_samples=16)
 RECIPE = Recipe(epochs=2, batch_size=4, lr=0.05, momentum=0.9, weight_decay=0.01, clip_norm=10.0, warmup_steps=2)
@@ -30,7 +34,7 @@ RECIPE = Recipe(epochs=2, batch_size=4, lr=0.05, momentum=0.9, weight_decay=0.01
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Scene]]:
     """A dozen scenes of 48 px with large digits."""
     kit = DigitScenes(train=12, validation=2, test=6, canvas=48, objects=2, smallest=20, largest=28)
-    return annotations.read_index(kit(tmp_path_factory.mktemp("voc"), seed=0), **kit.reading).scenes
+    return read_index(kit(tmp_path_factory.mktemp("voc"), seed=0), **kit.reading).scenes
 
 
 def backbone() -> nn.Module:
@@ -60,7 +64,7 @@ def test_mask_follows_the_backbone() -> None:
     weights = dict(detector.named_parameters())
     assert {f"backbone.body.{name}" for name in mask.keep} - set(moved.keep) == {"backbone.body.fc.weight"}
     assert all(torch.equal(keep, weights[name] != 0) for name, keep in moved.keep.items())
-    assert detection.sparsity(detector, moved) == pytest.approx(moved.sparsity)
+    assert sparsity(detector, moved) == pytest.approx(moved.sparsity)
 
 
 def test_mask_of_another_network_does_not_follow() -> None:
@@ -80,7 +84,7 @@ def test_removed_weights_stay_exactly_zero_and_the_others_learn(scenes: dict[str
     for name, keep in moved.keep.items():
         assert not weights[name][~keep].any()
         assert not torch.equal(weights[name][keep], before[name][keep])
-    assert detection.sparsity(detector, moved) == pytest.approx(moved.sparsity, abs=1e-4)
+    assert sparsity(detector, moved) == pytest.approx(moved.sparsity, abs=1e-4)
     assert all(float(p.detach().abs().min()) > 0 for n, p in weights.items() if n == "roi_heads.box_head.fc6.weight")
 
 
@@ -92,7 +96,7 @@ def test_weights_that_came_back_are_removed_before_the_first_step(scenes: dict[s
         for name in moved.keep:
             detector.get_parameter(name).add_(1.0)
     fit_detector(detector, scenes["train"][:1], Recipe(epochs=1, batch_size=1, lr=1e-9), channels=1, mask=moved)
-    assert detection.sparsity(detector, moved) == pytest.approx(moved.sparsity, abs=1e-4)
+    assert sparsity(detector, moved) == pytest.approx(moved.sparsity, abs=1e-4)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -136,10 +140,10 @@ def test_the_callers_random_state_is_left_alone(scenes: dict[str, list[Scene]]) 
 
 
 def test_a_lone_last_picture_joins_the_batch_before() -> None:
-    assert detection.training_batches(range(9), 4) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
-    assert detection.training_batches(range(10), 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert detection.training_batches(range(3), 1) == [[0], [1], [2]]
-    assert detection.training_batches(range(1), 4) == [[0]]
+    assert training_batches(range(9), 4) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
+    assert training_batches(range(10), 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert training_batches(range(3), 1) == [[0], [1], [2]]
+    assert training_batches(range(1), 4) == [[0]]
 
 
 def ladder(scenes: list[Scene], batch_size: int) -> list[dict[str, float]]:
@@ -239,7 +243,7 @@ def test_streamed_pictures_train_as_kept_ones(
 ) -> None:
     recipe = Recipe(epochs=1, batch_size=4, lr=0.01, flip=True)
     kept = fit_detector(detector_of(backbone()), scenes["train"], recipe, channels=1)
-    monkeypatch.setattr(detection, "IN_MEMORY_UP_TO", 0)
+    monkeypatch.setattr("epsd.detection.pictures.IN_MEMORY_UP_TO", 0)
     streamed = fit_detector(detector_of(backbone()), scenes["train"], recipe, channels=1, workers=workers)
     assert kept[0]["loss"] == streamed[0]["loss"]
 
@@ -366,7 +370,7 @@ def test_coco_figures_are_those_of_torchmetrics(tmp_path: Path) -> None:
             [_tensors(boxes, labels) | {"iscrowd": torch.from_numpy(difficult.astype(np.int64))}],
         )
     theirs = metric.compute()
-    ours = detection.coco_map(found, scenes)
+    ours = coco_map(found, scenes)
     assert 0.1 < ours["map"] < 0.9
     assert ours == pytest.approx({"map": float(theirs["map"]), "map75": float(theirs["map_75"])}, abs=1e-6)
 
@@ -377,4 +381,4 @@ def _tensors(boxes: np.ndarray, labels: np.ndarray) -> dict[str, Tensor]:
 
 def test_coco_figures_of_no_detection_at_all(scenes: dict[str, list[Scene]]) -> None:
     nothing = Detections(np.empty((0, 4)), np.empty(0), np.empty(0, dtype=np.int64))
-    assert detection.coco_map([nothing] * len(scenes["test"]), scenes["test"]) == {"map": 0.0, "map75": 0.0}
+    assert coco_map([nothing] * len(scenes["test"]), scenes["test"]) == {"map": 0.0, "map75": 0.0}

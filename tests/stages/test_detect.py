@@ -19,7 +19,7 @@ from epsd.datasets import DEVKITS
 from epsd.masks import Mask, prunable
 from epsd.project import artifacts
 from epsd.registry import choose
-from epsd.voc import annotations
+from epsd.voc.annotations import read_index
 from pictures import write
 
 STAGE = Path(__file__).resolve().parents[2] / "stages" / "detect.py"
@@ -46,7 +46,7 @@ def project(folder: Path, scenes: dict[str, Any], shape: tuple[int, int, int] = 
         yaml.dump(params, file)
     kit = choose(DEVKITS, scenes)
     sources = kit(folder / artifacts.VOC, seed=0)  # type: ignore[operator]
-    annotations.read_index(sources, **kit.reading).save(folder / artifacts.VOC_INDEX)
+    read_index(sources, **kit.reading).save(folder / artifacts.VOC_INDEX)
     torch.manual_seed(0)
     net = choose(ARCHITECTURES, params["architecture"])(10, shape)
     (folder / artifacts.PRUNE).mkdir(parents=True)

@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from devkits import devkit
 from epsd.data.prepared import Prepared
 from epsd.project import artifacts
 from epsd.project.params import override, parse, read_yaml
-from epsd.voc.annotations import VocIndex
-from pictures import classes, zipped
+from epsd.voc.scenes import VocIndex
+from pictures import classes, write, zipped
 
 SMALL = {"voc.train": 6, "voc.validation": 2, "voc.test": 3, "data.limit": 10}
 
@@ -19,7 +20,7 @@ def prepared(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, **change
         override(tree, dotted, value)
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
-    line: str = runpy.run_path(str(root / "stages" / "prepare.py"))["main"](parse(tree))
+    line: str = runpy.run_path(str(root / "stages" / "prepare.py"))["main"](parse(tree), None)
     return line
 
 
@@ -31,7 +32,8 @@ def test_both_data_sets_are_written_and_told_in_one_line(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = prepared(root, tmp_path, monkeypatch)
-    assert line.startswith("100 train, 100 validation, 100 test images of 10 classes, 1x8x8; detection: 6 train, ")
+    assert line.startswith("100 train, 100 validation, 100 test images of 10 classes, 1x8x8; left out: 1,497 by ")
+    assert "by data.limit; detection: 6 train, " in line
     assert "\n" not in line
     assert Prepared.load(artifacts.DATA).sizes["test"] == 100
     assert VocIndex.load(artifacts.VOC_INDEX).counts()["test"]["pictures"] == 3
@@ -52,3 +54,34 @@ def test_own_images_from_a_zip(root: Path, tmp_path: Path, monkeypatch: pytest.M
     archive = zipped(tmp_path / "mine.zip", classes(10))
     line = prepared(root, tmp_path, monkeypatch, dataset={"name": "image_folder", "root": str(archive)})
     assert line.startswith("14 train, 2 validation, 4 test images of 2 classes, 3x12x12; ")
+
+
+def test_what_is_left_out_or_there_twice_is_told(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = classes(14, splits=("train", "test"))
+    files |= {f"train/cat/{i}.heic": b"..." for i in range(12)} | {
+        "notes": b"",
+        ".hidden": b"",
+        "train/dog/x.png": b"no",
+    }
+    files |= {"test/dog/twin.png": files["train/cat/3.png"], "train/cat/3.png": files["train/cat/3.png"]}
+    write(tmp_path / "mine", files)
+    choice = {"name": "image_folder", "root": str(tmp_path / "mine"), "unreadable": "skip"}
+    boxes = {"train": {"a": [("dog", (5, 5, 5, 9)), ("dog", (5, 5, 9, 9))], "c": [("dog", (2, 2, 9, 9))]},
+             "test": {"b": [("dog", (1, 1, 9, 9))]}}  # fmt: skip
+    scenes = devkit(boxes)
+    scenes["VOCdevkit/VOC2007/JPEGImages/b.jpg"] = scenes["VOCdevkit/VOC2007/JPEGImages/a.jpg"]
+    voc = {"name": "devkit", "root": str(write(tmp_path / "voc", scenes)), "bad_boxes": "drop"}
+    voc |= {"train": ["train"], "test": ["test"]}
+    changes = {"dataset": choice, "voc": voc, "data.limit": 20, "data.validation": 0.0}
+    tree = read_yaml(root / "params.yaml")
+    for dotted, value in changes.items():
+        override(tree, dotted, value)
+    monkeypatch.chdir(tmp_path)
+    line = runpy.run_path(str(root / "stages" / "prepare.py"))["main"](parse(tree), None)
+    left_out = "left out: 12 .heic, 1 without one (endings not read), 1 unreadable (train/dog/x.png)"
+    twins = "1 of test also in train, byte for byte (test/dog/twin.png as train/cat/3.png)"
+    assert f"3x12x12; {left_out}; {twins}; detection: 2 train, 0 validation, 1 test scenes" in line
+    boxes_told = "boxes dropped: 1 (without area, or outside the picture)"
+    assert line.endswith(f"of 1 classes; {boxes_told}; 1 of test also in train, byte for byte (b as a)")
+    index = artifacts.read_json(artifacts.DATA_INDEX)
+    assert index["left_out"] and index["duplicates"] == [twins]

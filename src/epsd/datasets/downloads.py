@@ -1,19 +1,18 @@
 """Fetch a published file: resumed where it was interrupted, and used only when its checksum is the published one."""
 
 import contextlib
-import email.utils
 import hashlib
-import http.client
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from epsd.files.regular import check_regular
 from epsd.project.runtime import note, watched
 from epsd.types import EpsdError
+
+if TYPE_CHECKING:
+    import requests
 
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as lost."""
@@ -162,12 +161,11 @@ def _continue(published: Published, part: Path) -> Path:
     Returns the file that is complete. Raises _Lost where another try may go on.
     """
     have = _size(part)
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    answer = _asked(urllib.request.Request(published.url, headers=headers))
+    answer = _asked(published.url, have)
     if answer is None:
         return part
     with answer:
-        resumed = answer.status == 206 and _starts_at(answer.headers.get("Content-Range"), have)
+        resumed = answer.status_code == 206 and _starts_at(answer.headers.get("Content-Range"), have)
         length = answer.headers.get("Content-Length")
         start = have if resumed else 0
         total = start + int(length) if length and length.isdigit() else None
@@ -178,7 +176,7 @@ def _continue(published: Published, part: Path) -> Path:
         return _beside(answer, part, published.name, total)
 
 
-def _beside(answer: http.client.HTTPResponse, part: Path, name: str, total: int | None) -> Path:
+def _beside(answer: "requests.Response", part: Path, name: str, total: int | None) -> Path:
     """All that the server sends, in a file of its own, which goes when it breaks: `part` may be more."""
     other = part.with_name(f"{name}.new.part")
     try:
@@ -190,39 +188,42 @@ def _beside(answer: http.client.HTTPResponse, part: Path, name: str, total: int 
     return other
 
 
-def _asked(request: urllib.request.Request) -> http.client.HTTPResponse | None:
-    """The server's answer; None: there is nothing beyond the bytes asked from.
+def _asked(url: str, have: int) -> "requests.Response | None":
+    """The server's answer, to be read, with the bytes from `have` on; None: there are none.
 
     Raises DownloadError for an answer that will not change, _Lost for everything that may.
     """
+    import requests  # not above: a stage that fetches nothing starts without it
+    from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
-        answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
-        return answer
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416 and request.has_header("Range"):  # complete, or of another version: its checksum will tell
-            return None
-        says = f"the server says {error.code} {error.reason}"
-        if error.code < 500 and error.code not in _LATER:
-            raise DownloadError(f"{request.full_url}: {says}.") from None
-        wait = _seconds(error.headers.get("Retry-After"))
-        asks = f" and asks to wait {wait:.0f} s" if wait else ""
-        raise _Lost(f"{says}{asks}", wait) from None
-    except urllib.error.URLError as error:
-        raise _Lost(f"cannot be reached ({error.reason})") from None
-    except (OSError, http.client.HTTPException) as error:  # after the request was sent, before an answer came
+        answer = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+    except requests.RequestException as error:
+        reason = getattr(error.args[0] if error.args else None, "reason", None)
+        if isinstance(reason, ConnectTimeoutError | NewConnectionError):
+            raise _Lost(f"cannot be reached ({_told(reason)})") from None
         raise _Lost(f"the connection broke ({_told(error)})") from None
+    if answer.ok:
+        return answer
+    answer.close()
+    if answer.status_code == 416 and have:  # complete, or of another version: its checksum will tell
+        return None
+    says = f"the server says {answer.status_code} {answer.reason}"
+    if answer.status_code < 500 and answer.status_code not in _LATER:
+        raise DownloadError(f"{url}: {says}.")
+    wait = _seconds(answer.headers.get("Retry-After"))
+    raise _Lost(f"{says} and asks to wait {wait:.0f} s" if wait else says, wait)
 
 
 def _seconds(retry_after: str | None) -> float:
-    """How long a server asks to be left alone; 0: it does not say. The header holds seconds or a date."""
-    text = (retry_after or "").strip()
-    if text.isdigit():
-        return float(text)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return 0.0
+    """How long a server asks to be left alone; 0: it does not say."""
+    from urllib3 import Retry
+    from urllib3.exceptions import InvalidHeader
+
+    with contextlib.suppress(InvalidHeader):
+        return Retry().parse_retry_after(retry_after or "0")
+    return 0.0
 
 
 def _told(error: BaseException) -> str:
@@ -233,7 +234,7 @@ def _starts_at(content_range: str | None, have: int) -> bool:
     return bool(content_range) and str(content_range).startswith(f"bytes {have}-")
 
 
-def _receive(answer: http.client.HTTPResponse, file: IO[bytes], name: str, start: int, total: int | None) -> None:
+def _receive(answer: "requests.Response", file: IO[bytes], name: str, start: int, total: int | None) -> None:
     size = start
     for chunk in _shown(_chunks(answer), name, start, total):
         file.write(chunk)
@@ -242,12 +243,15 @@ def _receive(answer: http.client.HTTPResponse, file: IO[bytes], name: str, start
         raise _Lost(f"the connection broke after {size} of {total} bytes")
 
 
-def _chunks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+def _chunks(answer: "requests.Response") -> Iterator[bytes]:
     """What arrives, as it arrives: waiting for a block to be full would lose its beginning with the connection."""
+    from urllib3.exceptions import HTTPError
+
+    answer.raw.enforce_content_length = False  # what is missing is told, and asked for, in bytes of the file
     while True:
         try:
-            chunk = answer.read1(_CHUNK)
-        except (OSError, http.client.HTTPException) as error:
+            chunk = answer.raw.read1(_CHUNK)
+        except (OSError, HTTPError) as error:
             raise _Lost(f"the connection broke ({_told(error)})") from None
         if not chunk:
             return

@@ -24,6 +24,7 @@ from epsd.files.layouts import (
     as_labels,
     below,
     check_apart,
+    unread,
 )
 from epsd.project.runtime import located
 from epsd.registry import variant
@@ -74,7 +75,8 @@ class Imagenet:
             "test": _labelled(tree, val, synsets, number),
         }
         reading = Reading(self.size, self.resize, unreadable=self.unreadable)
-        return Source(f"ImageNet ({root})", class_names, splits, reading)
+        left_out = unread(name for name in tree.names if name.startswith(("train/", "val/")))
+        return Source(f"ImageNet ({root})", class_names, splits, reading, left_out)
 
 
 def _level(name: str, start: str) -> int:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from epsd.voc.annotations import HIT, IGNORED, Detections, Floats, Scene, judge, read_picture
+from epsd.detection.average_precision import HIT, IGNORED, Detections, judge
+from epsd.voc.annotations import read_picture
+from epsd.voc.scenes import Floats, Scene
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,6 +7,7 @@ arrays, the others the names of files inside a tree (a folder or an archive) and
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
@@ -81,12 +82,16 @@ class Reading:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as read. `splits` holds at least "train"; the others are carved from it where they are missing."""
+    """A data set as read. `splits` holds at least "train"; the others are carved from it where they are missing.
+
+    `left_out`: what lay there and is not among the images, in plain words.
+    """
 
     description: str
     class_names: list[str]
     splits: Mapping[Split, Labelled]
     reading: Reading = field(default_factory=Reading)
+    left_out: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_class_names(self.class_names, self.description)
@@ -108,10 +113,22 @@ def check_class_names(names: Sequence[str], where: str) -> None:
         raise SourceError(f"{where}: the class name '{shown}' is not UTF-8 text: rename its folder.")
     if len(names) < 2:
         raise SourceError(f"{where}: has {len(names)} class(es) ({', '.join(names)}), at least 2 are needed.")
+    check_spelling(names, where)
+
+
+def check_spelling(names: Sequence[str], where: str) -> None:
+    """Raises SourceError for names that differ at most in case."""
     counts = Counter(name.casefold() for name in names)
     clash = sorted(name for name in names if counts[name.casefold()] > 1)
     if clash:
         raise SourceError(f"{where}: class names clash: {', '.join(clash)} (upper and lower case count as the same).")
+
+
+def unread(names: Iterable[str]) -> list[str]:
+    """What is left out of these files for its ending, in plain words: `["12 .heic, 1 .txt (endings not read)"]`."""
+    endings = Counter(PurePosixPath(name).suffix.lower() or "without one" for name in names if not is_image(name))
+    told = ", ".join(f"{count:,} {ending}" for ending, count in sorted(endings.items()))
+    return [f"{told} (endings not read)"] if told else []
 
 
 def check_labels(labels: NDArray[np.int64], class_names: Sequence[str], where: str) -> None:
@@ -130,7 +147,7 @@ def check_labels(labels: NDArray[np.int64], class_names: Sequence[str], where: s
 def folder_source(tree: Tree, reading: Reading) -> Source:
     """A tree of `split/class/image` (train, val or valid or validation, test), or of `class/image`.
 
-    A single top folder around either is skipped. Files that are no images are ignored; a folder without any
+    A single top folder around either is skipped. Files that are no images are left out and told; a folder without any
     counts as an empty class.
 
     Raises SourceError naming what is empty, clashing, missing from a split, not in a class folder, or there twice.
@@ -188,6 +205,7 @@ def _by_class(splits: Mapping[Split, Found], class_names: Sequence[str], tree: T
             for split, found in splits.items()
         },
         reading=reading,
+        left_out=unread(tree.names),
     )
 
 

@@ -6,13 +6,13 @@ params.yaml only; so `make repro` asks here before it asks DVC.
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from epsd.files.archives import open_tree
-from epsd.project.artifacts import write_json
+from epsd.project.artifacts import read_json, write_json
 from epsd.project.runtime import state_folder
+from epsd.types import EpsdError
 
 _SEEN = "read.json"
 """Beside the checkpoints, not among the artifacts: times differ between copies of the same images."""
@@ -62,6 +62,6 @@ def _key(root: Path, digest: str) -> str:
 
 
 def _remembered() -> dict[str, str]:
-    with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads(state_folder(_SEEN).read_text(encoding="utf-8")))
+    with contextlib.suppress(EpsdError):
+        return read_json(state_folder(_SEEN))
     return {}

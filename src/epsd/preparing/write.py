@@ -6,9 +6,10 @@ and either all images as one uint8 .npy (N, C, H, W) or the list of their files.
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from epsd.compute.seeds import mix
 from epsd.files.archives import ArchiveError, open_tree, unpack
 from epsd.files.digests import digest, digest_of
+from epsd.files.duplicates import Marks, duplicates, mark, marks
 from epsd.files.images import ImageError, decode, fit, pixels
 from epsd.files.layouts import (
     SPLITS,
@@ -98,13 +100,16 @@ def prepare(
     SourceError : shares, classes or counts that leave a split without images of a class; images of several sizes.
     ImageError : a damaged image, unless the source says to skip it. ArtifactError : `out` cannot be written.
     """
-    splits = limited(carved(source, validation, test, seed), limit, seed)
+    whole = carved(source, validation, test, seed)
+    splits = limited(whole, limit, seed)
     drawn = [split for split in splits if split not in source.splits]
     shape = _image_shape(splits["train"], source.reading)
     in_memory = max(shape[1:]) <= IN_MEMORY_UP_TO
     writer = Writer(out, source, shape, in_memory)
     for split, labelled in splits.items():
         writer.write(split, labelled)
+    if over := sum(len(whole[split]) - len(labelled) for split, labelled in splits.items()):
+        writer.left_out.append(f"{over:,} by data.limit")
     settings = {"dataset": dataset, "seed": seed, "validation": validation, "test": test, "limit": limit}
     return writer.finish({**settings, "carved": drawn})
 
@@ -239,10 +244,14 @@ class Writer:
     per_class: dict[str, dict[str, int]] = field(default_factory=dict)
     skipped: dict[str, list[str]] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    marks: dict[str, Marks] = field(default_factory=dict)
+    names: dict[str, Sequence[object]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
     root: str | None = None
 
     def __post_init__(self) -> None:
         self._hash = hashlib.sha256(repr(self.source.class_names).encode())
+        self.left_out += self.source.left_out
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "data.json").unlink(missing_ok=True)
@@ -254,6 +263,7 @@ class Writer:
         """Verify and write one split."""
         if isinstance(labelled.images, np.ndarray):
             images, kept = labelled.images, np.ones(len(labelled), dtype=bool)
+            self.marks[split], self.names[split] = marks(map(_bytes, images)), range(len(images))
         elif self.in_memory:
             images, kept = self._load(split, labelled.images)
         else:
@@ -275,6 +285,7 @@ class Writer:
     def _read(self, split: Split, files: Files) -> Iterator[Read]:
         """Decoded, counted, of the right shape; those to skip are recorded and left out."""
         self.skipped[split] = []
+        found_marks = np.zeros(len(files.names), dtype=np.uint64)
         for read in _shown(decoded(files, self.source.reading), len(files.names), split):
             if read.image is None:
                 self.skipped[split].append(read.name)
@@ -285,8 +296,11 @@ class Writer:
                     f"{where} is {found} pixels, others are {usual}: set dataset.size to bring all to one."
                 )
             else:
+                found_marks[read.position] = mark(read.digest)
                 yield read
         self.skipped[split].sort()
+        sound = np.flatnonzero(found_marks)
+        self.marks[split], self.names[split] = found_marks[sound], [files.names[at] for at in sound]
 
     def _load(self, split: Split, files: Files) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         images = np.empty((len(files.names), *self.shape), dtype=np.uint8)
@@ -338,6 +352,8 @@ class Writer:
             "mean": mean,
             "std": std,
             "skipped": self.skipped,
+            "left_out": self.left_out + self._unreadable(),
+            "duplicates": duplicates(self.marks, self.names),
             "settings": settings,
             "digest": self._hash.hexdigest(),
             "digests": self.digests,
@@ -347,6 +363,14 @@ class Writer:
                 stale.unlink()
         write_json(self.out / "data.json", index)
         return index
+
+    def _unreadable(self) -> list[str]:
+        lost = list(chain(*self.skipped.values()))
+        return [f"{len(lost):,} unreadable ({lost[0]}{', ...' if len(lost) > 1 else ''})"] if lost else []
+
+
+def _bytes(image: NDArray[np.uint8]) -> bytes:
+    return image.tobytes()
 
 
 def written_arrays(
@@ -374,10 +398,8 @@ def _shown(reads: Iterable[Read], total: int, split: str) -> Iterable[Read]:
 
 
 def summary(index: Mapping[str, Any]) -> str:
-    """One line for the user: counts per split, classes, shape, what was skipped."""
+    """One line for the user: counts per split, classes, shape, what was left out, what is there twice."""
     sizes = ", ".join(f"{size} {split}" for split, size in index["sizes"].items())
     shape = "x".join(map(str, index["image_shape"]))
-    lost = sum(map(len, index["skipped"].values()))
-    return f"{sizes} images of {index['num_classes']} classes, {shape}" + (
-        f", {lost} unreadable skipped" if lost else ""
-    )
+    left_out = [f"left out: {', '.join(index['left_out'])}"] if index["left_out"] else []
+    return "; ".join([f"{sizes} images of {index['num_classes']} classes, {shape}", *left_out, *index["duplicates"]])

@@ -1,4 +1,4 @@
-"""Pascal VOC layout: annotations to boxes, the index of artifacts/voc, and average precision as the devkit counts it.
+"""Pascal VOC layout: annotations to boxes, read and checked.
 
 Boxes. A VOC annotation counts pixels from 1 and includes both ends: `xmin` 1, `xmax` 10 is ten pixels wide. Everything
 behind `read_annotation` uses corners of pixels instead, `[xmin - 1, ymin - 1, xmax, ymax]`: 0-based, right and bottom
@@ -6,159 +6,31 @@ exclusive, the convention of torchvision's detectors. The plain overlap of such 
 are `xmax - xmin + 1`; no "+ 1" appears below, and a test holds the two against each other.
 """
 
-import dataclasses
 import hashlib
 import io
 import math
-import operator
 import random
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from epsd.files.digests import digest
+from epsd.files.duplicates import Marks, duplicates, mark
 from epsd.files.images import decode, named, pixels
+from epsd.files.layouts import check_spelling
 from epsd.files.regular import read_bytes
-from epsd.project import artifacts
-from epsd.types import EpsdError
+from epsd.voc.scenes import SPLITS, Floats, Scene, VocError, VocIndex
 
-Floats = npt.NDArray[np.float64]
 Sources = Mapping[str, Sequence[tuple[Path, str]]]
 """Split -> its image sets, each a devkit folder (holding JPEGImages, Annotations, ImageSets) and a set's name."""
 
-SPLITS = ("train", "validation", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp")
+
 EXIF_ORIENTATION = 0x0112
-
-
-class VocError(EpsdError):
-    """A devkit file that is missing, damaged or inconsistent; the message names it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """One annotated picture of `width` x `height` pixels, n objects.
-
-    `boxes` (n, 4) float64, left, top, right, bottom as corners of pixels; `labels` (n,) int64, positions in the class
-    names; `difficult` (n,) bool: objects that neither training nor the official scores count. `upright`: the boxes
-    refer to the picture as its EXIF orientation shows it, not to the pixels as stored. `digest`: of the picture's file
-    (`epsd.files.digests`); "": not known.
-    """
-
-    id: str
-    image: Path
-    width: int
-    height: int
-    boxes: Floats
-    labels: npt.NDArray[np.int64]
-    difficult: npt.NDArray[np.bool_]
-    upright: bool = False
-    digest: str = ""
-
-    def to_json(self, base: Path) -> dict[str, Any]:
-        """Plain values; the image path relative to `base` where it lies below it."""
-        below = self.image.is_relative_to(base)
-        return {
-            "id": self.id,
-            "image": str(self.image.relative_to(base) if below else self.image),
-            "size": [self.width, self.height],
-            "boxes": self.boxes.tolist(),
-            "labels": self.labels.tolist(),
-            "difficult": self.difficult.tolist(),
-            "upright": self.upright,
-            "digest": self.digest,
-        }
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any], base: Path) -> Self:
-        """What `to_json` gave. Raises KeyError, TypeError, ValueError or IndexError for anything else."""
-        scene = cls(
-            id=content["id"],
-            image=base / content["image"],
-            width=content["size"][0],
-            height=content["size"][1],
-            boxes=np.asarray(content["boxes"], dtype=np.float64).reshape(-1, 4),
-            labels=np.asarray([operator.index(label) for label in content["labels"]], dtype=np.int64),
-            difficult=np.asarray(content["difficult"], dtype=np.bool_),
-            upright=content["upright"],
-            digest=content["digest"],
-        )
-        scene.check()
-        return scene
-
-    def check(self) -> None:
-        """Raises ValueError where boxes do not lie inside the picture, or do not go with labels and flags."""
-        low, high = self.boxes[:, :2], self.boxes[:, 2:]
-        inside = (low >= 0).all() and (low < high).all() and (high <= [self.width, self.height]).all()
-        if not (inside and len(self.boxes) == len(self.labels) == len(self.difficult)):
-            raise ValueError(f"scene '{self.id}' has boxes outside its picture, or without label or flag")
-        if not (isinstance(self.id, str) and isinstance(self.digest, str)):
-            raise TypeError(f"scene '{self.id}' has an id or digest that is no text")
-
-
-@dataclasses.dataclass(frozen=True)
-class VocIndex:
-    """What artifacts/voc/voc.json holds: class names, and the scenes of "train", "validation" and "test".
-
-    `digest`: SHA-256 over pictures and boxes. `dropped`: boxes left out because they were degenerate, by request.
-    """
-
-    class_names: list[str]
-    scenes: dict[str, list[Scene]]
-    digest: str
-    dropped: int = 0
-
-    def save(self, path: Path) -> None:
-        """Write the index. Pictures below its folder are named relative to it, so that the folder can be moved."""
-        base = path.parent.resolve()
-        artifacts.write_json(
-            path,
-            {
-                "class_names": self.class_names,
-                "counts": self.counts(),
-                "digest": self.digest,
-                "dropped": self.dropped,
-                "scenes": {split: [scene.to_json(base) for scene in scenes] for split, scenes in self.scenes.items()},
-            },
-        )
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read what `save` wrote. Raises ArtifactError, DamagedFile (see `read_json`) or VocError naming the file."""
-        content, base = artifacts.read_json(path), path.parent.resolve()
-        try:
-            scenes = {s: [Scene.from_json(scene, base) for scene in some] for s, some in content["scenes"].items()}
-            known = cls(content["class_names"], scenes, content["digest"], content["dropped"])
-            known.check()
-            return known
-        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise VocError(f"{path}: not an index of this project ({error!r}).") from None
-
-    def check(self) -> None:
-        """Raises KeyError for a split that is missing, ValueError for a label outside the classes."""
-        numbers = range(len(self.class_names))
-        for split in SPLITS:
-            for scene in self.scenes[split]:
-                if not set(scene.labels.tolist()) <= set(numbers):
-                    raise ValueError(f"scene '{scene.id}' has a label outside the {len(numbers)} classes")
-
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Per split: pictures, objects, of them difficult."""
-        return {
-            split: {
-                "pictures": len(scenes),
-                "objects": sum(len(scene.labels) for scene in scenes),
-                "difficult": sum(int(scene.difficult.sum()) for scene in scenes),
-            }
-            for split, scenes in self.scenes.items()
-        }
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 class Annotation(NamedTuple):
@@ -278,6 +150,7 @@ def read_picture(scene: Scene, channels: int) -> npt.NDArray[np.uint8]:
 
 
 OnBadBox = Literal["error", "drop"]
+
 OnEmpty = Literal["error", "background"]
 
 
@@ -336,12 +209,17 @@ def find_class_names(sources: Sequence[tuple[Path, str]]) -> list[str]:
             names.update(read_annotation(folder / "Annotations" / f"{identifier}.xml").names)
     if not names:
         raise VocError(f"{sources[0][0] if sources else 'voc'}: no annotation names a class.")
+    check_spelling(sorted(names), str(sources[0][0]))
     return sorted(names)
 
 
-def _listed(sources: Sequence[tuple[Path, str]], limit: int | None, seed: int) -> list[tuple[Path, str]]:
-    """(folder, id) of every picture of a split once; a seeded draw of `limit` of them in the same order."""
-    every = list(dict.fromkeys((folder, i) for folder, name in sources for i in read_image_set(folder, name)))
+def _listed(sources: Sequence[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """(folder, id) of every picture of a split once."""
+    return list(dict.fromkeys((folder, i) for folder, name in sources for i in read_image_set(folder, name)))
+
+
+def _drawn(every: list[tuple[Path, str]], limit: int | None, seed: int) -> list[tuple[Path, str]]:
+    """A seeded draw of `limit` pictures in the same order."""
     if limit is None or limit >= len(every):
         return every
     chosen = random.Random(seed).sample(range(len(every)), limit)
@@ -387,139 +265,25 @@ def read_index(
             raise VocError(f"voc.{split}: names no image set.")
     names = list(class_names) if class_names is not None else find_class_names(sources["train"])
     numbers = {name: number for number, name in enumerate(names)}
-    if len(numbers) < len(names):
-        raise VocError(f"voc.class_names: '{max(names, key=names.count)}' is there twice.")
-    listed = {split: _listed(sources.get(split, ()), limit, seed) for split in SPLITS}
+    check_spelling(names, "voc.class_names")
+    every = {split: _listed(sources.get(split, ())) for split in SPLITS}
+    listed = {split: _drawn(pictures, limit, seed) for split, pictures in every.items()}
     _disjoint(listed)
     hasher, dropped = hashlib.sha256(repr(names).encode()), 0
     scenes: dict[str, list[Scene]] = {}
+    marks: dict[str, Marks] = {}
     for split, pictures in listed.items():
-        scenes[split] = []
+        scenes[split], marks[split] = [], np.zeros(len(pictures), dtype=np.uint64)
         for folder, identifier in pictures:
             scene, lost, sha = read_scene(folder.resolve(), identifier, numbers, bad_boxes, empty)
             hasher.update(sha + scene.boxes.tobytes() + scene.labels.tobytes() + scene.difficult.tobytes())
+            marks[split][len(scenes[split])] = mark(sha)
             scenes[split].append(scene)
             dropped += lost
     if all(scene.difficult.all() for scene in scenes["test"]):
         raise VocError("voc.test: holds no object that counts (all are flagged difficult), so nothing could be scored.")
-    return VocIndex(names, scenes, hasher.hexdigest(), dropped)
-
-
-# --- average precision ------------------------------------------------------------------------------------------------
-
-
-class Detections(NamedTuple):
-    """What a detector found in one picture: `boxes` (n, 4) corners of pixels, `scores` (n,), `labels` (n,)."""
-
-    boxes: Floats
-    scores: Floats
-    labels: npt.NDArray[np.int64]
-
-
-class Curve(NamedTuple):
-    """One class on a split: detections in descending order of score, each a hit, a miss, or ignored (left out here).
-
-    `recall`, `precision` (m,) after each counted detection; `objects`: how many there are to find (not difficult).
-    """
-
-    recall: Floats
-    precision: Floats
-    objects: int
-
-
-def overlaps(some: Floats, others: Floats) -> Floats:
-    """Intersection over union (n, m) of boxes (n, 4) and (m, 4) in corners of pixels.
-
-    Equal to the devkit's on its own inclusive pixel numbers, where it adds 1 to each width and height.
-    """
-    low = np.maximum(some[:, None, :2], others[None, :, :2])
-    high = np.minimum(some[:, None, 2:], others[None, :, 2:])
-    shared = np.clip(high - low, 0, None).prod(2)
-    areas = [(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) for boxes in (some, others)]
-    union = areas[0][:, None] + areas[1][None, :] - shared
-    result: Floats = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-    return result
-
-
-HIT, MISS, IGNORED = 1, 0, -1
-NOTHING = -1
-
-
-class Verdicts(NamedTuple):
-    """For each detection of a class in a picture: HIT, MISS or IGNORED, and the object it hit, or NOTHING (n,).
-
-    Objects are positions in the scene.
-    """
-
-    kinds: npt.NDArray[np.int64]
-    objects: npt.NDArray[np.int64]
-
-
-def judge(found: Detections, scene: Scene, label: int, threshold: float = 0.5) -> Verdicts:
-    """What each detection of class `label` in one picture is worth, in the order given (best first).
-
-    The devkit's rule (VOCevaldet.m): a detection goes to the object of its class that it overlaps most; below
-    `threshold` it is a miss; at a difficult object it is ignored; the first at an object is the hit, later ones
-    are misses, even where another object would have been free.
-    """
-    mine = found.labels == label
-    theirs = np.flatnonzero(scene.labels == label)
-    verdicts = Verdicts(np.full(int(mine.sum()), MISS), np.full(int(mine.sum()), NOTHING))
-    if not len(theirs) or not mine.any():
-        return verdicts
-    overlap = overlaps(found.boxes[mine], scene.boxes[theirs])
-    taken: set[int] = set()
-    for position, best in enumerate(overlap.argmax(1)):
-        if overlap[position, best] < threshold:
-            continue
-        target = int(theirs[best])
-        if scene.difficult[target]:
-            verdicts.kinds[position] = IGNORED
-        elif target not in taken:
-            verdicts.kinds[position], verdicts.objects[position] = HIT, target
-            taken.add(target)
-    return verdicts
-
-
-def curve(found: Sequence[Detections], scenes: Sequence[Scene], label: int, threshold: float = 0.5) -> Curve:
-    """Precision and recall of one class over a split. `found[i]` belongs to `scenes[i]`."""
-    scores, verdicts = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
-    for one, scene in zip(found, scenes, strict=True):
-        order = np.argsort(-one.scores, kind="stable")
-        ranked = Detections(one.boxes[order], one.scores[order], one.labels[order])
-        scores.append(ranked.scores[ranked.labels == label])
-        verdicts.append(judge(ranked, scene, label, threshold).kinds)
-    every = np.concatenate(verdicts)[np.argsort(-np.concatenate(scores), kind="stable")]
-    counted = every[every != IGNORED]
-    objects = sum(int(((scene.labels == label) & ~scene.difficult).sum()) for scene in scenes)
-    hits = np.cumsum(counted == HIT)
-    return Curve(hits / max(objects, 1), hits / np.arange(1, len(hits) + 1), objects)
-
-
-# MATLAB's 0:0.1:1, bit for bit: it counts up to the middle and down from the end, so that its 0.3 is 3 * 0.1, a
-# little above 0.3, while its 0.6 and 0.7 are the plain numbers (numpy's arange differs there).
-_ELEVEN = [step * 0.1 for step in range(6)] + [1 - (10 - step) * 0.1 for step in range(6, 11)]
-
-
-def ap_11point(one: Curve) -> float:
-    """Average precision as VOC 2007 counts it: mean over recall 0, 0.1, ... 1 of the best precision at or beyond it.
-
-    NaN where there is nothing to find.
-    """
-    if one.objects == 0:
-        return math.nan
-    best = [one.precision[one.recall >= recall].max(initial=0.0) for recall in _ELEVEN]
-    return float(sum(best) / 11)
-
-
-def ap_area(one: Curve) -> float:
-    """Average precision as VOC 2010 and later count it: area under the precision made monotonically decreasing.
-
-    NaN where there is nothing to find.
-    """
-    if one.objects == 0:
-        return math.nan
-    recall = np.concatenate([[0.0], one.recall, [1.0]])
-    precision = np.concatenate([[0.0], one.precision, [0.0]])
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(np.sum(np.diff(recall) * envelope[1:]))
+    over = sum(map(len, every.values())) - sum(map(len, listed.values()))
+    notes = [f"boxes dropped: {dropped:,} (without area, or outside the picture)"] if dropped else []
+    notes += [f"pictures left out by voc.limit: {over:,}"] if over else []
+    identifiers = {split: [identifier for _, identifier in pictures] for split, pictures in listed.items()}
+    return VocIndex(names, scenes, hasher.hexdigest(), dropped, notes + duplicates(marks, identifiers))

@@ -1,0 +1,87 @@
+"""Scenes as a detector takes them: pictures and targets in batches."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from epsd.voc.annotations import read_picture
+from epsd.voc.scenes import Scene
+
+IN_MEMORY_UP_TO = 512 * 2**20
+"""Bytes of decoded pictures that are kept; a larger set is decoded anew in each epoch."""
+
+Target = dict[str, Tensor]
+
+Sample = tuple[Tensor, Target]
+"""A picture (C, H, W) in [0, 1], and its `boxes` (n, 4) and `labels` (n,) counted from 1, as torchvision wants them."""
+
+
+class Pictures(Dataset[Sample]):
+    """Scenes as a detector learns them: difficult objects left out. Kept decoded where all fit in memory.
+
+    `flip` (N,) bool: which scenes of this epoch are mirrored left to right; None: none.
+    """
+
+    def __init__(self, scenes: Sequence[Scene], channels: int) -> None:
+        self.scenes, self.channels = scenes, channels
+        self.flip: Tensor | None = None
+        size = sum(scene.width * scene.height for scene in scenes) * channels
+        self.kept: dict[int, Tensor] | None = {} if size <= IN_MEMORY_UP_TO else None
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Sample:
+        scene, image = self.scenes[index], self._pixels(index).float().div(255)
+        wanted = ~scene.difficult
+        boxes = torch.from_numpy(scene.boxes[wanted].astype(np.float32))
+        labels = torch.from_numpy(scene.labels[wanted] + 1)
+        if self.flip is not None and self.flip[index]:
+            image = image.flip(2)
+            boxes = torch.stack([scene.width - boxes[:, 2], boxes[:, 1], scene.width - boxes[:, 0], boxes[:, 3]], 1)
+        return image, {"boxes": boxes, "labels": labels}
+
+    def _pixels(self, index: int) -> Tensor:
+        if self.kept is not None and index in self.kept:
+            return self.kept[index]
+        pixels = torch.from_numpy(read_picture(self.scenes[index], self.channels))
+        if self.kept is not None:
+            self.kept[index] = pixels
+        return pixels
+
+
+def typical_size(scenes: Sequence[Scene]) -> tuple[int, int]:
+    """Median height and width of the pictures, in pixels."""
+    return int(np.median([s.height for s in scenes])), int(np.median([s.width for s in scenes]))
+
+
+def in_batches(order: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Positions in batches, the last one perhaps short."""
+    return [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+
+
+def training_batches(order: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Positions in batches, the last one short; a picture that would be alone in it joins the batch before.
+
+    Alone, it would leave batch normalisation a single value where a map is down to one cell.
+    """
+    batches = in_batches(order, batch_size)
+    if batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
+        alone = batches.pop()
+        batches[-1] += alone
+    return batches
+
+
+def loaded(pictures: Pictures, batches: list[list[int]], workers: int) -> Iterator[list[Sample]]:
+    """The samples of each batch; by so many processes where the pictures are not kept in memory."""
+    workers = 0 if pictures.kept is not None else workers
+    return iter(DataLoader(pictures, batch_sampler=batches, num_workers=workers, collate_fn=list))
+
+
+def moved_to(samples: Sequence[Sample], device: torch.device) -> tuple[list[Tensor], list[Target]]:
+    """Pictures and targets on `device`."""
+    targets = [{key: value.to(device) for key, value in target.items()} for _, target in samples]
+    return [image.to(device) for image, _ in samples], targets
