@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT
 from epsd.project import artifacts, code
 from epsd.project.params import bearing, flatten, load, read_yaml
+from test_private_parts import ATTRIBUTES, NAMES
 
 PACKAGE = ROOT / "src" / "epsd"
 REGISTRIES = {  # name of the registry -> (package, dotted key of the choice in params.yaml)
@@ -65,10 +66,15 @@ def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 @functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports(file: Path) -> frozenset[tuple[str, str]]:
     """(module, name) of every import in `file`, anywhere in it; name is "" for a plain `import module`."""
     found = set()
-    for node in _runtime_nodes(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in _runtime_nodes(parsed(file)):
         if isinstance(node, ast.Import):
             found |= {(alias.name, "") for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -338,6 +344,85 @@ def test_commands_that_train_nothing_start_without_torch():
     code = "import sys, epsd.cli, epsd.project.presets, epsd.project.params, epsd.project.artifacts; "
     code += "print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# --- private parts of other libraries -------------------------------------------------------------------------------
+
+NAMED_TUPLE = {"_asdict", "_fields", "_replace"}  # public, but for their names
+
+
+def private(name: str) -> bool:
+    return any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
+
+
+@functools.cache
+def own_private_names() -> frozenset[str]:
+    """Every private name that a class of src itself defines or sets: what else begins so is another library's."""
+    found = set(NAMED_TUPLE)
+    for kind in (node for file in MODULES for node in ast.walk(parsed(file)) if isinstance(node, ast.ClassDef)):
+        for node in ast.walk(kind):
+            match node:
+                case ast.FunctionDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                    found.add(name)
+                case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                    found.add(name)
+    return frozenset(found)
+
+
+def names_of_others(tree: ast.AST) -> dict[str, str]:
+    """Name in a file -> what it stands for, of all that is imported from neither the project nor Python itself."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names if alias.asname}
+            found |= {(top := alias.name.split(".")[0]): top for alias in node.names if not alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    known = {"epsd", *sys.stdlib_module_names}
+    return {name: meant for name, meant in found.items() if meant.split(".")[0] not in known}
+
+
+def private_parts(tree: ast.AST) -> set[str]:
+    """Private parts of other libraries: of a module with their full names, of an object the attribute alone."""
+    others = names_of_others(tree)
+    found = {meant for meant in others.values() if private(meant)}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name) if private(name):
+                root, _, rest = ast.unparse(node).partition(".")
+                if root in others:
+                    found.add(f"{others[root]}.{rest}")
+                elif root not in sys.stdlib_module_names and name not in own_private_names():
+                    found.add(name)
+            case ast.Call(func=ast.Name(id="getattr" | "setattr" | "hasattr"), args=[_, ast.Constant(value=name), *_]):
+                if private(str(name)) and name not in own_private_names():
+                    found.add(str(name))
+    return found
+
+
+def test_private_parts_of_other_libraries_are_listed_and_tried():
+    found = set().union(*(private_parts(parsed(file)) for file in MODULES))
+    listed = {*NAMES, *ATTRIBUTES}
+    assert found == listed, f"not in test_private_parts.py: {found - listed}; used nowhere: {listed - found}"
+
+
+@pytest.mark.parametrize(
+    ("source", "part"),
+    [
+        ("import torch\ntorch._foreach_pow(a, 2)", "torch._foreach_pow"),
+        ("import torch\nx = torch._C.get_cpu_capability()", "torch._C"),
+        ("from torch import nn\nnn.modules.conv._ConvNd", "torch.nn.modules.conv._ConvNd"),
+        ("from torch._dynamo import reset", "torch._dynamo.reset"),
+        ("import torch._inductor.config as config", "torch._inductor.config"),
+        ("from torch.nn.modules.conv import _ConvNd as Conv", "torch.nn.modules.conv._ConvNd"),
+        ("def f(module):\n    return module._backward_hooks", "_backward_hooks"),
+        ("def f(self):\n    return self._backward_hooks", "_backward_hooks"),
+        ("def f(module):\n    return getattr(module, '_backward_hooks', None)", "_backward_hooks"),
+    ],
+)
+def test_a_private_part_is_found(source, part):
+    assert private_parts(ast.parse(source)) == {part}
+    assert private_parts(ast.parse("import os\nos._exit(1)\nfrom epsd.types import Loss\nLoss._replace(a)")) == set()
 
 
 # --- the lock and the presets ---------------------------------------------------------------------------------------

@@ -464,21 +464,19 @@ class MaskHolder:
     def __init__(self, mask: Mask, model: nn.Module, *, foreach: bool = True) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         mask._same_layers(parameters)
-        self._parameters: list[Tensor] = [parameters[name] for name in mask.keep]
+        self._weights: list[Tensor] = [parameters[name] for name in mask.keep]
         # laid out in memory as the weights are: other strides would cost a fused multiplication its speed
-        self._factors = [
-            torch.empty_like(p).copy_(k) for k, p in zip(mask.keep.values(), self._parameters, strict=True)
-        ]
+        self._factors = [torch.empty_like(p).copy_(k) for k, p in zip(mask.keep.values(), self._weights, strict=True)]
         self._multiply = torch._foreach_mul_ if foreach else _multiply_each
 
     @torch.no_grad()
     def gradients_(self) -> None:
         """Zero the gradients of removed weights, in place. Parameters without a gradient are passed over."""
-        pairs = [(p.grad, f) for p, f in zip(self._parameters, self._factors, strict=True) if p.grad is not None]
+        pairs = [(p.grad, f) for p, f in zip(self._weights, self._factors, strict=True) if p.grad is not None]
         if pairs:
             self._multiply([g for g, _ in pairs], [f for _, f in pairs])
 
     @torch.no_grad()
     def weights_(self) -> None:
         """Zero the removed weights, in place. After `Mask.apply_` no −0 appears: +0 times 0 and +0 minus ±0 are +0."""
-        self._multiply(self._parameters, self._factors)
+        self._multiply(self._weights, self._factors)

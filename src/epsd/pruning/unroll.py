@@ -52,7 +52,7 @@ def gradient_of(loss: Tensor, weights: Vector, create_graph: bool) -> list[Tenso
 
 def _not_differentiable(error: RuntimeError) -> Exception:
     text = str(error).splitlines()[0]
-    signs = ("does not require grad", "not implemented", "once_differentiable", "differentiate twice", "no grad_fn")
+    signs = ("does not require grad", "not implemented", "once_differentiable")
     if not any(sign in text for sign in signs):
         return error
     return MetaGradientError(
