@@ -55,12 +55,11 @@ def project(folder: Path, seed: int, changes: dict[str, Any]) -> Params:
     return params
 
 
-def search(folder: Path) -> None:
+def search(folder: Path, resume: bool = False) -> None:
     """Run `epsd tune` and keep its seconds on the wall and what it printed."""
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "epsd.cli", "tune"], cwd=folder, check=True, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "epsd.cli", "tune", *(["--resume"] if resume else [])]
+    done = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
     write_json(folder / "search.json", {"seconds": time.perf_counter() - started, "printed": done.stdout})
 
 
