@@ -5,18 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from conftest import ROOT
 from epsd.architectures import built
 from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
-from epsd.pipeline.prune import pruned, scored, scoring_key
+from epsd.pipeline.prune import pruned, scored, scoring_key, uncontrolled
 from epsd.pipeline.train import card
 from epsd.preparing.write import prepare
 from epsd.project.params import Params, override, parse, read_yaml
 from epsd.pruning.paths import on_path
 from epsd.pruning.prune import PruneError
 from epsd.registry import choose
+from epsd.studies.procedures.pipeline import Pipeline
 
 SMALL = {"data.limit": 12, "architecture.width": 0.25, "prune.batch_size": 32, "threads": 1}
 
@@ -67,6 +69,24 @@ def test_the_report_says_what_of_the_final_mask_is_in_effect(data: Prepared) -> 
         assert found.examined is not None
         assert [row["on_path"] for row in found.examined.rows()] == [kept for kept, _ in effective.per_layer().values()]
         assert found.report["on_path"] < 1 < 1 + found.report["random_erk_gini"]
+
+
+@pytest.mark.filterwarnings("ignore:no weight survives", "ignore:.*lie on no path")
+def test_controls_share_the_mask_in_which_rounds_end(data: Prepared) -> None:
+    several = {"prune.rounds": 2, "prune.sparsity": 0.9}
+    shares = Pipeline().shares
+    assert shares(params(**several)) != shares(params(**{**several, "prune.sparsity": 0.95}))
+    for control in ("shuffled", "reinitialised"):
+        mine = params(**several, **{"prune.control": control})
+        assert shares(mine) == shares(params(**several)) != shares(params(**{"prune.sparsity": 0.9}))
+        known = pruned(uncontrolled(mine), data)._replace(model=nn.Identity())
+        apart, shared = pruned(mine, data), pruned(mine, data, known)
+        assert apart.mask == shared.mask
+        weights = dict(shared.model.named_parameters())
+        assert all(torch.equal(weight, weights[name]) for name, weight in apart.model.named_parameters())
+        measured = {"seconds", "peak_memory_mib"}
+        for name in apart.report.keys() | shared.report.keys() - measured:
+            assert name in measured or apart.report[name] == shared.report[name]
 
 
 def test_scores_are_not_shared_over_rounds(data: Prepared) -> None:

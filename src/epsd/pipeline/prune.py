@@ -69,11 +69,12 @@ class _Scoring(NamedTuple):
     device: torch.device
 
 
-def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Pruned:
+def pruned(params: Params, data: Prepared, known: Scored | Pruned | None = None) -> Pruned:
     """Build the network, score it on augmented training images, select. Seeds everything from `params.seed` first.
 
     `known`: what `scored` gave for parameters with an equal `scoring_key`; it is selected from instead of scoring
-    again, with the same mask. It needs `prune.rounds: 1`, as later rounds score what earlier ones left.
+    again, with the same mask. It needs `prune.rounds: 1`, as later rounds score what earlier ones left. With more of
+    them it is what this function gave for the `uncontrolled` parameters.
     """
     work, kept = _begin(params, data), None
     if params.prune.structure == "channels":
@@ -81,6 +82,8 @@ def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Prune
     if kept is not None and params.prune.sparsity == 0:
         mask = Mask.dense(work.model)
         report = mask.summary() | narrowing
+    elif isinstance(known, Pruned):
+        mask, report = known.mask, known.report
     elif known is None:
         how: dict[str, Any] = {"rounds": params.prune.rounds, **selection(params), **_draws(params)}
         with within(work.means):
@@ -94,6 +97,11 @@ def pruned(params: Params, data: Prepared, known: Scored | None = None) -> Prune
     else:
         mask, report = _cut(known, params)
     return _examined(params, data, _controlled(params, data, Pruned(mask, work.model, report, channels=kept)))
+
+
+def uncontrolled(params: Params) -> Params:
+    """Of one scoring, or of one course of rounds, several controls can be made."""
+    return params.model_copy(update={"prune": params.prune.model_copy(update={"control": "none"})})
 
 
 def scored(params: Params, data: Prepared) -> Scored:

@@ -4,12 +4,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from epsd.compute.cost import Meter
 from epsd.compute.devices import seed_everything
 from epsd.data.prepared import Prepared
 from epsd.masks import Mask
 from epsd.pipeline import describe
-from epsd.pipeline.prune import Pruned, network, pruned, scored, scoring_key
+from epsd.pipeline.prune import Pruned, Scored, network, pruned, scored, scoring_key, selection, uncontrolled
 from epsd.pipeline.train import trained
 from epsd.project.params import Params
 from epsd.registry import variant
@@ -42,16 +44,24 @@ class Pipeline:
         return describe.story(params, data)
 
     def shares(self, params: Params) -> Mapping[str, Any] | None:
-        """One scoring, where there is one and it is the first and last round."""
+        """One scoring, which gives masks of any sparsity; where later rounds score again, the mask they end in."""
         prune = params.prune
-        single = prune.structure == "weights" and prune.sparsity > 0 and prune.rounds == 1
-        return scoring_key(params) if single else None
+        if prune.structure != "weights" or prune.sparsity == 0:
+            return None
+        return scoring_key(params) | ({"rounds": prune.rounds, **selection(params)} if prune.rounds > 1 else {})
 
     def _pruned(self, params: Params, data: Prepared, desk: Desk) -> Pruned:
         if params.prune.sparsity == 0 and params.prune.structure == "weights":
             return _dense(params, data)
-        known = desk.shared(lambda: scored(params, data)) if self.shares(params) is not None else None
-        return pruned(params, data, known)
+        if self.shares(params) is None:
+            return pruned(params, data)
+        return pruned(params, data, desk.shared(lambda: _known(params, data)))
+
+
+def _known(params: Params, data: Prepared) -> Scored | Pruned:
+    if params.prune.rounds == 1:
+        return scored(params, data)
+    return pruned(uncontrolled(params), data)._replace(model=nn.Identity())  # training changes it: each gets its own
 
 
 def _dense(params: Params, data: Prepared) -> Pruned:
