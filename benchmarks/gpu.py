@@ -26,11 +26,11 @@ from epsd.compute.devices import pick_precision, to_device
 from epsd.evaluation.metrics import flops
 from epsd.objectives import OBJECTIVES
 from epsd.project.params import override
+from epsd.project.recipes import Recipe
 from epsd.project.runtime import versions
 from epsd.pruning.prune import prune
 from epsd.scores.epsd import Epsd
 from epsd.training.fit import fit
-from epsd.training.recipe import Recipe
 from epsd.training.record import Record
 from training import NAMES, SHAPE, Repeated, drawn, half, network
 

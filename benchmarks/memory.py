@@ -31,7 +31,6 @@ from epsd.architectures import ARCHITECTURES
 from epsd.compute import shortage
 from epsd.compute.devices import pick_precision
 from epsd.compute.memory import free_bytes
-from epsd.detection import recipe as detection
 from epsd.detection.fit import fit_detector
 from epsd.detectors import DETECTORS, Picture
 from epsd.objectives import OBJECTIVES
@@ -42,7 +41,6 @@ from epsd.pruning.prune import prune
 from epsd.registry import choose
 from epsd.scores import SCORES
 from epsd.training.fit import fit
-from epsd.training.recipe import Recipe
 from epsd.types import Batch
 from epsd.voc.scenes import Scene
 
@@ -110,10 +108,10 @@ def scored(params: Params, size: int, device: str) -> None:
 def trained(params: Params, size: int, device: str) -> None:
     """Three steps."""
     model = network(params, device)
-    settings = params.train.model_dump(exclude={"batch_size"}) | {"epochs": 1, "warmup_epochs": 0}
+    recipe = params.train.model_copy(update={"epochs": 1, "warmup_epochs": 0})
     objective = choose(OBJECTIVES, params.objective)
     source = training.Repeated(drawn(params, size, device), 3)
-    fit(model, source, objective=objective, mask=training.half(model), recipe=Recipe(**settings))
+    fit(model, source, objective=objective, mask=training.half(model), recipe=recipe)
 
 
 def detected(params: Params, size: int, device: str) -> None:
@@ -124,7 +122,7 @@ def detected(params: Params, size: int, device: str) -> None:
     picture = Picture(height, width, [0.5] * shape.image[0], [0.25] * shape.image[0])
     settings = params.detect
     detector = choose(DETECTORS, settings.detector)(model, nodes, picture, 20, settings.frozen_stages)
-    recipe = detection.Recipe(**settings.model_dump(include=detection.Recipe.fields()) | {"epochs": 1})
+    recipe = settings.model_copy(update={"epochs": 1})
     with tempfile.TemporaryDirectory() as folder:
         scenes = [scene(Path(folder), number, width, height) for number in range(3 * size)]
         fit_detector(
@@ -133,7 +131,6 @@ def detected(params: Params, size: int, device: str) -> None:
             recipe,
             channels=shape.image[0],
             device=device,
-            precision=pick_precision(settings.precision, torch.device(device)),
         )
 
 

@@ -36,11 +36,11 @@ from epsd.data.prepared import MemoryBatches, Pixels
 from epsd.evaluation.metrics import flops
 from epsd.masks import Mask, MaskHolder, prunable
 from epsd.objectives import OBJECTIVES
+from epsd.project.recipes import Recipe
 from epsd.project.runtime import versions
 from epsd.registry import choose
 from epsd.training import checkpoints
 from epsd.training.fit import fit
-from epsd.training.recipe import Recipe
 from epsd.training.record import Record
 from epsd.types import Batch, BatchNeeds, Objective
 

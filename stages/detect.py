@@ -11,7 +11,7 @@ from torch import nn
 
 from epsd.architectures import ARCHITECTURES, built
 from epsd.compute import distributed
-from epsd.compute.devices import Machine, pick_precision, seed_everything
+from epsd.compute.devices import Machine, seed_everything
 from epsd.compute.seeds import mix
 from epsd.compute.speed import keep_freed_memory
 from epsd.data.prepared import Prepared
@@ -20,7 +20,6 @@ from epsd.detection.average_precision import Detections
 from epsd.detection.backbone import follow, sparsity
 from epsd.detection.fit import fit_detector
 from epsd.detection.pictures import typical_size
-from epsd.detection.recipe import Recipe
 from epsd.detection.score import Report, countable, detect, score_detections
 from epsd.detectors import DETECTORS, Picture
 from epsd.figures import style as figures
@@ -126,7 +125,7 @@ def fitted(
     on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> Trained:
     """A detector around `model`, trained on the training scenes; the mask of `model` moves along and holds."""
-    settings, device = task.params.detect, task.machine.device
+    settings = task.params.detect
     picture = Picture(*typical_size(task.voc.scenes["train"]), task.card["mean"], task.card["std"])
     nodes = choose(ARCHITECTURES, task.card["architecture"], "architecture").feature_nodes(model)
     seed_everything(mix(task.params.seed, "detect"))
@@ -136,12 +135,11 @@ def fitted(
     history = fit_detector(
         detector,
         task.voc.scenes["train"],
-        Recipe(**settings.model_dump(include=Recipe.fields())),
+        settings,
         channels=task.card["image_shape"][0],
         mask=moved,
         seed=task.params.seed,
-        device=device,
-        precision=pick_precision(settings.precision, device),
+        device=task.machine.device,
         workers=task.machine.workers,
         on_epoch=on_epoch,
         **task.saved(name),

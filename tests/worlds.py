@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from epsd.architectures.resnet import ResNet
 from epsd.compute import distributed, shortage
 from epsd.datasets.digit_scenes import DigitScenes
-from epsd.detection import recipe as detection
 from epsd.detection import score
 from epsd.detection.backbone import follow
 from epsd.detection.fit import fit_detector
 from epsd.detectors import DETECTORS, Picture
 from epsd.masks import Mask, prunable
 from epsd.objectives import OBJECTIVES
+from epsd.project.recipes import DetectorRecipe, Recipe
 from epsd.pruning.prune import prune, scored, signal
 from epsd.pruning.scoring import Means, within
 from epsd.scores import Epsd, Grasp, ProsPr, Random, Snip, SynFlow
 from epsd.training.fit import fit
-from epsd.training.recipe import Recipe
 from epsd.types import Batch
 from epsd.voc.annotations import read_index
 from epsd.voc.scenes import Scene
@@ -165,7 +164,8 @@ def detect(name: str, folder: Path, **changed: Any) -> Found:
     nodes = ["layer1", "layer2", "layer3"]
     detector = DETECTORS[name](**DETECTOR_SETTINGS[name])(model, nodes, Picture(48, 48, [0.2], [0.3]), 10)
     mask = follow(half(model), model, detector)
-    recipe = detection.Recipe(epochs=2, batch_size=4, lr=0.01, clip_norm=10.0, warmup_steps=1, flip=True)
+    settings: dict[str, Any] = {"clip_norm": 10.0, "warmup_steps": 1, "flip": True, "precision": "fp32"}
+    recipe = DetectorRecipe(epochs=2, batch_size=4, lr=0.01, **settings)
     pictures = scenes(folder)
     options: dict[str, Any] = {"channels": 1, "mask": mask, "seed": 2, **changed}
     history = fit_detector(detector, pictures, recipe, **options)

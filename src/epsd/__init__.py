@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from epsd.objectives.cskd import CsKd
     from epsd.objectives.dlb import Dlb
     from epsd.objectives.pskd import PsKd
+    from epsd.project.recipes import Recipe
     from epsd.pruning.prune import prune
     from epsd.scores.epsd import Epsd
     from epsd.scores.grasp import Grasp
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from epsd.scores.snip import Snip
     from epsd.scores.synflow import SynFlow
     from epsd.training.fit import fit
-    from epsd.training.recipe import Recipe
     from epsd.types import Batch, EpsdError
 
 _HOME = {
@@ -45,7 +45,7 @@ _HOME = {
     "Random": "scores",
     "Snip": "scores",
     "SynFlow": "scores",
-    "Recipe": "training.recipe",
+    "Recipe": "project.recipes",
     "fit": "training.fit",
     "Batch": "types",
     "EpsdError": "types",

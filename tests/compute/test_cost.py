@@ -12,12 +12,12 @@ from epsd.compute.cost import Meter
 from epsd.losses import cross_entropy
 from epsd.masks import prunable
 from epsd.objectives import OBJECTIVES
+from epsd.project.recipes import Recipe
 from epsd.pruning.metagradients import gradient_norms, mask_gradient
 from epsd.pruning.prune import prune
 from epsd.pruning.scoring import Following, scoring
 from epsd.scores import SCORES
 from epsd.training.fit import fit
-from epsd.training.recipe import Recipe
 from toys import ToyBatches, convnet, mlp
 
 B = 12  # images in a batch of ToyBatches

@@ -12,8 +12,8 @@ from conftest import ROOT
 from epsd.compute import shortage
 from epsd.compute.shortage import Need, OutOfMemory
 from epsd.objectives import OBJECTIVES
+from epsd.project.recipes import Recipe
 from epsd.training.fit import fit
-from epsd.training.recipe import Recipe
 from epsd.training.record import Record
 from epsd.types import Batch
 from toys import ToyBatches, convnet
@@ -197,7 +197,7 @@ import torch
 from torch import nn
 from epsd.compute import shortage
 from epsd.training.fit import fit
-from epsd.training.recipe import Recipe
+from epsd.project.recipes import Recipe
 sys.path.insert(0, {tests!r})
 from toys import ToyBatches
 

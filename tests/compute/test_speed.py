@@ -15,8 +15,8 @@ from epsd.compute import speed
 from epsd.compute.speed import AccelerationError, align_, compiled, pick_update, sgd
 from epsd.masks import Mask, MaskHolder, prunable
 from epsd.objectives import OBJECTIVES
+from epsd.project.recipes import Recipe
 from epsd.training.fit import fit
-from epsd.training.recipe import Recipe
 from epsd.training.record import Record
 from toys import ToyBatches, convnet
 

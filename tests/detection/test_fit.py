@@ -1,6 +1,7 @@
 """The detector's loop and its scores: it learns, repeats itself, keeps the mask, and says what went wrong."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -15,19 +16,20 @@ from epsd.datasets.digit_scenes import DigitScenes
 from epsd.detection import drawing
 from epsd.detection.average_precision import Detections
 from epsd.detection.backbone import DetectionError, follow, sparsity
-from epsd.detection.fit import fit_detector
+from epsd.detection.fit import fit_detector, lr_at
 from epsd.detection.pictures import Pictures, training_batches
-from epsd.detection.recipe import Recipe
 from epsd.detection.score import coco_map, detect, score_detections
 from epsd.detectors import Picture
 from epsd.detectors.faster_rcnn import FasterRcnn
 from epsd.detectors.ssd import Ssd
 from epsd.masks import Mask, prunable
+from epsd.project.recipes import DetectorRecipe
 from epsd.voc.annotations import read_index
 from epsd.voc.scenes import Scene
 
 SMALL = FasterRcnn(channels=16, head_width=16, proposals=20, roi_samples=16, anchor_samples=16)
-RECIPE = Recipe(epochs=2, batch_size=4, lr=0.05, momentum=0.9, weight_decay=0.01, clip_norm=10.0, warmup_steps=2)
+recipe_of = functools.partial(DetectorRecipe, precision="fp32")
+RECIPE = recipe_of(epochs=2, batch_size=4, lr=0.05, momentum=0.9, weight_decay=0.01, clip_norm=10.0, warmup_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_weights_that_came_back_are_removed_before_the_first_step(scenes: dict[s
     with torch.no_grad():
         for name in moved.keep:
             detector.get_parameter(name).add_(1.0)
-    fit_detector(detector, scenes["train"][:1], Recipe(epochs=1, batch_size=1, lr=1e-9), channels=1, mask=moved)
+    fit_detector(detector, scenes["train"][:1], recipe_of(epochs=1, batch_size=1, lr=1e-9), channels=1, mask=moved)
     assert sparsity(detector, moved) == pytest.approx(moved.sparsity, abs=1e-4)
 
 
@@ -106,7 +108,7 @@ def test_learns_scenes_by_heart(scenes: dict[str, list[Scene]]) -> None:
     roomy = FasterRcnn(channels=32, head_width=64, proposals=30, roi_samples=16, anchor_samples=32)
     detector = detector_of(backbone(), roomy)
     few = scenes["train"][:4]
-    recipe = Recipe(epochs=80, batch_size=4, lr=0.05, clip_norm=10.0, warmup_steps=5)
+    recipe = recipe_of(epochs=80, batch_size=4, lr=0.05, clip_norm=10.0, warmup_steps=5)
     history = fit_detector(detector, few, recipe, channels=1)
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     names = [str(digit) for digit in range(10)]
@@ -131,11 +133,11 @@ def test_same_seed_same_weights_and_history(scenes: dict[str, list[Scene]]) -> N
 
 def test_the_callers_random_state_is_left_alone(scenes: dict[str, list[Scene]]) -> None:
     before = torch.random.get_rng_state()
-    fit_detector(detector_of(backbone()), scenes["train"][:2], Recipe(epochs=1, batch_size=2, lr=0.01), channels=1)
+    fit_detector(detector_of(backbone()), scenes["train"][:2], recipe_of(epochs=1, batch_size=2, lr=0.01), channels=1)
     torch.manual_seed(1)  # detector_of draws from the global state: compare from the same point
     detector = detector_of(backbone())
     before = torch.random.get_rng_state()
-    fit_detector(detector, scenes["train"][:2], Recipe(epochs=1, batch_size=2, lr=0.01), channels=1)
+    fit_detector(detector, scenes["train"][:2], recipe_of(epochs=1, batch_size=2, lr=0.01), channels=1)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -151,7 +153,7 @@ def ladder(scenes: list[Scene], batch_size: int) -> list[dict[str, float]]:
     torch.manual_seed(0)
     model = ResNet(depth=20, width=0.25)(10, (1, 8, 8))
     detector = Ssd(channels=8, extra_levels=4)(model, ["layer1", "layer2", "layer3"], Picture(48, 48, [0.2], [0.3]), 10)
-    return fit_detector(detector, scenes, dataclasses.replace(RECIPE, batch_size=batch_size, epochs=1), channels=1)
+    return fit_detector(detector, scenes, RECIPE.model_copy(update={"batch_size": batch_size, "epochs": 1}), channels=1)
 
 
 def test_maps_of_one_cell_need_two_pictures(scenes: dict[str, list[Scene]]) -> None:
@@ -173,13 +175,13 @@ def test_history_has_every_figure(scenes: dict[str, list[Scene]]) -> None:
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    recipe = Recipe(epochs=1, batch_size=1, lr=1.0, warmup_steps=4)
-    factors = [recipe.factor(step, 100) for step in range(101)]
+    recipe = recipe_of(epochs=1, batch_size=1, lr=1.0, warmup_steps=4)
+    factors = [lr_at(recipe, step, 100) for step in range(101)]
     assert factors[0] == pytest.approx(0.25, rel=1e-3)
     assert max(factors) == max(factors[3:6]) <= 1
     assert factors[50] == pytest.approx(0.5)
     assert factors[100] == pytest.approx(0)
-    assert Recipe(epochs=1, batch_size=1, lr=1.0).factor(0, 10) == 1
+    assert lr_at(recipe_of(epochs=1, batch_size=1, lr=1.0), 0, 10) == 1
 
 
 class Broken(nn.Module):
@@ -197,7 +199,7 @@ class Broken(nn.Module):
 def test_a_loss_that_is_no_number_stops_and_says_where(scenes: dict[str, list[Scene]]) -> None:
     broken = Broken(good=4)
     with pytest.raises(DetectionError, match=r"epoch 2, step 2 \(loss nan, loss_odd nan\).*detect\.lr") as caught:
-        fit_detector(broken, scenes["train"], Recipe(epochs=3, batch_size=4, lr=0.1), channels=1)
+        fit_detector(broken, scenes["train"], recipe_of(epochs=3, batch_size=4, lr=0.1), channels=1)
     assert "\n" not in str(caught.value)
     assert torch.isfinite(broken.weight).all()
 
@@ -209,9 +211,11 @@ def test_no_picture_to_train_on() -> None:
 
 def test_half_precision_trains(scenes: dict[str, list[Scene]]) -> None:
     history = fit_detector(
-        detector_of(backbone()), scenes["train"][:4], Recipe(epochs=1, batch_size=4, lr=0.01), channels=1,
-        precision=torch.bfloat16,
-    )  # fmt: skip
+        detector_of(backbone()),
+        scenes["train"][:4],
+        recipe_of(epochs=1, batch_size=4, lr=0.01, precision="bf16"),
+        channels=1,
+    )
     assert math.isfinite(history[0]["loss"])
 
 
@@ -219,8 +223,6 @@ def test_half_precision_trains(scenes: dict[str, list[Scene]]) -> None:
 
 
 def test_difficult_objects_are_not_learnt(scenes: dict[str, list[Scene]]) -> None:
-    import dataclasses
-
     one = next(s for s in scenes["train"] if len(s.labels) == 2)
     hard = dataclasses.replace(one, difficult=np.array([True, False]))
     _, target = Pictures([hard], 1)[0]
@@ -241,7 +243,7 @@ def test_a_mirrored_box_still_holds_its_digit(scenes: dict[str, list[Scene]]) ->
 def test_streamed_pictures_train_as_kept_ones(
     scenes: dict[str, list[Scene]], monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    recipe = Recipe(epochs=1, batch_size=4, lr=0.01, flip=True)
+    recipe = recipe_of(epochs=1, batch_size=4, lr=0.01, flip=True)
     kept = fit_detector(detector_of(backbone()), scenes["train"], recipe, channels=1)
     monkeypatch.setattr("epsd.detection.pictures.IN_MEMORY_UP_TO", 0)
     streamed = fit_detector(detector_of(backbone()), scenes["train"], recipe, channels=1, workers=workers)

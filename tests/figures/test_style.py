@@ -104,8 +104,8 @@ def test_matplotlib_stays_off_the_start_up_path() -> None:
 
 def test_what_training_records_has_a_panel_each_and_ink_in_it() -> None:
     from epsd.objectives import OBJECTIVES
+    from epsd.project.recipes import Recipe
     from epsd.training.fit import fit
-    from epsd.training.recipe import Recipe
     from inks import ink
     from toys import ToyBatches, convnet
 

@@ -11,7 +11,8 @@ import torch
 
 from conftest import ROOT
 from epsd.project import artifacts, code
-from epsd.project.params import Bearing, Params, bearing, override, parse, read_yaml
+from epsd.project.params import Params, bearing, override, parse, read_yaml
+from epsd.project.settings import Bearing
 from epsd.studies import work
 from epsd.studies.plan import Cell
 

@@ -97,7 +97,7 @@ def test_a_broken_file_is_named(tmp_path: Path, content: bytes, message: str) ->
 
 
 def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ParamsError, match=r"no such file.*presets"):
+    with pytest.raises(ParamsError, match=r"no such file.*preset"):
         load(tmp_path / "params.yaml")
 
 

@@ -20,7 +20,6 @@ from epsd.pruning import prune as pruning
 from epsd.registry import ParamsError, choose
 from epsd.scores import SCORES
 from epsd.training.fit import fit
-from epsd.training.recipe import Recipe
 from epsd.types import Batch, BatchNeeds
 
 FOLDER = Path(__file__).resolve().parents[2] / "presets"
@@ -147,7 +146,7 @@ def test_one_mini_step(name: str) -> None:
         net, noise, score=score, objective=objective, sparsity=params.prune.sparsity, scope=params.prune.scope
     )
     assert mask.total - mask.kept == round(params.prune.sparsity * mask.total)
-    recipe = Recipe(**{**params.train.model_dump(exclude={"batch_size"}), "epochs": 1, "warmup_epochs": 0})
+    recipe = params.train.model_copy(update={"epochs": 1, "warmup_epochs": 0})
     before = {key: value.clone() for key, value in net.state_dict().items()}
     (record,) = fit(net, noise, objective=objective, mask=mask, recipe=recipe)
     assert 0 < record["train/loss"] < math.inf

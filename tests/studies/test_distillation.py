@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from epsd.compute.cost import Meter
+from epsd.project.recipes import Recipe
 from epsd.studies.prune_then_distill.distillation import Distillation
 from epsd.training.fit import fit
-from epsd.training.recipe import Recipe
 from epsd.types import EpsdError
 from toys import ToyBatches, convnet
 

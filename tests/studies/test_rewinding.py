@@ -18,6 +18,7 @@ from conftest import ROOT
 from epsd.compute.cost import Meter
 from epsd.evaluation.evaluate import evaluate
 from epsd.masks import Mask, MaskError, prunable
+from epsd.project.recipes import Recipe
 from epsd.registry import ParamsError, choose
 from epsd.studies.prune_then_distill.rewinding import (
     Outcome,
@@ -29,8 +30,8 @@ from epsd.studies.prune_then_distill.rewinding import (
 )
 from epsd.training import checkpoints
 from epsd.training.checkpoints import CheckpointError
-from epsd.training.recipe import Recipe
 from epsd.training.record import Record
+from epsd.training.schedule import lr_at
 from epsd.types import Batch
 from toys import ToyBatches, convnet
 
@@ -109,9 +110,9 @@ def test_a_round_runs_through_the_end_of_the_schedule() -> None:
     dense = Recipe(epochs=10, lr=1.0, schedule="step", milestones=[0.5, 0.8], warmup_epochs=1)
     part = rewound(dense, 6)
     assert part.epochs == 6
-    assert [part.lr_at(step, 2) for step in range(12)] == [dense.lr_at(step, 2) for step in range(8, 20)]
+    assert [lr_at(part, step, 2) for step in range(12)] == [lr_at(dense, step, 2) for step in range(8, 20)]
     assert part.weight_decay == dense.weight_decay
-    assert lasting(dense, 20).lr_at(19, 1) == dense.lr_at(9, 1)
+    assert lr_at(lasting(dense, 20), 19, 1) == lr_at(dense, 9, 1)
 
 
 @pytest.mark.parametrize("bad", [{"share": 1.0}, {"alpha": 1.1}, {"select": "test"}, {"rounds": 3}])

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from epsd.project.recipes import Recipe
 from epsd.training import autotune, checkpoints
 from epsd.training.autotune import Way, best, named, ways
 from epsd.training.fit import fit
-from epsd.training.recipe import Recipe
 from toys import ToyBatches, convnet
 
 FP32, BF16 = (Way(kind, torch.channels_last, "none") for kind in (None, torch.bfloat16))

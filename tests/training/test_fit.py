@@ -15,10 +15,11 @@ from epsd.compute.seeds import mix
 from epsd.data.loaders import as_batches
 from epsd.masks import Mask, MaskError, prunable
 from epsd.objectives import OBJECTIVES
+from epsd.project.recipes import Recipe
 from epsd.training.checkpoints import CheckpointError
 from epsd.training.fit import fit
-from epsd.training.recipe import Recipe
 from epsd.training.record import Record, TrainingError
+from epsd.training.schedule import lr_at
 from toys import ToyBatches, convnet
 
 NAMES = sorted(OBJECTIVES)
@@ -267,7 +268,7 @@ def test_a_mask_of_another_network_is_refused_before_training() -> None:
 )
 def test_learning_rates(schedule: str, expected: list[float]) -> None:
     recipe = Recipe(epochs=4, lr=1.0, schedule=schedule, warmup_epochs=1, milestones=[0.5, 0.75])
-    assert [recipe.lr_at(step, 2) for step in range(8)] == pytest.approx(expected, abs=1e-3)
+    assert [lr_at(recipe, step, 2) for step in range(8)] == pytest.approx(expected, abs=1e-3)
 
 
 def test_gradient_clipping_bounds_the_step() -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from epsd.masks import Mask, MaskError, prunable
 from epsd.objectives import OBJECTIVES
+from epsd.project.recipes import Recipe
 from epsd.training.fit import fit
 from epsd.training.moving import Gradual, Moving, Removing, RigL
-from epsd.training.recipe import Recipe
 from toys import ToyBatches, convnet
 
 NAMES = sorted(OBJECTIVES)

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from epsd.comparison.metrics import is_timing
 from epsd.comparison.types import Entry, Row
-from epsd.project.params import TIMING, Bearing, bearing
+from epsd.project.params import bearing
+from epsd.project.settings import TIMING, Bearing
 
 MACHINE = ("threads", "versions.cpu", "versions.gpu")
 """Tags of a run that say what it was timed on."""

@@ -4,15 +4,15 @@ import contextlib
 import ctypes
 import importlib.util
 import inspect
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from epsd.types import EpsdError
 
-Update = Literal["auto", "fused", "foreach", "loop"]
-Compile = Literal["auto", "none", "kernels", "graphs"]
+if TYPE_CHECKING:
+    from epsd.project.recipes import Compile, Update
 
 _FUSING = {"cpu", "cuda", "mps"}
 _MODES = {"kernels": "default", "graphs": "reduce-overhead"}
@@ -22,7 +22,7 @@ class AccelerationError(EpsdError):
     """This machine cannot do what `train.update` or `train.compile` asks for."""
 
 
-def pick_update(name: Update, device: torch.device) -> Update:
+def pick_update(name: "Update", device: torch.device) -> "Update":
     """How the optimiser and the mask go over all parameters of a step.
 
     "fused" : one kernel reads and writes each weight once.  "foreach" : one call per operation for all weights.
@@ -50,7 +50,7 @@ class _Sgd(torch.optim.SGD):
     step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
-def sgd(model: nn.Module, update: Update, **settings: float | bool) -> torch.optim.SGD:
+def sgd(model: nn.Module, update: "Update", **settings: float | bool) -> torch.optim.SGD:
     """SGD over the trainable parameters. `update` : "fused", "foreach" or "loop"; `settings` : lr, momentum, ..."""
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = update == "fused"
@@ -78,7 +78,7 @@ def align_(optimiser: torch.optim.Optimizer) -> None:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def compiled(model: nn.Module, choice: Compile, device: torch.device) -> nn.Module:
+def compiled(model: nn.Module, choice: "Compile", device: torch.device) -> nn.Module:
     """`model` itself, or a compiled stand-in that shares its weights, buffers and mode.
 
     "kernels" : operations are merged into kernels of their own (a minute of work at the first step).  "graphs" : also

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from epsd.compute import distributed, joint_layers
+from epsd.compute.devices import pick_precision
 from epsd.compute.seeds import mix
 from epsd.compute.speed import align_
 from epsd.detection.backbone import DetectionError
 from epsd.detection.pictures import Pictures, Sample, loaded, moved_to, training_batches
-from epsd.detection.recipe import Recipe
 from epsd.detection.whole_batch import Whole
 from epsd.masks import Mask, MaskHolder
 from epsd.project.progress import Progress
+from epsd.project.recipes import DetectorRecipe
 from epsd.training import checkpoints
 from epsd.voc.scenes import Scene
 
@@ -33,7 +34,7 @@ class _Run(NamedTuple):
     detector: nn.Module
     net: nn.Module
     optimiser: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LambdaLR
+    lr_at: Callable[[int], float]
     scaler: torch.amp.GradScaler
     holder: MaskHolder | None
     device: torch.device
@@ -44,13 +45,12 @@ class _Run(NamedTuple):
 def fit_detector(
     detector: nn.Module,
     scenes: Sequence[Scene],
-    recipe: Recipe,
+    recipe: DetectorRecipe,
     *,
     channels: int,
     mask: Mask | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    precision: torch.dtype | None = None,
     workers: int = 0,
     checkpoint: Path | None = None,
     mark: str = "",
@@ -66,7 +66,7 @@ def fit_detector(
     detector : called with pictures and targets it returns its losses by name, which are added.
     scenes : the training split. channels : 1 grey, 3 RGB: what the detector's backbone takes.
     mask : under the detector's parameter names (`follow`); removed weights are exactly 0 after every step.
-    precision : autocast type, None: fp32. workers : processes that decode pictures, where they are not kept in memory.
+    workers : processes that decode pictures, where they are not kept in memory.
     checkpoint, mark : as `epsd.training.fit.fit` has them: written after every epoch, gone on from where there is one.
     on_epoch : called after each epoch with its row of the history, after a resume with the rows of those before too.
 
@@ -84,7 +84,7 @@ def fit_detector(
         raise DetectionError("detect: there is no training picture.")
     device = torch.device(device)
     steps = recipe.epochs * len(training_batches(range(len(scenes)), recipe.batch_size))
-    run = _start(detector, recipe, mask, device, precision, steps)
+    run = _start(detector, recipe, mask, device, steps)
     pictures, history = Pictures(scenes, channels), list[dict[str, float]]()
     if checkpoint is not None and (state := checkpoints.load(checkpoint, mark)):
         history = _restored(run, state)
@@ -101,7 +101,7 @@ def fit_detector(
             batches = training_batches(torch.randperm(len(scenes)).tolist(), recipe.batch_size)
             pictures.flip = torch.rand(len(scenes)) < 0.5 if recipe.flip else None
             drawn = loaded(pictures, [batch[_share(batch)] for batch in batches], workers)
-            step = _Steps(run, whole, mix(seed, "detect", epoch), epoch + 1)
+            step = _Steps(run, whole, mix(seed, "detect", epoch), epoch + 1, epoch * len(batches))
             history.append(_epoch(step, zip(batches, drawn, strict=True), progress))
             distributed.settle_buffers(detector)
             if checkpoint is not None and distributed.is_main():
@@ -124,29 +124,24 @@ def _state(run: _Run, history: list[dict[str, float]]) -> dict[str, Any]:
     parts: dict[str, Any] = {
         "detector": run.detector,
         "optimiser": run.optimiser,
-        "schedule": run.schedule,
         "scaler": run.scaler,
     }
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state["schedule"].pop("lr_lambdas")  # the function itself, which is not restored
-    return {**state, "history": history}
+    return {**{name: part.state_dict() for name, part in parts.items()}, "history": history}
 
 
 def _restored(run: _Run, state: dict[str, Any]) -> list[dict[str, float]]:
     run.detector.load_state_dict(state["detector"])
     run.optimiser.load_state_dict(state["optimiser"])
     align_(run.optimiser)
-    run.schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None]})
     run.scaler.load_state_dict(state["scaler"])
     return list(state["history"])
 
 
 def _start(
     detector: nn.Module,
-    recipe: Recipe,
+    recipe: DetectorRecipe,
     mask: Mask | None,
     device: torch.device,
-    precision: torch.dtype | None,
     steps: int,
 ) -> _Run:
     detector.to(device)
@@ -159,13 +154,13 @@ def _start(
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: recipe.factor(step, steps))
+    precision = pick_precision(recipe.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     return _Run(
         detector,
         distributed.wrapped(detector),
         optimiser,
-        schedule,
+        lambda step: lr_at(recipe, step, steps),
         scaler,
         holder,
         device,
@@ -174,13 +169,20 @@ def _start(
     )
 
 
+def lr_at(recipe: DetectorRecipe, step: int, steps: int) -> float:
+    """Learning rate of optimiser step `step` (from 0) of `steps`: warm-up by steps, then a cosine to zero."""
+    warm = min(1.0, (step + 1) / recipe.warmup_steps) if recipe.warmup_steps else 1.0
+    return recipe.lr * (warm * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
+
+
 class _Steps(NamedTuple):
-    """The steps of one epoch (counted from 1), whose random numbers follow from `seed`."""
+    """The steps of one epoch (counted from 1), whose random numbers follow from `seed`. `before`: those of others."""
 
     run: _Run
     whole: Whole
     seed: int
     epoch: int
+    before: int
 
     def begin(self, number: int, batch: Sequence[int]) -> str:
         """Step `number` on the pictures `batch`; where that is, in words."""
@@ -192,9 +194,11 @@ def _epoch(steps: _Steps, batches: Iterable[tuple[list[int], list[Sample]]], pro
     run = steps.run
     run.detector.train()
     started, sums, count = time.perf_counter(), dict[str, float](), 0
-    lr = run.optimiser.param_groups[0]["lr"]
+    lr = 0.0
     for number, (batch, samples) in enumerate(batches):
-        lr = run.optimiser.param_groups[0]["lr"]
+        lr = run.lr_at(steps.before + number)
+        for group in run.optimiser.param_groups:
+            group["lr"] = lr
         where = steps.begin(number, batch)
         with distributed.alone() if _alike(batch) else contextlib.nullcontext():
             losses = _losses(run, steps.whole, samples)
@@ -242,7 +246,6 @@ def _step(run: _Run, losses: dict[str, Tensor], where: str) -> dict[str, float]:
     norm = nn.utils.clip_grad_norm_(run.detector.parameters(), run.clip_norm or math.inf)
     run.scaler.step(run.optimiser)
     run.scaler.update()
-    run.schedule.step()
     if run.holder is not None:
         run.holder.weights_()
     return {**terms, "gradient_norm": float(norm)}

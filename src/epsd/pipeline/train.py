@@ -18,7 +18,6 @@ from epsd.project.params import Params
 from epsd.registry import choose
 from epsd.training.fit import fit
 from epsd.training.moving import Moving
-from epsd.training.recipe import Recipe
 from epsd.training.record import Record
 from epsd.types import Batches
 
@@ -49,7 +48,7 @@ def trained(
         mask=mask,
         moving=moving,
         on_mask=on_mask,
-        recipe=recipe(params),
+        recipe=params.train,
         validation=batches(params, data, "validation") if data.sizes["validation"] else None,
         seed=params.seed,
         checkpoint=checkpoint,
@@ -57,11 +56,6 @@ def trained(
         meter=meter,
         on_epoch=on_epoch,
     )
-
-
-def recipe(params: Params) -> Recipe:
-    """The section `train` as an object."""
-    return Recipe(**params.train.model_dump(exclude={"batch_size"}))
 
 
 def batches(params: Params, data: Prepared, split: Any) -> Batches:

@@ -7,79 +7,27 @@ Optuna. A choice (`dataset`, `architecture`, `objective`, `prune.score`, `voc`, 
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from epsd.files.regular import read_bytes
-from epsd.registry import ParamsError, explain, not_known, unknown
+from epsd.project.recipes import DetectorRecipe, Recipe
+from epsd.project.settings import NOTHING, SPREAD, TIMING, Bearing, Choice, Count, Positive, Section, Share
+from epsd.registry import ParamsError, explain, unknown
 
 DEFAULT_PATH = Path("params.yaml")
 
-
-def _named(choice: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(choice.get("name"), str):
-        raise ValueError("a choice needs a 'name'")
-    return choice
-
-
-Choice = Annotated[dict[str, Any], AfterValidator(_named)]
-Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-MemoryFormat = Literal["auto", "channels_last", "contiguous"]
-
-
-@dataclass(frozen=True)
-class Bearing:
-    """What a parameter bears on, as a note beside its type. Without one: on every metric and every mark.
-
-    on : how the names of the metrics begin that it bears on.
-    only_timing : nothing but how long it takes (and the last bits) depends on it.
-    timed_with : two timings must have it in common to be compared at all.
-    marked : whether what was trained under another value is another thing: no mark holds one that is not.
-    neutral : the value, as text, that does what was done before there was this parameter.
-    settings : likewise of settings of a choice.
-    """
-
-    on: tuple[str, ...] = ("",)
-    only_timing: bool = False
-    timed_with: bool = False
-    marked: bool = True
-    neutral: str | None = None
-    settings: Mapping[str, "Bearing"] = field(default_factory=dict)
-
-
-_NOTHING = Bearing(on=(), marked=False)
-TIMING = Bearing(only_timing=True, timed_with=True)
-_SPREAD = replace(TIMING, marked=False)
 _DETECTION = Bearing(on=("detect/", "time/detect"))
 _LATENCY = replace(TIMING, on=("model/latency_", "time/evaluate"))
-
-
-class Section(BaseModel):
-    """A mapping of params.yaml: unknown keys, wrong types and out-of-range numbers are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, content: Any) -> Any:
-        valid = [field.alias or name for name, field in cls.model_fields.items()]
-        for key in content if isinstance(content, Mapping) else ():
-            if key not in valid:
-                raise ValueError(not_known(key, valid))
-        return content
 
 
 class LaunchParams(Section):
     """How many processes share prune, train and detect."""
 
-    processes: Annotated[Count | Literal["auto"], _SPREAD] = 1
+    processes: Annotated[Count | Literal["auto"], SPREAD] = 1
     sync_batchnorm: bool = True
 
 
@@ -91,7 +39,7 @@ class DataParams(Section):
     limit: Count | None
     crop_padding: Annotated[int, Field(ge=0)]
     flip: bool
-    workers: Annotated[int, Field(ge=0), _SPREAD]
+    workers: Annotated[int, Field(ge=0), SPREAD]
 
 
 class PruneParams(Section):
@@ -105,7 +53,7 @@ class PruneParams(Section):
     round_to: Count = 8
     floor: Annotated[float, Field(gt=0, le=1)] = 0.5
     scope: Literal["global", "layer", "erk", "lamp"]
-    densities: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
+    densities: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     channel_cap: Annotated[Annotated[float, Field(ge=1, allow_inf_nan=False)] | None, Bearing(neutral="null")] = None
     rounds: Count
     batches: Annotated[Count, Bearing(neutral="1")] = 1
@@ -118,33 +66,23 @@ class PruneParams(Section):
     precision: Literal["fp32", "bf16"]
 
 
-class TrainParams(Section):
+class _Whole(Section):
+    """A section that leaves nothing to a recipe's defaults: every number that a result depends on is in the file."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, content: Any) -> Any:
+        missing = [name for name in cls.model_fields if isinstance(content, Mapping) and name not in content]
+        if missing:
+            told: list[Any] = [{"type": "missing", "loc": (key,), "input": content} for key in missing]
+            raise ValidationError.from_exception_data(cls.__name__, told)
+        return content
+
+
+class TrainParams(_Whole, Recipe):
     """Self-distilled training of the masked network."""
 
-    epochs: Count
     batch_size: Count
-    lr: Positive
-    momentum: Share
-    nesterov: bool
-    weight_decay: NonNegative
-    schedule: Literal["step", "cosine", "constant"]
-    milestones: list[Annotated[float, Field(gt=0, lt=1)]]
-    gamma: Annotated[float, Field(gt=0, le=1)]
-    warmup_epochs: Annotated[int, Field(ge=0)]
-    clip_norm: Positive | None
-    precision: Annotated[Precision, Bearing(timed_with=True)]
-    memory_format: Annotated[MemoryFormat, TIMING]
-    update: Annotated[Literal["auto", "fused", "foreach", "loop"], TIMING]
-    compile: Annotated[Literal["auto", "none", "kernels", "graphs"], TIMING]
-    accumulate: Literal["auto"] | Count
-
-    @model_validator(mode="after")
-    def _warm_in_time(self) -> Self:
-        if self.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"warmup_epochs: {self.warmup_epochs} is more than epochs ({self.epochs}): lr never gets there"
-            )
-        return self
 
 
 class EvaluateParams(Section):
@@ -156,22 +94,13 @@ class EvaluateParams(Section):
     latency_repeats: Annotated[int, Field(ge=0), _LATENCY]
 
 
-class DetectParams(Section):
+class DetectParams(_Whole, DetectorRecipe):
     """Detection transfer of the pruned, trained backbone."""
 
     detector: Choice
     beside: Literal["none", "dense", "random"]
-    epochs: Count
-    batch_size: Count
-    lr: Positive
-    momentum: Share
-    weight_decay: NonNegative
-    clip_norm: Positive | None
-    warmup_steps: Annotated[int, Field(ge=0)]
-    flip: bool
     frozen_stages: Annotated[int, Field(ge=0)]
-    pictures: Annotated[int, Field(ge=0), _NOTHING]
-    precision: Precision
+    pictures: Annotated[int, Field(ge=0), NOTHING]
 
 
 class TrackingParams(Section):
@@ -197,7 +126,7 @@ class RangeParams(Section):
     choice: list[Value] | None = Field(None, min_length=1)
     log: bool = False
     step: Positive | None = None
-    when: dict[str, Value | list[Value]] = {}
+    when: dict[str, Value | list[Value]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_range(self) -> Self:
@@ -243,6 +172,10 @@ class LimitParams(Section):
         return self
 
 
+def _most_right() -> dict[str, Direction]:
+    return {"val/top1": "maximize"}
+
+
 def _default_space() -> dict[str, RangeParams]:
     ranges: dict[str, dict[str, Any]] = {
         "prune.sparsity": {"float": [0.9, 0.99]},
@@ -267,11 +200,11 @@ class TuneParams(Section):
     sampler: Literal["tpe", "gp", "nsga2", "random", "grid"] = "tpe"
     pruner: Literal["hyperband", "median", "race", "none"] = "hyperband"
     repeats: Count = 1
-    objectives: Annotated[dict[str, Direction], Field(min_length=1, max_length=3)] = {"val/top1": "maximize"}
-    constraints: dict[str, LimitParams] = {}
+    objectives: Annotated[dict[str, Direction], Field(min_length=1, max_length=3)] = Field(default_factory=_most_right)
+    constraints: dict[str, LimitParams] = Field(default_factory=dict)
     current_first: bool = True
     heartbeat: Count = 30
-    fixed: dict[str, Any] = {}
+    fixed: dict[str, Any] = Field(default_factory=dict)
     space: Annotated[dict[str, RangeParams], Field(min_length=1)] = Field(default_factory=_default_space)
 
 
@@ -282,7 +215,7 @@ class Params(Section):
     device: Annotated[str, TIMING]
     threads: Annotated[Count | None, TIMING] = None
     launch: LaunchParams = Field(default_factory=LaunchParams)
-    dataset: Annotated[Choice, Bearing(settings={"download": _NOTHING})]
+    dataset: Annotated[Choice, Bearing(settings={"download": NOTHING})]
     data: DataParams
     architecture: Choice
     objective: Choice
@@ -291,8 +224,8 @@ class Params(Section):
     evaluate: EvaluateParams
     voc: Annotated[Choice, _DETECTION]
     detect: Annotated[DetectParams, _DETECTION]
-    tracking: Annotated[TrackingParams, _NOTHING]
-    tune: Annotated[TuneParams, _NOTHING] = Field(default_factory=TuneParams, exclude=True)
+    tracking: Annotated[TrackingParams, NOTHING]
+    tune: Annotated[TuneParams, NOTHING] = Field(default_factory=TuneParams, exclude=True)
 
     def marked(self, *sections: str) -> dict[str, Any]:
         """Dotted name -> value of what a mark holds (of these sections; none given: of all)."""

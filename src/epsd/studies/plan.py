@@ -17,8 +17,9 @@ from epsd.objectives import OBJECTIVES
 from epsd.pipeline.describe import method
 from epsd.pipeline.stage import check
 from epsd.project import presets
-from epsd.project.params import DEFAULT_PATH, Choice, Count, Params, Section, Share, flatten, override, parse, read_yaml
+from epsd.project.params import DEFAULT_PATH, Params, flatten, override, parse, read_yaml
 from epsd.project.runtime import project_root
+from epsd.project.settings import Choice, Count, Section, Share
 from epsd.registry import ParamsError, choose, explain, settings_of, unknown
 from epsd.scores import SCORES
 from epsd.studies.procedures import PROCEDURES, Procedure

@@ -16,12 +16,12 @@ import torch
 from epsd.compute import distributed, shortage
 from epsd.compute.cost import Meter
 from epsd.compute.devices import MEMORY_FORMATS, PRECISIONS, breaks_channels_last, pick_memory_format, pick_precision
-from epsd.compute.speed import Compile, compiled, sgd
+from epsd.compute.speed import compiled, sgd
+from epsd.project.recipes import Compile, Recipe
 from epsd.types import Batch, EpsdError
 
 if TYPE_CHECKING:
     from epsd.training.fit import _Loop
-    from epsd.training.recipe import Recipe
 
 ROUNDS = 3
 """Steps of each way that are timed; the shortest counts."""
@@ -54,7 +54,7 @@ def named(text: str) -> Way:
     return Way(PRECISIONS[precision], MEMORY_FORMATS[layout], cast(Compile, compiling[0] if compiling else "none"))
 
 
-def ways(recipe: "Recipe", model: torch.nn.Module, device: torch.device) -> list[Way]:
+def ways(recipe: Recipe, model: torch.nn.Module, device: torch.device) -> list[Way]:
     """What the recipe leaves open; first what is taken unmeasured. Raises EpsdError where the device cannot."""
     precisions, layouts = [recipe.precision], [recipe.memory_format]
     if recipe.precision == "auto":

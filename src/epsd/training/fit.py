@@ -21,12 +21,13 @@ from epsd.data.loaders import as_batches
 from epsd.losses import as_objective, cross_entropy, no_such_class
 from epsd.masks import Mask, MaskHolder
 from epsd.project.progress import Progress
+from epsd.project.recipes import Recipe
 from epsd.project.runtime import note
 from epsd.training import autotune, checkpoints
 from epsd.training.moving import Moving
 from epsd.training.parts import Fitting, added
-from epsd.training.recipe import Recipe
 from epsd.training.record import Record, Tally, TrainingError
+from epsd.training.schedule import lr_at
 from epsd.types import Batch, Batches, Loss, Objective
 
 
@@ -268,7 +269,7 @@ class _Loop:
 
     def _step(self, number: int, batch: Batch, progress: float, tally: "Tally") -> None:
         for group in self.optimiser.param_groups:
-            group["lr"] = self.recipe.lr_at(number, len(self.train))
+            group["lr"] = lr_at(self.recipe, number, len(self.train))
         loss = self.backward(shortage.parts(batch, self.room.parts), progress)
         if number == 0:
             distributed.check_used(self.model)
@@ -338,7 +339,7 @@ class _Loop:
         shapes = {name: list(p.shape) for name, p in self.model.named_parameters()}
         kept = None if self.mask is None else self.mask.digest()
         settings = [
-            dataclasses.asdict(self.recipe),
+            self.recipe.model_dump(),
             repr(self.objective) if dataclasses.is_dataclass(self.objective) else "",
             *([] if self.moving is None else [repr(self.moving)]),
         ]

@@ -9,7 +9,6 @@ from epsd.registry import ParamsError, variant
 from epsd.studies.procedures.types import Desk, Trained
 from epsd.studies.prune_then_distill.rewinding import Rewinding
 from epsd.studies.prune_then_distill.student import StudentKind, distilled, has_width
-from epsd.training.recipe import Recipe
 
 
 @variant
@@ -26,7 +25,7 @@ class PruneThenDistill(Rewinding):
 
     def check(self, params: Params) -> None:
         """Raises what cannot work, before any of it is done."""
-        self.epochs(Recipe(epochs=params.train.epochs))
+        self.epochs(params.train)
         if params.prune.densities or params.prune.channel_cap:
             raise ParamsError("prune.densities, prune.channel_cap: prune_then_distill goes by magnitudes alone.")
         if self.student == "narrow":
@@ -44,7 +43,7 @@ class PruneThenDistill(Rewinding):
 
     def story(self, params: Params, data: Prepared) -> str:
         """In plain words."""
-        teacher, rounds, student = self.epochs(Recipe(epochs=params.train.epochs))
+        teacher, rounds, student = self.epochs(params.train)
         kinds = {
             "narrow": "a narrower dense student with as many parameters",
             "rewound": "a student under the same mask, from initial weights",

@@ -14,7 +14,8 @@ from epsd.compute.seeds import mix
 from epsd.data.prepared import Prepared
 from epsd.masks import Mask
 from epsd.pipeline.train import trained
-from epsd.project.params import Choice, Params
+from epsd.project.params import Params
+from epsd.project.settings import Choice
 from epsd.pruning import paths
 from epsd.training.moving import Moving
 from epsd.training.record import Record

@@ -21,12 +21,13 @@ from epsd.compute.seeds import mix
 from epsd.data.loaders import as_batches
 from epsd.losses import cross_entropy
 from epsd.masks import Mask, Scope, check_fits, prunable
-from epsd.registry import settings_of, variant
+from epsd.project.recipes import Recipe
+from epsd.registry import variant
 from epsd.studies.prune_then_distill.distillation import Distillation
 from epsd.training import checkpoints
 from epsd.training.fit import fit
-from epsd.training.recipe import Recipe
 from epsd.training.record import Record
+from epsd.training.schedule import Rewound
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError, Objective
 
 OnEpoch = Callable[[Record], None]
@@ -77,29 +78,14 @@ class Rewinding:
         return [max((1 - self.share) ** done, 1 - sparsity) for done in range(1, rounds + 1)]
 
 
-@variant
-class RewoundRecipe(Recipe):
-    """The last `epochs` epochs of the schedule of `whole`."""
-
-    whole: Recipe
-
-    def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of optimiser step `step` (from 0) of the part."""
-        return self.whole.lr_at(step + (self.whole.epochs - self.epochs) * steps_per_epoch, steps_per_epoch)
-
-
 def lasting(recipe: Recipe, epochs: int) -> Recipe:
     """The same recipe over `epochs` epochs: its schedule is stretched."""
-    return Recipe(**{**_settings(recipe), "epochs": epochs})
+    return recipe.model_copy(update={"epochs": epochs})
 
 
 def rewound(recipe: Recipe, epochs: int) -> Recipe:
     """The last `epochs` epochs of `recipe`, its learning rate rewound to what it was there."""
-    return RewoundRecipe(**{**_settings(recipe), "epochs": epochs}, whole=recipe)
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    return {name: getattr(recipe, name) for name in settings_of(Recipe)}
+    return Rewound.model_construct(**{**dict(recipe), "epochs": epochs}, whole=recipe)
 
 
 class Outcome(NamedTuple):

@@ -17,8 +17,9 @@ from epsd.compute.devices import seed_everything
 from epsd.data.prepared import Prepared
 from epsd.masks import Mask
 from epsd.pipeline.prune import network, pruned
-from epsd.pipeline.train import batches, recipe
-from epsd.project.params import Choice, Params
+from epsd.pipeline.train import batches
+from epsd.project.params import Params
+from epsd.project.settings import Choice
 from epsd.registry import ParamsError, choose, settings_of
 from epsd.studies.prune_then_distill.rewinding import Outcome, Rewinding, prune_then_distill
 from epsd.training.record import Record
@@ -85,7 +86,7 @@ def distilled(
         batches(params, data, "train"),
         sparsity=params.prune.sparsity,
         settings=settings,
-        recipe=recipe(params),
+        recipe=params.train,
         scope=params.prune.scope,
         keep_at_least_one=params.prune.keep_at_least_one,
         validation=batches(params, data, "validation") if data.sizes["validation"] else None,

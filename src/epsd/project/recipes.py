@@ -1,0 +1,76 @@
+"""How to train, a classifier or a detector: the settings and their ranges.
+
+The sections `train` and `detect` of params.yaml are these recipes, with what their stages need beside.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from epsd.project.settings import TIMING, Bearing, Count, NonNegative, Positive, Section, Share
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+MemoryFormat = Literal["auto", "channels_last", "contiguous"]
+Update = Literal["auto", "fused", "foreach", "loop"]
+Compile = Literal["auto", "none", "kernels", "graphs"]
+
+
+class Recipe(Section):
+    """How to train a classifier. Defaults: the CIFAR recipe shared by ProsPr and CS-KD (200 epochs, SGD, 0.1, ÷10 at 50
+    and 75 %).
+
+    epochs : passes over train.  lr : peak learning rate.  momentum, nesterov, weight_decay : of SGD, on every
+        parameter.
+    schedule : "step" (× gamma at each of `milestones`, shares of the epochs), "cosine" (to 0 at the end) or "constant".
+    warmup_epochs : linear warm-up from lr / steps.  clip_norm : largest gradient norm, null = none.
+    precision : "auto" (bf16 on a GPU or processor that computes in it, else fp32), "fp32", "bf16", "fp16" (with loss
+        scaling).  memory_format : of images and convolution weights, "auto" (channels_last; contiguous for a network
+        that it breaks on a CPU, `epsd.compute.devices.breaks_channels_last`), "channels_last" or "contiguous".
+    update : how optimiser and mask go over the parameters ("auto", "fused", "foreach", "loop"), and
+    compile : of the passes through the network ("auto", "none", "kernels", "graphs"): see `epsd.compute.speed`.
+    accumulate : parts of equal size in which a batch is computed, their gradients added, "auto": 1, doubled until a
+        step fits into memory. Each part is normalised by BatchNorm statistics of its own, so the result is that of
+        the smaller batch there and of the whole one everywhere else. DLB distils part n from part n of the last batch.
+    """
+
+    epochs: Count = 200
+    lr: Positive = 0.1
+    momentum: Share = 0.9
+    nesterov: bool = True
+    weight_decay: NonNegative = 5e-4
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.5, 0.75])
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    clip_norm: Positive | None = None
+    precision: Annotated[Precision, Bearing(timed_with=True)] = "auto"
+    memory_format: Annotated[MemoryFormat, TIMING] = "auto"
+    update: Annotated[Update, TIMING] = "auto"
+    compile: Annotated[Compile, TIMING] = "auto"
+    accumulate: Literal["auto"] | Count = 1
+
+    @model_validator(mode="after")
+    def _warm_in_time(self) -> Self:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs: {self.warmup_epochs} is more than epochs ({self.epochs}): lr never gets there"
+            )
+        return self
+
+
+class DetectorRecipe(Section):
+    """How to train a detector: SGD, linear warm-up by steps, then a cosine to zero.
+
+    clip_norm : largest gradient norm, null = none.  flip : mirror half of the pictures, drawn anew each epoch.
+    precision : as of `Recipe`.
+    """
+
+    epochs: Count
+    batch_size: Count
+    lr: Positive
+    momentum: Share = 0.9
+    weight_decay: NonNegative = 1e-4
+    clip_norm: Positive | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+    precision: Precision = "auto"
