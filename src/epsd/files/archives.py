@@ -1,21 +1,24 @@
 """A folder, a .zip or a .tar(.gz|.bz2|.xz) read as one thing: a tree of named files. Nothing is run, nothing escapes.
 
-Archives are read where they are, under clean names (`./a//b` is `a/b`). An entry that would leave the archive (an
-absolute path, `..`, a link to outside) makes the whole archive refused when it is opened, before any entry is used.
+A .zip is read where it is, a .tar unpacked into a scratch folder, both under clean names (`./a//b` is `a/b`). An entry
+that would leave the archive (an absolute path, `..`, a link to outside) makes the whole archive refused when it is
+opened, before any entry is used.
 """
 
 import errno
 import os
 import posixpath
+import shutil
 import stat
 import tarfile
+import tempfile
 import threading
+import weakref
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from epsd.files.images import Shortage
@@ -25,8 +28,6 @@ from epsd.types import EpsdError
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 MOST = 5_000_000
 """Entries of an archive that is read: ImageNet with all its annotations has two million."""
-_LINKS = 40
-"""Links followed one after another, as on Linux; more are taken for a circle."""
 
 _SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Errors of the system that say nothing about the file."""
@@ -45,8 +46,8 @@ class Tree(ABC):
     Hidden files (`.DS_Store`, `._x`) and `__MACOSX` are left out.
     """
 
-    random_access = True
-    """Whether files can be read in any order at the same cost (in a .tar they cannot)."""
+    lasting = True
+    """Whether the files stay where they are when this process is gone (those of a .tar are unpacked for a while)."""
 
     def __init__(self, where: Path) -> None:
         self.where = where
@@ -98,13 +99,14 @@ class Tree(ABC):
 class FolderTree(Tree):
     """A folder on disk. Links inside it are followed: it is the user's own."""
 
-    def __init__(self, where: Path) -> None:
+    def __init__(self, where: Path, root: Path | None = None) -> None:
         super().__init__(where)
+        self.root = root or where
         self._listed: tuple[tuple[str, ...], frozenset[str]] | None = None
 
     def _listing(self) -> tuple[tuple[str, ...], frozenset[str]]:
         if self._listed is None:  # only when asked for: a loader that knows its names need not walk a million files
-            self._listed = _walk(self.where)
+            self._listed = _walk(self.root)
         return self._listed
 
     @property
@@ -119,12 +121,12 @@ class FolderTree(Tree):
 
     def resolved(self, folder: str) -> str:
         """The real path."""
-        return os.path.realpath(self.where / folder)
+        return os.path.realpath(self.root / folder)
 
     def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """In the order given."""
         for name in names:
-            path = self.where / name
+            path = self.root / name
             try:
                 yield name, read_bytes(path)
             except FileNotFoundError:
@@ -192,97 +194,54 @@ class ZipTree(Tree):
             yield name, content
 
 
-class TarTree(Tree):
-    """A .tar, compressed or not. Read front to back, whatever the order asked for.
+class TarTree(FolderTree):
+    """A .tar, compressed or not. It is unpacked when it is opened, into a scratch folder that goes with this object.
 
-    Links inside it are followed, to files and to folders. Of several members of one name the last counts, as wherever
-    a tar is unpacked.
+    Links inside it are followed, to files and to folders; devices and links to nothing are left out. Of several
+    members of one name the last counts.
     """
 
-    random_access = False
+    lasting = False
 
     def __init__(self, where: Path) -> None:
-        super().__init__(where)
-        with self._opened() as archive:
-            try:
-                members = list(_counted(self._sound(archive), where))
-            except _BROKEN as error:
-                raise ArchiveError(f"{where}: truncated or corrupt ({error}).") from None
-        self._links: dict[str, str] = {}  # name -> where it leads
-        self._replaced: set[int] = set()  # where members begin that a later one of the same name replaces
-        files = self._listed(members)
-        self._shown = _shown(files, self._links) if self._links else {}  # name -> the file that it stands for
-        self._names = tuple(sorted(name for name in self._shown or files if not _hidden(name)))
-        self._known = frozenset(self._names)
-        self._folders = _folders(self._names, (_clean(member.name) for member in members if member.isdir()))
-
-    def _sound(self, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-        """Every member. Raises at the header of one that is too large, before it is passed over."""
-        for member in archive:
-            if member.size > LARGEST:
-                raise self.broken(member.name, too_large(member.size))
-            yield member
-
-    def _listed(self, members: Iterable[tarfile.TarInfo]) -> Iterable[str]:
-        """The names of files that are no links; notes links, and which members count no more."""
-        files: dict[str, int] = {}  # name -> where its member begins
-        for member in members:
-            name, target = _clean(member.name), _checked(member, self)
-            if target == name or not (target or member.isfile()):
-                continue
-            self._links.pop(name, None)
-            if name in files:
-                self._replaced.add(files.pop(name))
-            if target is not None:
-                self._links[name] = target
-            else:
-                files[name] = member.offset
-        return files
-
-    def _opened(self) -> tarfile.TarFile:
+        super().__init__(where, Path(tempfile.mkdtemp(prefix="epsd-")))
+        weakref.finalize(self, _remove, self.root, os.getpid())
+        self._links: list[Path] = []
         try:
-            return tarfile.open(self.where)
+            with tarfile.open(where) as archive:
+                archive.extractall(self.root, _counted(archive, where), filter=self._wanted)
+        except tarfile.FilterError as error:
+            name = error.tarinfo.name
+            raise ArchiveError(f"{where}: refused, its entry '{name}' links outside ({error}).") from None
         except _BROKEN as error:
-            raise ArchiveError(f"{self.where}: truncated, or not a tar archive ({error}).") from None
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                place = f"{tempfile.gettempdir()} (TMPDIR names another place)"
+                raise ArchiveError(f"{where}: cannot be unpacked below {place}: {error.strerror}.") from None
+            raise ArchiveError(f"{where}: truncated, or not a tar archive ({error}).") from None
+        for link in self._links:
+            if not os.path.exists(link):  # noqa: PTH110 (of a circle `Path.exists` may raise)
+                link.unlink(missing_ok=True)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every file, sorted."""
-        return self._names
+    def _wanted(self, member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+        """What of a member is unpacked: a file, a folder or a link as tar's filter `data` lets it be; else nothing."""
+        _inside(member.name, self.where)
+        if member.size > LARGEST:
+            raise self.broken(member.name, too_large(member.size))
+        path = Path(folder, member.name)
+        link = member.issym() or member.islnk()
+        if not (member.isfile() or member.isdir() or link) or (link and _clean(member.name) == _clean(member.linkname)):
+            return None
+        if member.issym():
+            self._links.append(path)
+        if path.is_symlink():  # a later member of this name replaces the link, not the file that it leads to
+            path.unlink()
+        return tarfile.data_filter(member, folder)
 
-    @property
-    def folders(self) -> frozenset[str]:
-        """Every folder."""
-        return self._folders
 
-    def resolved(self, folder: str) -> str:
-        """Where the archive's links lead."""
-        return _followed(folder, self._links)
-
-    def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """In the archive's own order, which is one pass over it."""
-        wanted: defaultdict[str, list[str]] = defaultdict(list)  # file -> the names under which it is asked for
-        for name in sorted(set(names)):
-            if name not in self._known:
-                raise self.missing(name)
-            wanted[self._shown.get(name, name)].append(name)
-        with self._opened() as archive:
-            for member in archive:
-                if not wanted:
-                    return
-                name = _clean(member.name)
-                if name in wanted and member.isfile() and member.offset not in self._replaced:
-                    content = self._content(archive, member)
-                    yield from ((asked, content) for asked in wanted.pop(name))
-
-    def _content(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-        try:
-            handle = archive.extractfile(member)
-            if handle is None:
-                raise self.missing(member.name)
-            return handle.read()
-        except (*_BROKEN, KeyError) as error:
-            raise self.broken(member.name, error) from None
+def _remove(folder: Path, process: int) -> None:
+    """Not at the end of a forked child, whose parent still reads there."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_archive(path: Path) -> bool:
@@ -350,57 +309,9 @@ def _wanted_zip(info: zipfile.ZipInfo, tree: ZipTree) -> bool:
     return not info.is_dir()
 
 
-def _checked(member: tarfile.TarInfo, tree: TarTree) -> str | None:
-    """Where a link leads inside the archive; None for what is no link. Raises ArchiveError for what leads outside."""
-    _inside(member.name, tree.where)
-    if not (member.issym() or member.islnk()):
-        return None
-    target = _target(member)
-    if target.startswith("..") or PurePosixPath(member.linkname).is_absolute():
-        raise ArchiveError(f"{tree.where}: refused, its entry '{member.name}' links outside ('{member.linkname}').")
-    return target
-
-
 def _clean(name: str) -> str:
     """`./a//b` -> `a/b`, as some tools write names."""
     return posixpath.normpath(name)
-
-
-def _target(member: tarfile.TarInfo) -> str:
-    """Where a link points inside the archive: a symbolic one from its own folder, a hard one from the top."""
-    return posixpath.normpath(posixpath.join(posixpath.dirname(member.name) if member.issym() else "", member.linkname))
-
-
-def _followed(path: str, links: Mapping[str, str]) -> str:
-    """Where a path inside an archive ends, link after link. One that leads in a circle ends at a link."""
-    for _ in range(_LINKS):
-        parts = path.split("/")
-        starts = ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
-        link = next((start for start in starts if start in links), None)
-        if link is None:
-            break
-        path = _clean(links[link] + path[len(link) :])
-    return path
-
-
-def _shown(files: Iterable[str], links: Mapping[str, str]) -> dict[str, str]:
-    """Every name that leads to a file, also by way of links -> the file's own name."""
-    files = frozenset(files)
-    inside: defaultdict[str, set[str]] = defaultdict(set)  # folder -> the names in it
-    for name in (*files, *links):
-        while name and name not in inside[parent := name.rpartition("/")[0]]:
-            inside[parent].add(name)
-            name = parent
-
-    def found(folder: str, start: str, above: frozenset[str]) -> Iterator[tuple[str, str]]:
-        for name in inside[folder]:
-            shown, real = start + name.rpartition("/")[2], _followed(name, links)
-            if real in files:
-                yield shown, real
-            elif real in inside and real not in above:  # a link to a folder that it lies in: else for ever
-                yield from found(real, f"{shown}/", above | {real})
-
-    return dict(found("", "", frozenset()))
 
 
 def _folders(names: Iterable[str], explicit: Iterable[str]) -> frozenset[str]:

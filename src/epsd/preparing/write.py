@@ -219,7 +219,7 @@ def decoded(files: Files, reading: Reading) -> Iterator[Read]:
 
 def _contents(files: Files, unreadable: Unreadable) -> Iterator[tuple[str, bytes | None]]:
     """Name and bytes of every file, None for one that cannot be read and is to be skipped."""
-    if unreadable == "error" or not files.tree.random_access:
+    if unreadable == "error":
         yield from files.tree.read_many(files.names)
         return
     for name in files.names:
@@ -311,8 +311,8 @@ class Writer:
         return images, kept
 
     def _verify(self, split: Split, files: Files) -> NDArray[np.bool_]:
-        """Read every image once; keep the list of files, and the files too where the archive cannot be searched."""
-        if files.tree.random_access:
+        """Read every image once; keep the list of files, and the files too where they would not last."""
+        if files.tree.lasting:
             self.root = str(files.tree.where)
         else:
             unpack(files.tree, files.names, self.out / UNPACKED)
