@@ -21,7 +21,9 @@ def main(params: Params, machine: Machine) -> str:
     artifacts.save_pruned(mask, model, report, examined.rows() if examined else [], channels, shapes)
     dead = f", no weight left in {', '.join(mask.dead_layers())}" if mask.dead_layers() else ""
     narrow = f"cut to {report['macs']:.1%} of the multiply-adds, " if channels else ""
-    return f"{narrow}kept {mask.kept:,} of {mask.total:,} weights, sparsity {mask.sparsity:.4f}{dead}"
+    rounds = f", {params.prune.rounds} rounds of {report.get('image_passes', 0):,.0f} image passes in all"
+    spent = rounds if params.prune.rounds > 1 else ""
+    return f"{narrow}kept {mask.kept:,} of {mask.total:,} weights, sparsity {mask.sparsity:.4f}{dead}{spent}"
 
 
 if __name__ == "__main__":

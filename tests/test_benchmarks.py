@@ -1,5 +1,6 @@
 """The scripts of benchmarks/ that no machine here can run in full still work: on few images, by their own options."""
 
+import json
 import os
 import subprocess
 import sys
@@ -39,6 +40,36 @@ def test_scaling_counts_and_adds_up(tmp_path: Path) -> None:
     assert float(rows[0][3]) == 341.3  # 256 images, 1,000 a second, four passes instead of three
     assert rows[0][4] == "0.0" and float(rows[0][6].split()[0]) == 42.7  # 450,360 steps
     assert float(rows[1][3]) == 85.3
+
+
+def test_the_table_of_evidence_pairs_seeds_and_corrects(tmp_path: Path) -> None:
+    """Two folders are one table; of two runs of a seed the later counts; against numbers worked out by hand."""
+    top1 = {"random erk": [0.90, 0.91, 0.92], "epsd": [0.92, 0.94, 0.93], "snip": [0.91, 0.91, 0.92]}
+    for number, (method, values) in enumerate(top1.items()):
+        cells = tmp_path / f"part-{number % 2}" / "cells"
+        cells.mkdir(parents=True, exist_ok=True)
+        for seed, value in [(0, 0.1), *enumerate(values)]:
+            result = {
+                "params": {
+                    "prune.sparsity": "0.98",
+                    "objective.name": "cskd",
+                    "prune.score.name": method,
+                    "seed": seed,
+                },
+                "tags": {"variant": method if " " in method else ""},
+                "metrics": {"test/top1": value, "cost/image_passes": 1234.0},
+                "began": value,
+            }
+            path = cells / f"{method}-{seed}-{value}.json"
+            path.write_text(json.dumps({"format": "epsd-cell-1", "result": result}))
+    said = run("evidence.py", "part-0", "part-1", "--write", "t.md", folder=tmp_path)
+    assert (tmp_path / "t.md").read_text() == said
+    rows = [line.split(" | ") for line in said.splitlines() if line.startswith(("| epsd", "| snip", "| random"))]
+    assert [row[0] for row in rows] == ["| epsd", "| snip", "| random erk"], "the best first"
+    assert rows[0][1:3] == ["3", "0.9300 ± 0.0100"]
+    # by 0.02, 0.03, 0.01: t = √12, p = 1 − t / √(t² + 2) = 0.0742; by 0.01, 0, 0: t = 1, p = 0.4226; Holm: × 2, × 1
+    assert rows[0][3] == "+0.0200 (p 0.148)" and rows[1][3] == "+0.0033 (p 0.423)" and rows[2][3] == ""
+    assert rows[0][4].startswith("1,234") and "9 models" in said and "2 against random erk" in said
 
 
 def test_the_shell_script_is_a_script() -> None:

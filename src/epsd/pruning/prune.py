@@ -1,5 +1,6 @@
 """Early pruning: score → schedule → mask, on a copy of the model."""
 
+import contextlib
 import copy
 import resource
 import sys
@@ -19,6 +20,7 @@ from epsd.compute.random_state import keeping_random_state
 from epsd.data.loaders import as_batches
 from epsd.losses import PlainLoss, as_objective, cross_entropy
 from epsd.masks import Mask, MaskError, Scope, check_fits, hidden, prunable
+from epsd.project.progress import Progress
 from epsd.pruning.channels import Structure
 from epsd.pruning.look_ahead import LookAhead, planned
 from epsd.pruning.metagradients import gradient_norms
@@ -140,12 +142,15 @@ def prune(
     repeated = _Repeated(score, batches, average)
     drawn = Stream(source, objective.needs, restart, seed)
     mask: Mask | None = None
-    for done in range(1, rounds + 1):
-        scores = repeated(work, drawn, objective, _sizes(source))
-        if mask is None and sparsity:
-            _refuse_zeros(model, scores)
-        mask = Mask.from_scores(scores, sparsity, **selection, within=mask, progress=done / rounds)
-        mask.apply_(work)
+    with Progress("prune", rounds) if rounds > 1 else contextlib.nullcontext() as bar:
+        for done in range(1, rounds + 1):
+            scores = repeated(work, drawn, objective, _sizes(source))
+            if mask is None and sparsity:
+                _refuse_zeros(model, scores)
+            mask = Mask.from_scores(scores, sparsity, **selection, within=mask, progress=done / rounds)
+            mask.apply_(work)
+            if bar is not None:
+                bar.step()
     assert mask is not None
     _warn_of_dead_layers(mask)
     return mask
