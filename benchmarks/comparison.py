@@ -29,7 +29,8 @@ from epsd.evaluation import evaluate as evaluation
 from epsd.pipeline.prune import pruned
 from epsd.pipeline.train import trained
 from epsd.preparing.write import prepare
-from epsd.project.params import override, parse, read_yaml
+from epsd.project import presets
+from epsd.project.params import override, parse
 from epsd.project.runtime import versions
 from epsd.registry import choose
 
@@ -68,7 +69,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
 
 def base(arguments: argparse.Namespace) -> dict[str, Any]:
     """The preset with the changes of the command line."""
-    tree = read_yaml(ROOT / "presets" / f"{arguments.preset}.yaml")
+    tree = presets.read(arguments.preset)
     if arguments.images:
         tree["dataset"] = {"name": "image_folder", "root": str(arguments.images.resolve()), "size": 32}
     for change in arguments.set:

@@ -20,7 +20,8 @@ import torch
 from epsd.architectures import ARCHITECTURES
 from epsd.compute.cost import BACKWARD, FORWARD
 from epsd.evaluation import metrics
-from epsd.project.params import Params, parse, read_yaml
+from epsd.project import presets
+from epsd.project.params import Params, parse
 from epsd.registry import choose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +95,7 @@ def plans(arguments: argparse.Namespace, params: Params, network: Network) -> It
 
 def page(arguments: argparse.Namespace) -> Iterator[str]:
     """The table and what it was computed from, as Markdown."""
-    params = parse(read_yaml(ROOT / "presets" / f"{arguments.preset}.yaml"))
+    params = parse(presets.read(arguments.preset))
     network, name = counted(params), str(params.dataset["name"])
     objective, single = str(params.objective["name"]), rate(arguments, network)
     told = (
