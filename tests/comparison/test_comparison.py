@@ -385,3 +385,23 @@ def test_latex_escapes(whole: Table) -> None:
 def test_terminal_shows_every_row(whole: Table) -> None:
     text = tables.written(whole, "terminal")
     assert all(word in text for word in ("epsd", "random", "snip", "pskd", "0.9200 ± 0.0200", "p 0.118"))
+
+
+def test_narrow_networks_are_not_dense_ones() -> None:
+    """Sparsity 0 with channels: a method of its own, apart by budget. Else settings of channels part nothing."""
+    narrow: dict[str, Any] = {"prune__structure": "channels", "prune__sparsity": 0, "prune__allocation": "uniform"}
+    found = table(
+        [
+            entry(0.9, prune__sparsity=0, prune__structure="weights", prune__macs=0.25),
+            entry(0.9, prune__sparsity=0, prune__structure="weights", prune__macs=0.5, seed=1),
+            entry(0.8, **narrow, prune__macs=0.25),
+            entry(0.7, **narrow, prune__macs=0.5),
+            entry(0.6, **narrow, prune__macs=0.5, prune__control="shuffled"),
+        ],
+        "test/top1",
+    )
+    assert [row.method for row in found.rows] == [
+        "dense", "epsd channels uniform", "epsd channels uniform", "epsd channels uniform shuffled",
+    ]  # fmt: skip
+    assert len(found.rows[0].cells[0.0].values) == 2
+    assert [row.context["prune.macs"] for row in found.rows[1:3]] == ["0.25", "0.5"]

@@ -13,14 +13,29 @@ MACHINE = ("threads", "versions.cpu", "versions.gpu")
 
 def configuration(entry: Entry, metric: str) -> dict[str, str]:
     """Every parameter but the seed that can bear on `metric`."""
-    params, dense = {**entry.params, **entry.machine}, as_number(entry.params.get("prune.sparsity", "")) == 0
+    params = {**entry.params, **entry.machine}
+    dense, narrow = is_dense(params), is_narrow(params)
     return {
         key: value
         for key, value in sorted(params.items())
         if key != "seed" and _bears(key, metric) and _note(key).neutral != value
         and not (dense and key.startswith("prune.") and key != "prune.sparsity" and "procedure.name" not in params)
+        and not (key in OF_CHANNELS and not narrow)
         and not (key in ("train.milestones", "train.gamma") and params.get("train.schedule", "step") != "step")
     }  # fmt: skip
+
+
+OF_CHANNELS = ("prune.macs", "prune.allocation", "prune.round_to", "prune.floor")
+
+
+def is_narrow(config: Mapping[str, str]) -> bool:
+    """Whether channels were cut before training."""
+    return config.get("prune.structure") == "channels"
+
+
+def is_dense(config: Mapping[str, str]) -> bool:
+    """Whether nothing was removed: no weight and no channel."""
+    return as_number(config.get("prune.sparsity", "")) == 0 and not is_narrow(config)
 
 
 def _bears(key: str, metric: str) -> bool:

@@ -4,7 +4,15 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from epsd.comparison.configuration import as_number, configuration, differing_keys, identity, timed_with
+from epsd.comparison.configuration import (
+    as_number,
+    configuration,
+    differing_keys,
+    identity,
+    is_dense,
+    is_narrow,
+    timed_with,
+)
 from epsd.comparison.types import Cell, ComparisonError, Entry, Row, Table
 
 OF_THE_METHOD = ("prune.", "procedure.", "objective.")
@@ -98,10 +106,11 @@ def _method(config: Mapping[str, str], variant: str) -> str:
         return variant
     if "procedure.name" in config:
         return config["procedure.name"]
-    if as_number(config["prune.sparsity"]) == 0:
+    if is_dense(config):
         return DENSE
-    control = config.get("prune.control", "none")
-    return config.get("prune.score.name", "?") + ("" if control == "none" else f" {control}")
+    control, narrow = config.get("prune.control", "none"), is_narrow(config)
+    cut = f" channels {config.get('prune.allocation', 'uniform')}" if narrow else ""
+    return config.get("prune.score.name", "?") + cut + ("" if control == "none" else f" {control}")
 
 
 def _tell_apart(rows: list[Row]) -> None:

@@ -46,7 +46,7 @@ class PruneParams(Section):
     """The early-prune mask. Each key's unit and range stand beside it in params.yaml."""
 
     score: Annotated[Choice, Bearing(settings={"graphs_kept": Bearing(only_timing=True)})]
-    structure: Literal["weights", "channels"] = "weights"
+    structure: Annotated[Literal["weights", "channels"], Bearing(neutral="weights")] = "weights"
     sparsity: Share
     macs: Annotated[float, Field(gt=0, le=1)] = 0.25
     allocation: Literal["uniform", "cost", "random"] = "uniform"

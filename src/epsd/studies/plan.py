@@ -261,7 +261,8 @@ class _Grid:
                 choice[setting] = value
 
     def _check(self, tree: dict[str, Any], procedure: Mapping[str, Any], variant: str) -> Cell:
-        if _at(tree, "prune.sparsity") == 0 and procedure.get("name") == "pipeline":
+        whole = _at(tree, "prune.sparsity") == 0 and _at(tree, "prune.structure") != "channels"
+        if whole and procedure.get("name") == "pipeline":
             tree = _dense(tree, self.base)
             variant = ""
         where = variant or _at(tree, "prune.score.name")
