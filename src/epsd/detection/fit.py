@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from epsd.compute import distributed, joint_layers
 from epsd.compute.devices import pick_precision
 from epsd.compute.seeds import mix
-from epsd.compute.speed import align_
 from epsd.detection.backbone import DetectionError
 from epsd.detection.pictures import Pictures, Sample, loaded, moved_to, training_batches
 from epsd.detection.whole_batch import Whole
-from epsd.masks import Mask, MaskHolder
+from epsd.masks import Mask
 from epsd.project.progress import Progress
 from epsd.project.recipes import DetectorRecipe
 from epsd.training import checkpoints
+from epsd.training.updates import Updates
 from epsd.voc.scenes import Scene
 
 _LONELY = "Expected more than 1 value per channel when training"
@@ -33,13 +33,10 @@ class _Run(NamedTuple):
 
     detector: nn.Module
     net: nn.Module
-    optimiser: torch.optim.Optimizer
+    updates: Updates
     lr_at: Callable[[int], float]
-    scaler: torch.amp.GradScaler
-    holder: MaskHolder | None
     device: torch.device
     precision: torch.dtype | None
-    clip_norm: float | None
 
 
 def fit_detector(
@@ -103,6 +100,7 @@ def fit_detector(
             drawn = loaded(pictures, [batch[_share(batch)] for batch in batches], workers)
             step = _Steps(run, whole, mix(seed, "detect", epoch), epoch + 1, epoch * len(batches))
             history.append(_epoch(step, zip(batches, drawn, strict=True), progress))
+            run.updates.settle()
             distributed.settle_buffers(detector)
             if checkpoint is not None and distributed.is_main():
                 checkpoints.save(checkpoint, _state(run, history), mark)
@@ -121,52 +119,23 @@ def _share(batch: Sequence[int]) -> slice:
 
 
 def _state(run: _Run, history: list[dict[str, float]]) -> dict[str, Any]:
-    parts: dict[str, Any] = {
-        "detector": run.detector,
-        "optimiser": run.optimiser,
-        "scaler": run.scaler,
-    }
-    return {**{name: part.state_dict() for name, part in parts.items()}, "history": history}
+    return {"detector": run.detector.state_dict(), **run.updates.state_dict(), "history": history}
 
 
 def _restored(run: _Run, state: dict[str, Any]) -> list[dict[str, float]]:
     run.detector.load_state_dict(state["detector"])
-    run.optimiser.load_state_dict(state["optimiser"])
-    align_(run.optimiser)
-    run.scaler.load_state_dict(state["scaler"])
+    run.updates.load_state_dict(state)
     return list(state["history"])
 
 
-def _start(
-    detector: nn.Module,
-    recipe: DetectorRecipe,
-    mask: Mask | None,
-    device: torch.device,
-    steps: int,
-) -> _Run:
+def _start(detector: nn.Module, recipe: DetectorRecipe, mask: Mask | None, device: torch.device, steps: int) -> _Run:
     detector.to(device)
-    holder = None if mask is None else MaskHolder(mask, detector)
-    if holder is not None:
-        holder.weights_()
-    optimiser = torch.optim.SGD(
-        [p for p in detector.parameters() if p.requires_grad],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-    )
     precision = pick_precision(recipe.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    return _Run(
-        detector,
-        distributed.wrapped(detector),
-        optimiser,
-        lambda step: lr_at(recipe, step, steps),
-        scaler,
-        holder,
-        device,
-        precision,
-        recipe.clip_norm,
-    )
+    updates = Updates(detector, recipe, "foreach", device, scaled=precision == torch.float16)
+    if mask is not None:
+        updates.hold(mask)
+    net = distributed.wrapped(detector)
+    return _Run(detector, net, updates, lambda step: lr_at(recipe, step, steps), device, precision)
 
 
 def lr_at(recipe: DetectorRecipe, step: int, steps: int) -> float:
@@ -197,12 +166,10 @@ def _epoch(steps: _Steps, batches: Iterable[tuple[list[int], list[Sample]]], pro
     lr = 0.0
     for number, (batch, samples) in enumerate(batches):
         lr = run.lr_at(steps.before + number)
-        for group in run.optimiser.param_groups:
-            group["lr"] = lr
         where = steps.begin(number, batch)
         with distributed.alone() if _alike(batch) else contextlib.nullcontext():
             losses = _losses(run, steps.whole, samples)
-        terms = _step(run, losses, where)
+        terms = _step(run, losses, lr, where)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value * len(batch)
         count += len(batch)
@@ -226,7 +193,7 @@ def _losses(run: _Run, whole: Whole, samples: Sequence[Sample]) -> dict[str, Ten
             ) from None
 
 
-def _step(run: _Run, losses: dict[str, Tensor], where: str) -> dict[str, float]:
+def _step(run: _Run, losses: dict[str, Tensor], lr: float, where: str) -> dict[str, float]:
     """One update. Returns the loss, its terms and the norm of the gradient before clipping."""
     total = torch.stack(list(losses.values())).float().sum()
     told = torch.stack([total.detach(), *(loss.detach().float() for loss in losses.values())])
@@ -238,14 +205,6 @@ def _step(run: _Run, losses: dict[str, Tensor], where: str) -> dict[str, float]:
             f"detect: the loss is no number in {where} ({bad}). Lower detect.lr, lengthen detect.warmup_steps, "
             "or set detect.clip_norm."
         )
-    run.optimiser.zero_grad(set_to_none=True)
-    run.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
-    run.scaler.unscale_(run.optimiser)
-    if run.holder is not None:
-        run.holder.gradients_()
-    norm = nn.utils.clip_grad_norm_(run.detector.parameters(), run.clip_norm or math.inf)
-    run.scaler.step(run.optimiser)
-    run.scaler.update()
-    if run.holder is not None:
-        run.holder.weights_()
-    return {**terms, "gradient_norm": float(norm)}
+    run.updates.forget()
+    run.updates.backward(total)
+    return {**terms, "gradient_norm": float(run.updates.take(lr))}

@@ -16,8 +16,9 @@ import torch
 from epsd.compute import distributed, shortage
 from epsd.compute.cost import Meter
 from epsd.compute.devices import MEMORY_FORMATS, PRECISIONS, breaks_channels_last, pick_memory_format, pick_precision
-from epsd.compute.speed import compiled, sgd
+from epsd.compute.speed import compiled
 from epsd.project.recipes import Compile, Recipe
+from epsd.training.updates import Updates
 from epsd.types import Batch, EpsdError
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ class _Bench:
         self._trial.net = compiled(self._trial.model, loop.way.compile, loop.device)
         self._trial.objective = copy.copy(loop.objective)
         self._trial.objective.begin("score", loop.train.size, loop.train.num_classes)
-        self._trial.optimiser = sgd(self._trial.model, loop.update, lr=loop.recipe.lr, momentum=loop.recipe.momentum)
+        scaled = loop.updates.scaler.is_enabled()
+        self._trial.updates = Updates(self._trial.model, loop.recipe, loop.recipe.update, loop.device, scaled=scaled)
         self._trial.counted_forward = Meter().through(self._trial.forward)
 
     def seconds(self, way: Way) -> float:
@@ -130,7 +132,7 @@ class _Bench:
         trial = self._trial
         trial.model.train()
         trial.backward(shortage.parts(self._batch, trial.room.parts), 0.0)
-        trial.optimiser.step()
+        trial.updates.take(trial.recipe.lr)
 
 
 def _clocked(call: Callable[[], None], device: torch.device) -> float:

@@ -16,10 +16,10 @@ from epsd.compute import distributed, joint_layers, shortage
 from epsd.compute.cost import Meter
 from epsd.compute.devices import to_device
 from epsd.compute.seeds import mix
-from epsd.compute.speed import align_, compiled, lay_out_, pick_update, sgd
+from epsd.compute.speed import compiled, lay_out_
 from epsd.data.loaders import as_batches
 from epsd.losses import as_objective, cross_entropy, no_such_class
-from epsd.masks import Mask, MaskHolder
+from epsd.masks import Mask
 from epsd.project.progress import Progress
 from epsd.project.recipes import Recipe
 from epsd.project.runtime import note
@@ -28,6 +28,7 @@ from epsd.training.moving import Moving
 from epsd.training.parts import Fitting, added
 from epsd.training.record import Record, Tally, TrainingError
 from epsd.training.schedule import lr_at
+from epsd.training.updates import Updates
 from epsd.types import Batch, Batches, Loss, Objective
 
 
@@ -112,19 +113,10 @@ class _Loop:
             raise TrainingError("train.compile: several processes run uncompiled; use none, or launch.processes: 1.")
         self.net = compiled(model, recipe.compile, self.device)
         self.mask = mask
-        self.holder: MaskHolder | None = None
         self.moving: Moving | None = None
         self.on_mask: Callable[[Mask], None] = lambda mask: None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.way.precision == torch.float16)
-        self.update = pick_update(recipe.update, self.device)
-        self.optimiser = sgd(
-            model,
-            self.update,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov and recipe.momentum > 0,
-            weight_decay=recipe.weight_decay,
-        )
+        half = self.way.precision == torch.float16
+        self.updates = Updates(model, recipe, recipe.update, self.device, scaled=half)
         self.history: list[Record] = []
         self.room = Fitting(self, recipe.accumulate)
         objective.begin("train", self.train.size, self.train.num_classes)
@@ -187,16 +179,11 @@ class _Loop:
         return self.history
 
     def _hold(self, mask: Mask | None) -> None:
-        """From now on what `mask` removes is zero: weights, and momentum of those that it just removed."""
+        """From now on what `mask` removes is zero."""
         if mask is None:
             return
         self.mask = mask
-        mask.apply_(self.model)
-        self.holder = MaskHolder(mask, self.model, foreach=self.update != "loop")
-        for name, keep in mask.keep.items():
-            velocity = self.optimiser.state.get(self.model.get_parameter(name), {}).get("momentum_buffer")
-            if velocity is not None:
-                velocity.masked_fill_(~keep.to(velocity.device), 0.0)
+        self.updates.hold(mask)
         self.on_mask(mask)
 
     def _settle(self, batch: Batch) -> None:
@@ -243,13 +230,12 @@ class _Loop:
                 torch.manual_seed(mix(self.seed, "train", epoch))
             self._step(epoch * len(self.train) + step, batch, progress, tally)
             bar.step()
-        if self.holder is not None:
-            self.holder.weights_()
+        self.updates.settle()
         if step < 0:
             raise TrainingError("there is no batch to train on: use a smaller train.batch_size.")
         distributed.settle_buffers(self.model)
         record = {"epoch": epoch + 1.0, **tally.means()}
-        record["train/lr"] = self.optimiser.param_groups[0]["lr"]
+        record["train/lr"] = self.updates.optimiser.param_groups[0]["lr"]
         record["time/epoch"] = time.perf_counter() - started
         record |= {f"time/step {name}": seconds for name, seconds in self.times.items()}
         self.meter.seconds += record["time/epoch"]
@@ -268,28 +254,20 @@ class _Loop:
         return logits.clone() if self.recipe.compile == "graphs" else logits  # the next replay writes over them
 
     def _step(self, number: int, batch: Batch, progress: float, tally: "Tally") -> None:
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr_at(self.recipe, number, len(self.train))
         loss = self.backward(shortage.parts(batch, self.room.parts), progress)
         if number == 0:
             distributed.check_used(self.model)
         tally.add(loss.total, loss.terms, loss.logits, batch.labels)
-        self.scaler.unscale_(self.optimiser)
-        moved = self._moves(number)
-        if self.holder is not None:
-            self.holder.gradients_()
-        tally.add_gradient(self._clipped())
-        if not moved:
-            self.scaler.step(self.optimiser)
-        self.scaler.update()
+        lr = lr_at(self.recipe, number, len(self.train))
+        tally.add_gradient(self.updates.take(lr, lambda: self._moves(number)))
 
     def backward(self, parts: list[Batch], progress: float) -> Loss:
         """The gradient of a batch, from its parts, and what to log of it (detached)."""
-        self.optimiser.zero_grad(set_to_none=True)
+        self.updates.forget()
         self._announce(0, len(parts))
         if len(parts) == 1:
             loss = self.objective.loss(self.counted_forward, parts[0], progress)
-            self.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]
+            self.updates.backward(loss.total)
             return loss._replace(total=loss.total.detach())
         size = sum(len(part.labels) for part in parts)
         losses = []
@@ -308,15 +286,8 @@ class _Loop:
     def _backward_part(self, part: Batch, progress: float, share: float) -> Loss:
         loss = self.objective.loss(self.counted_forward, part, progress)
         total = loss.total * share
-        self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        self.updates.backward(total)
         return Loss(total.detach(), {name: term * share for name, term in loss.terms.items()}, loss.logits)
-
-    @torch.no_grad()
-    def _clipped(self) -> Tensor:
-        """Norm of the whole gradient, masked and not clipped yet, as a scalar on the device; clipped where asked."""
-        if self.recipe.clip_norm is not None:
-            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
-        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     @torch.no_grad()
     def judge(self, batches: Batches) -> Record:
@@ -354,8 +325,7 @@ class _Loop:
     def _state(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **self.updates.state_dict(),
             "objective": self.objective.state_dict(),
             "history": self.history,
             "parts": self.room.parts,
@@ -368,9 +338,7 @@ class _Loop:
         self.mask = Mask(state["mask"]) if "mask" in state else self.mask
         self.take(autotune.named(state["way"]))
         self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        align_(self.optimiser)
-        self.scaler.load_state_dict(state["scaler"])
+        self.updates.load_state_dict(state)
         placed = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in state["objective"].items()}
         self.objective.load_state_dict(placed)
         self.history = copy.deepcopy(state["history"])

@@ -59,7 +59,7 @@ class Fitting:
         device = self.loop.device
         if self._batch is None or len(self._batch.labels) < shortage.SAMPLE:
             return f"out of memory on {device} before the first step. Take a smaller network, or free memory."
-        self.loop.optimiser.zero_grad(set_to_none=True)
+        self.loop.updates.forget()
         with self._untouched():
             needed = self._need()
         size = len(self._batch.labels)
@@ -70,7 +70,7 @@ class Fitting:
         assert self._batch is not None
         objective = copy.copy(self.loop.objective)
         objective.begin("score", self.loop.train.size, self.loop.train.num_classes)
-        copies = 1 + (self.loop.recipe.momentum > 0) + (self.loop.holder is not None)
+        copies = 1 + (self.loop.recipe.momentum > 0) + (self.loop.updates.holder is not None)
 
         def graph(batch: Batch) -> object:
             with torch.no_grad():
@@ -107,7 +107,7 @@ class Fitting:
             loop.meter.stand_at(meter)
             for name, buffer in loop.model.named_buffers():
                 buffer.copy_(buffers[name])
-            loop.optimiser.zero_grad(set_to_none=True)
+            loop.updates.forget()
             if not state:
                 loop.objective.begin("train", loop.train.size, loop.train.num_classes)
 
