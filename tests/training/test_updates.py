@@ -1,4 +1,4 @@
-"""The update that ends a training step: the mask holds, the norm is that before clipping, a detector's is a classifier's."""
+"""The update that ends a step: the mask holds, the norm is that before clipping, a detector is updated alike."""
 
 import copy
 from typing import Any
