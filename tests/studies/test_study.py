@@ -536,13 +536,15 @@ def test_a_store_that_is_not_there(project: Path) -> None:
     assert not (project / "mlflow.db").exists()
 
 
-def test_trials_of_a_search_are_no_results(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["trial", "search", "study", "analysis"])
+def test_trials_and_summaries_are_no_results(kind: str, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An analysis carries all parameters of the run that it looks at, and may carry any metric."""
     frame = read_runs(["epsd"], ["study=grid", "kind=cell"])
-    frame.loc[frame.index[0], "tags.kind"] = "trial"
+    frame.loc[frame.index[0], ["tags.kind", "tags.method"]] = kind, None
     monkeypatch.setattr(command, "read_runs", lambda *a: frame)
     seen = command.compared(command.Request(("epsd",)))
     assert sum(len(cell.values) for row in seen.rows for cell in row.cells.values()) == 9
-    asked = command.compared(command.Request(("epsd",), where=("kind=trial",)))
+    asked = command.compared(command.Request(("epsd",), where=(f"kind={kind}",)))
     assert sum(len(cell.values) for row in asked.rows for cell in row.cells.values()) == 10
 
 

@@ -12,7 +12,7 @@ from epsd.comparison.types import ComparisonError, Entry, Table
 from epsd.project.artifacts import replacing
 from epsd.project.params import DEFAULT_PATH, load
 from epsd.registry import unknown
-from epsd.tracking.runs import read_runs
+from epsd.tracking.runs import is_trained, read_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,8 +49,8 @@ def command(request: Request) -> None:
 
 
 def compared(request: Request) -> Table:
-    """The table of the runs that the filters leave. Trials of a search are no results: they are left out, unless
-    a filter asks for them (`kind=trial`).
+    """The table of the runs that the filters leave. Trials, and summaries of searches, studies and analyses, are no
+    results: they are left out, unless a filter asks for them (`kind=trial`).
     """
     experiments = request.experiments or _own_experiment()
     frame = read_runs(experiments, request.where)
@@ -58,7 +58,8 @@ def compared(request: Request) -> Table:
         filters = f" that are {' and '.join(request.where)}" if request.where else ""
         raise ComparisonError(f"no finished runs in {', '.join(experiments) or 'the store'}{filters}.")
     if "tags.kind" in frame.columns and not any("kind" in text for text in request.where):
-        frame = frame[frame["tags.kind"] != "trial"]
+        found = [{str(key).removeprefix("tags."): tag for key, tag in row.items()} for row in frame.to_dict("records")]
+        frame = frame[[is_trained(tags) or not _text(tags["kind"]) for tags in found]]
     made = rows.table(entries(frame), request.metric)
     if request.baseline is not None:
         significance.against(made, request.baseline)

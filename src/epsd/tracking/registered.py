@@ -1,13 +1,14 @@
 """The registered model `epsd`: which version is meant by a run, an alias; who is the champion."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from epsd.project.runtime import brief
 from epsd.tracking.addresses import shown, tracking_uri
 from epsd.tracking.models import CANDIDATE, NAME, quietly
+from epsd.tracking.runs import is_trained
 from epsd.tracking.store import REPLACES, connection
 from epsd.types import EpsdError
 
@@ -122,15 +123,10 @@ def _runs(client: Any) -> list[Any]:
     found, token = [], None
     while True:
         page = client.search_runs(experiments, order_by=["attributes.start_time DESC"], page_token=token)
-        found += [run for run in page if _is_trained(run.data.tags)]
+        found += [run for run in page if is_trained(run.data.tags)]
         token = page.token
         if not token:
             return found
-
-
-def _is_trained(tags: Mapping[str, str]) -> bool:
-    """Whether it is a model that one may want to serve: no trial, no summary. Cells once were of kind `study`."""
-    return tags.get("kind") in ("pipeline", "cell") or (tags.get("kind") == "study" and "method" in tags)
 
 
 def _newest(client: Any, run: Any) -> Version | None:

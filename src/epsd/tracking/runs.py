@@ -1,7 +1,7 @@
 """Reading: the finished runs of one or more experiments as a table of pandas."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from epsd.project.runtime import brief
@@ -52,6 +52,15 @@ def read_runs(experiments: Sequence[str] = (), where: Sequence[str] = ()) -> "pd
     for condition in simple:
         frame = _holding(frame, condition["key"].strip(), condition["value"].strip())
     return frame
+
+
+def is_trained(tags: Mapping[str, Any]) -> bool:
+    """Whether a run is of a trained model, a result by itself: no trial, and no summary (of a search, a study, an
+    analysis). Cells once were of kind `study`.
+    """
+    return tags.get("kind") in ("pipeline", "cell") or (
+        tags.get("kind") == "study" and isinstance(tags.get("method"), str)
+    )
 
 
 def _simple(text: str) -> "re.Match[str] | None":
