@@ -24,7 +24,7 @@ from PIL import Image
 
 import training
 from epsd.compute.speed import keep_freed_memory
-from epsd.data.prepared import MemoryBatches, Pixels
+from epsd.data.in_memory import MemoryBatches, Pixels
 from epsd.data.streaming import Augmentation, Pictures, StreamedBatches
 from epsd.files.archives import open_tree
 from epsd.files.images import decode, decode_planes

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from epsd.architectures import ARCHITECTURES
 from epsd.compute.devices import pick_precision
 from epsd.compute.speed import keep_freed_memory, pick_update, sgd
-from epsd.data.prepared import MemoryBatches, Pixels
+from epsd.data.in_memory import MemoryBatches, Pixels
 from epsd.evaluation.metrics import flops
 from epsd.masks import Mask, MaskHolder, prunable
 from epsd.objectives import OBJECTIVES

@@ -22,8 +22,7 @@ from torch.utils.data import (
 )
 
 from data.test_prepared import same
-from epsd.data.loaders import LoaderError
-from epsd.data.prepared import as_batches
+from epsd.data.loaders import LoaderError, as_batches
 from epsd.data.sampling import TooFewImages
 from epsd.types import Batch, Batches, BatchNeeds
 

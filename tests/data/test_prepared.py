@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from epsd.data.prepared import Augmentation, MemoryBatches, Pixels, Prepared
+from epsd.data.in_memory import MemoryBatches, Pixels
+from epsd.data.prepared import Prepared
 from epsd.data.sampling import TooFewImages
+from epsd.data.streaming import Augmentation
 from epsd.files.archives import open_tree
 from epsd.files.digests import DamagedFile, digest_of
 from epsd.files.images import ImageError

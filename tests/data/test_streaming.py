@@ -11,8 +11,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from data.test_prepared import raw, same
 from epsd.compute.devices import Machine
-from epsd.data.prepared import Augmentation, Prepared
-from epsd.data.streaming import drawing_from
+from epsd.data.prepared import Prepared
+from epsd.data.streaming import Augmentation, drawing_from
 from epsd.files.archives import ArchiveError, open_tree
 from epsd.files.images import ImageError, decode, pixels
 from epsd.files.layouts import Reading, folder_source

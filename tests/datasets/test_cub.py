@@ -4,7 +4,8 @@ import pytest
 
 from conftest import shared_file
 from epsd.compute.devices import Machine
-from epsd.data.prepared import Augmentation, Prepared
+from epsd.data.prepared import Prepared
+from epsd.data.streaming import Augmentation
 from epsd.datasets.cub import Cub
 from epsd.datasets.downloads import DownloadError
 from epsd.files.layouts import Files

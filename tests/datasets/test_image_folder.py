@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from conftest import shared_file
-from epsd.data.prepared import Augmentation, Prepared
+from epsd.data.prepared import Prepared
+from epsd.data.streaming import Augmentation
 from epsd.datasets import DATASETS
 from epsd.files.archives import ArchiveError
 from epsd.files.layouts import SourceError

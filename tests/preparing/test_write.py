@@ -16,7 +16,9 @@ from epsd.data.prepared import Prepared
 from epsd.files.archives import ArchiveError, open_tree
 from epsd.files.images import ImageError, Shortage
 from epsd.files.layouts import Labelled, Reading, Source, SourceError, folder_source
-from epsd.preparing.write import Tally, carved, limited, prepare, summary, written_arrays
+from epsd.preparing.splits import carved, limited
+from epsd.preparing.tally import Tally
+from epsd.preparing.write import prepare, summary, written_arrays
 from epsd.project import artifacts
 from epsd.project.artifacts import ArtifactError
 from pictures import classes, picture, tarred, write, zipped
@@ -335,7 +337,7 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
 def test_many_images_come_with_a_bar_and_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder_source(open_tree(write(tmp_path / "tree", classes(20))), Reading())
     quiet = prepare(source, tmp_path / "out")
-    monkeypatch.setattr("epsd.preparing.write._WORTH_A_BAR", 1)
-    monkeypatch.setattr("epsd.preparing.write._AHEAD", 3)
+    monkeypatch.setattr("epsd.preparing.decoding._WORTH_A_BAR", 1)
+    monkeypatch.setattr("epsd.preparing.decoding._AHEAD", 3)
     monkeypatch.delenv("EPSD_QUIET", raising=False)
     assert prepare(source, tmp_path / "out") == quiet

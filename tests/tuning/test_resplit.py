@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data.test_prepared import raw
-from epsd.data.prepared import Augmentation, Prepared
+from epsd.data.prepared import Prepared
+from epsd.data.streaming import Augmentation
 from epsd.files.archives import open_tree
 from epsd.files.layouts import Reading, folder_source
 from epsd.preparing.write import prepare

@@ -8,7 +8,8 @@ from epsd.analysis import features, landscape
 from epsd.analysis.distillation import QUANTITIES, Probe
 from epsd.analysis.trainability import gradient_norms
 from epsd.compute.seeds import mix
-from epsd.data.prepared import Augmentation, Prepared
+from epsd.data.prepared import Prepared
+from epsd.data.streaming import Augmentation
 from epsd.evaluation import evaluate as evaluation
 from epsd.evaluation import metrics
 from epsd.masks import Mask

@@ -224,7 +224,7 @@ def _as_is(answer: Any) -> Any:
 
 
 class StreamedBatches:
-    """Batches of a split that is read from files. Parameters as `epsd.data.prepared.MemoryBatches`.
+    """Batches of a split that is read from files. Parameters as `epsd.data.in_memory.MemoryBatches`.
 
     `augmentation` None: resized and cut as for evaluation. `workers`: processes that decode, 0 = this one.
     """

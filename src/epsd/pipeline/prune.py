@@ -15,8 +15,9 @@ from epsd.compute.devices import pick_precision, seed_everything
 from epsd.compute.memory import GIB
 from epsd.compute.seeds import mix
 from epsd.compute.speed import keep_freed_memory
-from epsd.data.prepared import Augmentation, Prepared
+from epsd.data.prepared import Prepared
 from epsd.data.sampling import naming
+from epsd.data.streaming import Augmentation
 from epsd.losses import PlainLoss, cross_entropy
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES

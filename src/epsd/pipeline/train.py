@@ -10,8 +10,9 @@ from epsd.architectures import narrowed
 from epsd.compute.cost import Meter
 from epsd.compute.seeds import mix
 from epsd.compute.speed import keep_freed_memory
-from epsd.data.prepared import Augmentation, Prepared
+from epsd.data.prepared import Prepared
 from epsd.data.sampling import naming
+from epsd.data.streaming import Augmentation
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
 from epsd.project.params import Params

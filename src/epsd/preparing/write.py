@@ -6,8 +6,7 @@ and either all images as one uint8 .npy (N, C, H, W) or the list of their files.
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -16,65 +15,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epsd.compute.seeds import mix
-from epsd.files.archives import ArchiveError, open_tree, unpack
-from epsd.files.digests import digest, digest_of
+from epsd.files.archives import open_tree, unpack
+from epsd.files.digests import digest_of
 from epsd.files.duplicates import Marks, duplicates, mark, marks
-from epsd.files.images import ImageError, decode, fit, pixels
 from epsd.files.layouts import (
     SPLITS,
     UNPACKED,
     Files,
     Labelled,
-    Reading,
     Source,
     SourceError,
     Split,
-    Unreadable,
     check_labels,
 )
+from epsd.preparing.decoding import Read, decoded, image_shape, shown
+from epsd.preparing.splits import carved, limited
+from epsd.preparing.tally import Tally
 from epsd.project.artifacts import ArtifactError, replacing, write_json
-from epsd.project.runtime import watched
 
 IN_MEMORY_UP_TO = 64
 """Pixels on the longer side up to which a whole set is kept in memory (Tiny-ImageNet at 64 px: 1.2 GB)."""
-
-_AHEAD = 256
-"""Images read before the first of them must be decoded: bounds the memory."""
-
-_LEVELS = 256
-_COUNTED_AT_ONCE = 1 << 20
-"""Pixels of a channel that are counted in one go: numpy makes eight bytes of each."""
-
-_WORTH_A_BAR = 2000
-
-
-@dataclass
-class Tally:
-    """Count per channel and grey level (C, 256) of the training images: mean and std come out exact in any order."""
-
-    histogram: NDArray[np.int64] | None = None
-
-    def add(self, images: NDArray[np.uint8]) -> None:
-        """`images`: (N, C, H, W). Takes a few MB beside them, however many they are."""
-        count, channels, height, width = images.shape
-        if self.histogram is None:
-            self.histogram = np.zeros((channels, _LEVELS), dtype=np.int64)
-        step = max(1, _COUNTED_AT_ONCE // (height * width))
-        for start in range(0, count, step):
-            for channel in range(channels):
-                part = images[start : start + step, channel].ravel()
-                self.histogram[channel] += np.bincount(part, minlength=_LEVELS)
-
-    def mean_std(self) -> tuple[list[float], list[float]]:
-        """Per channel, of pixels in [0, 1]. A channel without contrast gets std 1."""
-        if self.histogram is None:
-            raise SourceError("no training image to take mean and std from.")
-        share = self.histogram / self.histogram.sum(axis=1, keepdims=True)
-        levels = np.arange(_LEVELS) / (_LEVELS - 1)
-        mean = share @ levels
-        std = np.sqrt(np.maximum(share @ levels**2 - mean**2, 0))
-        return [round(float(m), 8) for m in mean], [round(float(s), 8) if s > 1e-6 else 1.0 for s in std]
 
 
 def prepare(
@@ -103,7 +63,7 @@ def prepare(
     whole = carved(source, validation, test, seed)
     splits = limited(whole, limit, seed)
     drawn = [split for split in splits if split not in source.splits]
-    shape = _image_shape(splits["train"], source.reading)
+    shape = image_shape(splits["train"], source.reading)
     in_memory = max(shape[1:]) <= IN_MEMORY_UP_TO
     writer = Writer(out, source, shape, in_memory)
     for split, labelled in splits.items():
@@ -112,123 +72,6 @@ def prepare(
         writer.left_out.append(f"{over:,} by data.limit")
     settings = {"dataset": dataset, "seed": seed, "validation": validation, "test": test, "limit": limit}
     return writer.finish({**settings, "carved": drawn})
-
-
-def carved(source: Source, validation: float, test: float, seed: int) -> dict[Split, Labelled]:
-    """The source's splits, with validation and test held out of train where they are missing."""
-    splits = dict(source.splits)
-    shares: list[tuple[Split, float]] = [("test", test), ("validation", validation)]
-    wanted = {split: share for split, share in shares if split not in splits and share > 0}
-    if "test" not in splits and not test:
-        raise SourceError(f"{source.description}: brings no test split, so data.test must be above 0.")
-    if sum(wanted.values()) >= 1:
-        raise SourceError(
-            f"data.validation and data.test leave nothing of train ({' + '.join(map(str, wanted.values()))})."
-        )
-    train = splits["train"]
-    parts = _held_out(train.labels, source.class_names, wanted, seed)
-    for split, positions in parts.items():
-        splits[split] = train.take(positions)
-    return {split: splits[split] for split in SPLITS if split in splits}
-
-
-def _held_out(
-    labels: NDArray[np.int64], class_names: list[str], shares: Mapping[Split, float], seed: int
-) -> dict[Split, NDArray[np.int64]]:
-    parts: dict[Split, list[NDArray[np.int64]]] = {split: [] for split in ("train", *shares)}
-    for number, name in enumerate(class_names):
-        mine = np.flatnonzero(labels == number)
-        mixed = mine[np.random.default_rng(mix(seed, "split", number)).permutation(len(mine))]
-        for split, share in shares.items():
-            count = max(1, round(share * len(mine)))
-            parts[split].append(mixed[:count])
-            mixed = mixed[count:]
-        if not len(mixed):
-            asked = " and ".join(f"data.{split} {share:g}" for split, share in shares.items())
-            raise SourceError(f"class '{name}' has {len(mine)} image(s) in train: too few to hold out {asked}.")
-        parts["train"].append(mixed)
-    return {split: np.sort(np.concatenate(positions)) for split, positions in parts.items()}
-
-
-def limited(splits: Mapping[Split, Labelled], limit: int | None, seed: int) -> dict[Split, Labelled]:
-    """At most `limit` images of each class in each split, drawn by `seed`, in their old order."""
-    if limit is None:
-        return dict(splits)
-    result: dict[Split, Labelled] = {}
-    for split, labelled in splits.items():
-        order = np.random.default_rng(mix(seed, "limit", split)).permutation(len(labelled))
-        by_class = order[np.argsort(labelled.labels[order], kind="stable")]
-        counts = np.bincount(labelled.labels)
-        rank = np.arange(len(labelled)) - np.repeat(counts.cumsum() - counts, counts)
-        result[split] = labelled.take(np.sort(by_class[rank < limit]))
-    return result
-
-
-def _image_shape(train: Labelled, reading: Reading) -> tuple[int, int, int]:
-    if isinstance(train.images, np.ndarray):
-        _, channels, height, width = train.images.shape
-        return channels, height, width
-    if reading.size is not None:
-        return 1 if reading.grayscale else 3, reading.size, reading.size
-    for read in decoded(train.images, reading):
-        if read.image is not None:
-            channels, height, width = read.image.shape
-            return channels, height, width
-    raise SourceError(f"{train.images.tree.where}: no training image can be read.")
-
-
-@dataclass(frozen=True)
-class Read:
-    """One file: place in the split, name, SHA-256 and CRC-32, and its pixels (C, H, W); None: unreadable."""
-
-    position: int
-    name: str
-    digest: bytes
-    crc: str
-    image: NDArray[np.uint8] | None
-
-
-def decoded(files: Files, reading: Reading) -> Iterator[Read]:
-    """Every file as evaluation will see it, decoded by threads, in the order in which the tree gives them.
-
-    Raises ImageError at the first damaged one and ArchiveError at the first that cannot be read, unless
-    `reading.unreadable` is "skip".
-    """
-    place = {name: i for i, name in enumerate(files.names)}
-
-    def read(name: str, content: bytes | None) -> Read:
-        image, where = None, f"{files.tree.where}: {name}"
-        if content is None:
-            return Read(place[name], name, b"", "", None)
-        try:
-            image = pixels(fit(decode(content, where, grayscale=reading.grayscale), reading.size, reading.resize))
-        except ImageError:
-            if reading.unreadable == "error":
-                raise
-        return Read(place[name], name, hashlib.sha256(content).digest(), digest([content]), image)
-
-    with ThreadPoolExecutor() as pool:
-        waiting: list[Future[Read]] = []
-        for name, content in _contents(files, reading.unreadable):
-            waiting.append(pool.submit(read, name, content))
-            if len(waiting) >= _AHEAD:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
-
-
-def _contents(files: Files, unreadable: Unreadable) -> Iterator[tuple[str, bytes | None]]:
-    """Name and bytes of every file, None for one that cannot be read and is to be skipped."""
-    if unreadable == "error":
-        yield from files.tree.read_many(files.names)
-        return
-    for name in files.names:
-        try:
-            content = files.tree.read(name)
-        except ArchiveError:  # a link to nothing, somebody else's file, a damaged entry of a zip
-            yield name, None
-        else:
-            yield name, content
 
 
 @dataclass
@@ -286,7 +129,7 @@ class Writer:
         """Decoded, counted, of the right shape; those to skip are recorded and left out."""
         self.skipped[split] = []
         found_marks = np.zeros(len(files.names), dtype=np.uint64)
-        for read in _shown(decoded(files, self.source.reading), len(files.names), split):
+        for read in shown(decoded(files, self.source.reading), len(files.names), split):
             if read.image is None:
                 self.skipped[split].append(read.name)
             elif read.image.shape != self.shape:
@@ -385,16 +228,6 @@ def written_arrays(
         for split, size in index["sizes"].items()
         if size
     }
-
-
-def _shown(reads: Iterable[Read], total: int, split: str) -> Iterable[Read]:
-    """With a progress bar where it takes a while and somebody may be looking."""
-    if not watched() or total < _WORTH_A_BAR:
-        return reads
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(reads, description=f"reading {split}", total=total, console=Console(stderr=True), transient=True)
 
 
 def summary(index: Mapping[str, Any]) -> str:
