@@ -42,8 +42,8 @@ def cell_mark(**changes: Any) -> str:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the marks of the checkpoints read beside code and parameters."""
     monkeypatch.chdir(tmp_path)
-    for path in (artifacts.DATA_INDEX, artifacts.MASK, artifacts.INITIAL, artifacts.VOC_INDEX, artifacts.MODEL,
-                 artifacts.MODEL_CARD):  # fmt: skip
+    for path in (artifacts.DATA_INDEX, artifacts.MASK, artifacts.CHANNELS, artifacts.INITIAL, artifacts.VOC_INDEX,
+                 artifacts.MODEL, artifacts.MODEL_CARD):  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
     monkeypatch.setattr(sys, "path", [str(ROOT / "stages"), *sys.path])

@@ -11,13 +11,7 @@ from numpy.typing import NDArray
 from epsd.files.archives import ArchiveError
 from epsd.files.digests import digest
 from epsd.files.images import ImageError, decode, fit, pixels
-from epsd.files.layouts import (
-    Files,
-    Labelled,
-    Reading,
-    SourceError,
-    Unreadable,
-)
+from epsd.files.layouts import Files, Labelled, Reading, SourceError, Unreadable
 from epsd.project.runtime import watched
 
 _AHEAD = 256

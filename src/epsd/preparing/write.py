@@ -18,16 +18,7 @@ from numpy.typing import NDArray
 from epsd.files.archives import open_tree, unpack
 from epsd.files.digests import digest_of
 from epsd.files.duplicates import Marks, duplicates, mark, marks
-from epsd.files.layouts import (
-    SPLITS,
-    UNPACKED,
-    Files,
-    Labelled,
-    Source,
-    SourceError,
-    Split,
-    check_labels,
-)
+from epsd.files.layouts import SPLITS, UNPACKED, Files, Labelled, Source, SourceError, Split, check_labels
 from epsd.preparing.decoding import Read, decoded, image_shape, shown
 from epsd.preparing.splits import carved, limited
 from epsd.preparing.tally import Tally
