@@ -30,6 +30,10 @@ class Batch(NamedTuple):
     indices: "Tensor"
     partner: "Tensor | None" = None
 
+    def part(self, piece: slice) -> "Batch":
+        """Some of the images, in their order."""
+        return Batch(*(None if field is None else field[piece] for field in self))  # type: ignore[arg-type]
+
 
 class BatchNeeds(NamedTuple):
     """What an objective needs of a batch beyond images and labels."""

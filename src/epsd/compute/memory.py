@@ -1,25 +1,55 @@
 """How much memory a device has free, and how much a computation keeps for its backward pass."""
 
 import contextlib
-from collections.abc import Iterable
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from epsd.compute import distributed
+from epsd.types import Batch
+
+SAMPLE = 4
+"""Images from which a need is foreseen: BatchNorm wants more than one in half of them."""
 GIB = 2**30
 _CGROUPS, _PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def free_bytes(device: torch.device) -> float:
-    """What can be had without swapping: on a GPU what nobody holds, else the system's or its container's share."""
+    """What can be had without swapping: on a GPU what nobody holds, else what the system has, within the limits
+    of the container and of the process.
+    """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + held)
     import psutil
 
-    return min(float(psutil.virtual_memory().available), container_bytes(_CGROUPS, _own_groups(_PROCESS)))
+    there = float(psutil.virtual_memory().available)
+    return min(there, container_bytes(_CGROUPS, _own_groups(_PROCESS)), _address_space())
+
+
+def share(free: float, device: torch.device) -> float:
+    """What each process may take of bytes that are free: all processes of a machine live on those of its CPU."""
+    return 0.9 * free if device.type == "cuda" else free / distributed.neighbours()
+
+
+def _address_space() -> float:
+    """What the limit of this process's address space leaves."""
+    if sys.platform == "win32":
+        return math.inf
+    import resource
+
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most == resource.RLIM_INFINITY:
+        return math.inf
+    with contextlib.suppress(OSError, ValueError):
+        return max(0.0, most - int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE"))
+    return math.inf
 
 
 def _own_groups(listing: Path) -> list[str]:
@@ -79,3 +109,21 @@ class Saved:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
+
+
+class Line(NamedTuple):
+    """Bytes that grow evenly with the images: `fixed`, and `each` per image."""
+
+    fixed: float
+    each: float
+
+
+def lines(count: Callable[[Batch], Sequence[int]], batch: Batch) -> list[Line]:
+    """What a computation keeps, foreseen for any number of images: each of the bytes that `count` finds, as a line
+    through those of SAMPLE images of `batch` and of half as many.
+    """
+    small, large = batch.part(slice(SAMPLE // 2)), batch.part(slice(SAMPLE))
+    few, many = len(small.labels), len(large.labels)
+    pairs = zip(count(small), count(large), strict=True)
+    slopes = [(high, max(0, high - low) / (many - few) if many > few else high / many) for low, high in pairs]
+    return [Line(max(0.0, high - many * each), each) for high, each in slopes]

@@ -1,27 +1,20 @@
 """Does a training step fit into the memory of its device? Estimated from a few images, before it is tried."""
 
-import contextlib
-import math
-import os
-import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from epsd.compute.memory import Saved, free_bytes
+from epsd.compute.memory import Saved, free_bytes, lines
 from epsd.types import Batch, EpsdError
 
 TRANSIENT = 1.3
 """Peak of a step / what its forward pass keeps: gradients on their way, work space of convolutions. With it the
 estimate for ResNet-18 and ResNet-50 is within 15 % of the measured peak; a few hundred MB of work space that do not
 grow with the batch are not in it (benchmarks/results/memory-cpu.md)."""
-SAMPLE = 4
-"""Images from which a need is estimated: BatchNorm wants more than one."""
 _SHORTAGES = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory")
 
 
@@ -54,21 +47,14 @@ def kept(graph: Callable[[], object], model: nn.Module) -> int:
 
 
 def need(model: nn.Module, graph: Callable[[Batch], object], sample: Batch, copies: int) -> Need:
-    """Estimated from the graphs of `SAMPLE` and half as many images of `sample`.
+    """Foreseen from a few images of `sample`, see `memory.lines`.
 
     graph : batch -> loss.  copies : of the weights that training adds (gradients, momentum, mask).
     """
-    few, more = (kept(partial(graph, some(sample, slice(0, count))), model) for count in (SAMPLE // 2, SAMPLE))
+    (line,) = lines(lambda part: [kept(partial(graph, part), model)], sample)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     pixels = 3 * sample.images[0].numel() * sample.images.element_size()
-    slope = 2 * max(0, more - few) / SAMPLE
-    return Need(max(0, round(more - SAMPLE * slope)) + copies * weights, round(TRANSIENT * slope) + pixels)
-
-
-def some(batch: Batch, piece: slice) -> Batch:
-    """Some images of a batch."""
-    partner = None if batch.partner is None else batch.partner[piece]
-    return Batch(batch.images[piece], batch.labels[piece], batch.indices[piece], partner)
+    return Need(round(line.fixed) + copies * weights, round(TRANSIENT * line.each) + pixels)
 
 
 def parts(batch: Batch, count: int) -> list[Batch]:
@@ -76,28 +62,12 @@ def parts(batch: Batch, count: int) -> list[Batch]:
     size = len(batch.labels)
     count = max(1, min(count, size // 2))
     ends = [size * number // count for number in range(count + 1)]
-    return [some(batch, slice(ends[n], ends[n + 1])) for n in range(count)] if count > 1 else [batch]
+    return [batch.part(slice(ends[n], ends[n + 1])) for n in range(count)] if count > 1 else [batch]
 
 
 def free(device: torch.device) -> int | None:
-    """Bytes that can still be allocated, within the process's limit of address space; None where nobody knows."""
-    if device.type == "cuda":
-        return int(free_bytes(device))
-    limits = [free_bytes(device), _address_space()]
-    return max(0, int(min(limits))) if device.type == "cpu" else None
-
-
-def _address_space() -> float:
-    if sys.platform == "win32":
-        return math.inf
-    import resource
-
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if most == resource.RLIM_INFINITY:
-        return math.inf
-    with contextlib.suppress(OSError, ValueError):
-        return most - int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
+    """Bytes that can still be allocated; None where nobody knows."""
+    return int(free_bytes(device)) if device.type in ("cpu", "cuda") else None
 
 
 def is_shortage(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from epsd.compute import distributed
-from epsd.compute.memory import GIB, Saved, free_bytes
+from epsd.compute.memory import GIB, Saved, free_bytes, lines, share
 from epsd.compute.random_state import keeping_random_state
 from epsd.compute.second_order import weights_laid_out
 from epsd.losses import PlainLoss
@@ -87,19 +87,10 @@ the peaks of ResNet-18 and VGG-19, which they meet to 6 % (benchmarks/results/sc
 
 
 def measured(model: nn.Module, loss: LossFunction, batch: Batch, steps: int) -> Need:
-    """Evaluate the loss on two and on four images of `batch` and count what is saved for going back."""
-    small, large = _first(batch, 2), _first(batch, 4)
-    few, many = len(small.labels), len(large.labels)
-    (plain, graph), (more_plain, more_graph) = _saved(model, loss, small), _saved(model, loss, large)
-    per_image = (more_graph - graph) / (many - few) if many > few else graph / few
-    per_plain = (more_plain - plain) / (many - few) if many > few else plain / few
+    """From the loss of a few images of `batch`, see `memory.lines`."""
+    plain, graph = lines(lambda part: _saved(model, loss, part), batch)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return Need(max(graph - few * per_image, 0.0), per_image, per_plain, parameters, steps)
-
-
-def _first(batch: Batch, count: int) -> Batch:
-    partner = None if batch.partner is None else batch.partner[:count]
-    return Batch(batch.images[:count], batch.labels[:count], batch.indices[:count], partner)
+    return Need(graph.fixed, graph.each, plain.each, parameters, steps)
 
 
 def _saved(model: nn.Module, loss: LossFunction, batch: Batch) -> tuple[int, int]:
@@ -150,13 +141,12 @@ def planned(model: nn.Module, loss: LossFunction, batch: Batch, settings: LookAh
 
 
 def _budget(device: torch.device) -> float:
-    """Bytes that scoring may take in this process; on a CPU all processes of the machine share what is free."""
+    """Bytes that scoring may take in this process."""
     allowed = means().memory
     if allowed is not None:
         return allowed
-    if device.type == "cuda":
-        return 0.9 * free_bytes(device)
-    return 0.8 * free_bytes(device) / distributed.neighbours()  # which must do for freed memory that is kept, too
+    mine = share(free_bytes(device), device)
+    return mine if device.type == "cuda" else 0.8 * mine  # the rest is for freed memory that is kept
 
 
 def _fewer_at_once(changed: str, need: Need, images: int, at_once: int, budget: float) -> int:

@@ -1,7 +1,6 @@
 """SGD steps on copies of a network's weights, and the way back through them: gradients and Hessian-vector products."""
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,12 +25,9 @@ class _Part(NamedTuple):
 
 
 def _chunks(batch: Batch, micro_batch: int | None) -> list[Batch]:
-    if micro_batch is None or micro_batch >= len(batch.labels):
-        return [batch]
-    fields = [
-        [None] * math.ceil(len(batch.labels) / micro_batch) if f is None else torch.split(f, micro_batch) for f in batch
-    ]
-    return [Batch(*parts) for parts in zip(*fields, strict=True)]
+    size = len(batch.labels)
+    step = min(micro_batch or size, size)
+    return [batch.part(slice(start, start + step)) for start in range(0, size, step)]
 
 
 def batch_laid_out(batch: Batch, model: nn.Module) -> Batch:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from epsd.compute import distributed, shortage
+from epsd.compute.memory import SAMPLE, share
 from epsd.project.runtime import note
 from epsd.types import Batch, Loss
 
@@ -38,7 +39,7 @@ class Fitting:
         tried = device.type != "cpu" and distributed.world() == 1
         with self._untouched():
             room = None if tried else _room(device)
-            if room is not None and size >= shortage.SAMPLE:
+            if room is not None and size >= SAMPLE:
                 needed = self._need()
                 while needed.of(-(-size // self.parts)) > room:
                     if self.asked != "auto" or self.parts * 4 > size:
@@ -57,7 +58,7 @@ class Fitting:
 
     def _advice(self, processes: int) -> str:
         device = self.loop.device
-        if self._batch is None or len(self._batch.labels) < shortage.SAMPLE:
+        if self._batch is None or len(self._batch.labels) < SAMPLE:
             return f"out of memory on {device} before the first step. Take a smaller network, or free memory."
         self.loop.updates.forget()
         with self._untouched():
@@ -113,11 +114,9 @@ class Fitting:
 
 
 def _room(device: torch.device) -> float | None:
-    """Bytes for each process; on a CPU those of a machine share what is free."""
+    """Bytes for each process."""
     free = shortage.free(device)
-    if free is None or distributed.world() == 1:
-        return free
-    return distributed.least(0.9 * free if device.type == "cuda" else free / distributed.neighbours())
+    return None if free is None else distributed.least(share(free, device))
 
 
 def added(parts: list[Loss]) -> Loss:
