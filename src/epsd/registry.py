@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, cast, dataclass_transform
 
@@ -13,6 +14,12 @@ from epsd.types import EpsdError
 
 T = TypeVar("T")
 CONFIG = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+
+QUOTED = 200
+"""Characters of a user's value that a message quotes at most."""
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = QUOTED
 
 
 class ParamsError(EpsdError):
@@ -43,10 +50,24 @@ def unknown(where: str, given: object, valid: Iterable[str]) -> ParamsError:
 
 def not_known(given: object, valid: Iterable[str]) -> str:
     """What `unknown` says. `given`: a key of a YAML file may be a number."""
-    valid = list(valid)
-    near = difflib.get_close_matches(str(given), valid, n=1)
+    valid, text = list(valid), given if isinstance(given, str) else shown(given)
+    near = difflib.get_close_matches(text[:QUOTED], valid, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    return f"unknown '{given}'.{hint} Valid: {', '.join(valid) or '(none)'}."
+    return f"unknown '{cut(text)}'.{hint} Valid: {', '.join(valid) or '(none)'}."
+
+
+def cut(text: str) -> str:
+    """`text` in one line of at most QUOTED characters."""
+    text = " ".join(text[: 2 * QUOTED].split())
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
+
+
+def shown(value: object) -> str:
+    """`value` as a message quotes it: however long or deeply nested, in one line of at most QUOTED characters."""
+    try:
+        return cut(_SHORT.repr(value))
+    except ValueError:  # Python writes no number of more than some thousand digits
+        return f"a number of {int(value).bit_length():,} bits" if isinstance(value, int) else type(value).__name__
 
 
 def explain(where: str, error: ValidationError) -> ParamsError:
@@ -54,7 +75,7 @@ def explain(where: str, error: ValidationError) -> ParamsError:
     findings: dict[str, tuple[list[str], str]] = {}
     for item in error.errors(include_url=False):
         parts = [str(part) for part in item["loc"] if not _KIND.fullmatch(str(part))]
-        given = "" if item["type"] == "missing" or isinstance(item["input"], Mapping) else repr(item["input"])
+        given = "" if item["type"] == "missing" or isinstance(item["input"], Mapping) else shown(item["input"])
         messages, _ = findings.setdefault(".".join([where, *parts]).strip(".") or "params.yaml", ([], given))
         messages.append(item["msg"].removeprefix("Value error, "))
     told = []
@@ -83,8 +104,8 @@ def choose(registry: Mapping[str, type[T]], choice: Mapping[str, Any], where: st
     """
     settings = dict(choice)
     name = settings.pop("name", None)
-    if name not in registry:
-        raise unknown(f"{where}.name".strip("."), str(name), registry)
+    if not isinstance(name, str) or name not in registry:
+        raise unknown(f"{where}.name".strip("."), name, registry)
     cls = registry[name]
     valid = settings_of(cls)
     for key in settings:

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 from epsd.compute.devices import determinism
 from epsd.pipeline import changes, stage
-from epsd.project import runtime
+from epsd.project import artifacts, runtime
 from epsd.project.params import load, parse, read_yaml
 from epsd.registry import ParamsError
 from epsd.types import EpsdError
@@ -265,8 +265,7 @@ def test_changed_images_are_read_again(folder, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", lambda command, **_: asked.append(command) or SimpleNamespace(returncode=3))
     monkeypatch.setattr(sys, "argv", ["epsd.pipeline.stage", "--reread"])
     assert stage._check_only() == 0
-    (folder / "artifacts/data").mkdir(parents=True)
-    (folder / "artifacts/data/data.json").write_text('{"digest": "d"}')
+    artifacts.write_json(folder / artifacts.DATA_INDEX, {"digest": "d"})
     assert stage._check_only() == 0
     changes.remember(stage.images_read(load(folder / "params.yaml")))
     assert stage._check_only() == 0

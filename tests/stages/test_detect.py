@@ -239,7 +239,7 @@ def test_real_pictures_of_pascal_voc(tmp_path: Path) -> None:
     ("detect", "message"),
     [
         ({"frozen_stages": 9}, "detect.frozen_stages: 9, but the backbone has 3"),
-        ({"lr": 1e12, "clip_norm": None, "warmup_steps": 0}, "the loss is no number in epoch"),
+        ({"lr": 1e6, "clip_norm": None, "warmup_steps": 0}, "the loss is no number in epoch"),
     ],
 )
 def test_mistakes_end_with_one_line(tmp_path: Path, detect: dict[str, Any], message: str) -> None:

@@ -1023,7 +1023,7 @@ def test_ctrl_c_leaves_everything_in_order(project: Path) -> None:
 
 @pytest.mark.slow
 def test_a_search_that_always_fails_stops_and_shows_the_first_error(project: Path) -> None:
-    write(project, **{"tune.fixed": {"train.lr": 1e30}, "tune.space": {"train.weight_decay": {"float": [0.0, 0.1]}}})
+    write(project, **{"tune.fixed": {"train.lr": 1e6}, "tune.space": {"train.weight_decay": {"float": [0.0, 0.1]}}})
     done = tune("--trials", "30")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]

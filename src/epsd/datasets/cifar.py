@@ -16,6 +16,7 @@ from epsd.datasets.downloads import Published, locate
 from epsd.files.archives import Tree, open_tree
 from epsd.files.layouts import Labelled, Source, SourceError, Split, below
 from epsd.project.runtime import located
+from epsd.project.settings import Place
 from epsd.registry import variant
 
 _SHAPE = (3, 32, 32)
@@ -67,7 +68,7 @@ class Cifar:
     """`classes`: 10 or 100. `root`: the unpacked folder, an archive of it, or where to put the download."""
 
     classes: Literal[10, 100] = 10
-    root: str = "data/cifar"
+    root: Place = "data/cifar"
     download: bool = True
 
     def __call__(self) -> Source:

@@ -11,6 +11,7 @@ from epsd.datasets.downloads import Published, locate
 from epsd.files.archives import Tree, open_tree
 from epsd.files.layouts import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below
 from epsd.project.runtime import located
+from epsd.project.settings import Place, Text
 from epsd.registry import variant
 
 PUBLISHED = Published(
@@ -32,8 +33,8 @@ class Cub:
     `unreadable`: "error" stops at a damaged image, "skip" leaves it out and counts it.
     """
 
-    root: str = "data/cub"
-    top: str = "CUB_200_2011"
+    root: Place = "data/cub"
+    top: Text = "CUB_200_2011"
     size: Pixels = 224
     resize: Pixels | None = 256
     download: bool = False

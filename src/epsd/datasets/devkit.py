@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from epsd.datasets.downloads import Published, fetch
 from epsd.files.archives import ArchiveError, Tree, is_archive, open_tree, unpack
 from epsd.files.layouts import UNPACKED
 from epsd.project.runtime import located
+from epsd.project.settings import Count, Place
 from epsd.registry import variant
 
 SITE = "http://host.robots.ox.ac.uk/pascal/VOC"
@@ -55,14 +56,14 @@ class Devkit:
         accepts the terms: the pictures are from flickr, whose terms of use hold.
     """
 
-    root: str
+    root: Place
     train: list[str] = Field(default_factory=lambda: ["VOC2007/trainval"], min_length=1)
     validation: list[str] = Field(default_factory=list)
     test: list[str] = Field(default_factory=lambda: ["VOC2007/test"], min_length=1)
     class_names: list[str] | None = None
     bad_boxes: Literal["error", "drop"] = "error"
     empty: Literal["error", "background"] = "error"
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Count | None = None
     download: list[Literal["2007", "2007-test", "2012"]] = Field(default_factory=list)
 
     @property

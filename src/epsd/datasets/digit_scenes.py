@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from epsd.project.settings import Count, Natural, Share
 from epsd.registry import ParamsError, variant
 
 Pixels = npt.NDArray[np.uint8]
@@ -53,16 +54,16 @@ class DigitScenes:
     difficult : share of objects drawn so faintly that they are flagged `difficult`: neither learnt nor scored.
     """
 
-    train: Annotated[int, Field(ge=1)] = 300
-    validation: Annotated[int, Field(ge=0)] = 50
-    test: Annotated[int, Field(ge=1)] = 100
+    train: Count = 300
+    validation: Natural = 50
+    test: Count = 100
     canvas: Annotated[int, Field(ge=16, le=4096)] = 64
     objects: Annotated[int, Field(ge=1, le=100)] = 4
-    smallest: Annotated[int, Field(ge=8)] = 14
-    largest: Annotated[int, Field(ge=8)] = 28
+    smallest: Annotated[int, Field(ge=8, le=4096)] = 14
+    largest: Annotated[int, Field(ge=8, le=4096)] = 28
     noise: Annotated[float, Field(ge=0, le=1)] = 0.05
-    clutter: Annotated[int, Field(ge=0)] = 2
-    difficult: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    clutter: Natural = 2
+    difficult: Share = 0.03
 
     def __post_init__(self) -> None:
         if self.smallest > self.largest or self.largest >= self.canvas:

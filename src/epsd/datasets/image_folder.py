@@ -7,6 +7,7 @@ from pydantic import Field
 from epsd.files.archives import open_tree
 from epsd.files.layouts import Reading, Source, Unreadable, folder_source
 from epsd.project.runtime import located
+from epsd.project.settings import Place
 from epsd.registry import variant
 
 Pixels = Annotated[int, Field(ge=4, le=4096)]
@@ -25,7 +26,7 @@ class ImageFolder:
     unreadable : "error" stops at a damaged image, "skip" leaves it out, counts and names it.
     """
 
-    root: str
+    root: Place
     size: Pixels | None = None
     resize: Pixels | None = None
     grayscale: bool = False

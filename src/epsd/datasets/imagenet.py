@@ -27,6 +27,7 @@ from epsd.files.layouts import (
     unread,
 )
 from epsd.project.runtime import located
+from epsd.project.settings import Place
 from epsd.registry import variant
 
 SITE = "https://image-net.org/download-images"
@@ -49,7 +50,7 @@ class Imagenet:
     `unreadable`: "error" stops at a damaged image, "skip" leaves it out and counts it.
     """
 
-    root: str = "data/imagenet"
+    root: Place = "data/imagenet"
     size: Pixels = 224
     resize: Pixels | None = 256
     unreadable: Unreadable = "error"

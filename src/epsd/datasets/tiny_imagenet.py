@@ -10,6 +10,7 @@ from epsd.files.archives import Tree, open_tree
 from epsd.files.images import is_image
 from epsd.files.layouts import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below
 from epsd.project.runtime import located
+from epsd.project.settings import Place
 from epsd.registry import variant
 
 PUBLISHED = Published(
@@ -28,7 +29,7 @@ class TinyImagenet:
     `unreadable`: "error" stops at a damaged image, "skip" leaves it out and counts it.
     """
 
-    root: str = "data/tiny-imagenet"
+    root: Place = "data/tiny-imagenet"
     download: bool = False
     unreadable: Unreadable = "error"
 

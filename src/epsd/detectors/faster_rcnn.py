@@ -7,10 +7,8 @@ from pydantic import Field
 from torch import nn
 
 from epsd.detectors._features import Picture, Pyramid, choose_levels, frozen_nodes, levels_of, sides
+from epsd.project.settings import Count, Positive, Share
 from epsd.registry import variant
-
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
 
 
 @variant
@@ -48,7 +46,7 @@ class FasterRcnn:
     proposals: Count = 1000
     roi_samples: Count = 512
     anchor_samples: Count = 256
-    score_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    score_threshold: Share = 0.05
     nms_threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
     max_detections: Count = 100
     frozen_norms: bool = False

@@ -7,10 +7,8 @@ from pydantic import Field
 from torch import nn
 
 from epsd.detectors._features import Picture, Pyramid, choose_levels, frozen_nodes, levels_of, sides
+from epsd.project.settings import MOST, Count, Positive, Share
 from epsd.registry import variant
-
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
 
 
 @variant
@@ -39,10 +37,10 @@ class RetinaNet:
     fpn: bool = True
     finest_stride: Count = 4
     extra_levels: Annotated[int, Field(ge=0, le=4)] = 2
-    channels: Annotated[int, Field(ge=32, multiple_of=32)] = 256
+    channels: Annotated[int, Field(ge=32, le=MOST, multiple_of=32)] = 256
     anchor_scale: Positive = 4.0
     aspect_ratios: list[Positive] = Field(default_factory=lambda: [0.5, 1.0, 2.0], min_length=1)
-    score_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    score_threshold: Share = 0.05
     nms_threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
     max_detections: Count = 300
     frozen_norms: bool = False

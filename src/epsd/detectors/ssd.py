@@ -9,9 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from epsd.detectors._features import Body, Level, Picture, choose_levels, frozen_nodes, levels_of
+from epsd.project.settings import MOST, Count, Positive, Share
 from epsd.registry import variant
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class Ladder(Body):
@@ -70,15 +69,15 @@ class Ssd:
     frozen_norms : norm layers of the backbone keep the running statistics of classification (for very small batches).
     """
 
-    size: Annotated[int, Field(ge=16)] | None = None
+    size: Annotated[int, Field(ge=16, le=4096)] | None = None
     fpn: bool = True
     finest_stride: Count = 4
     extra_levels: Annotated[int, Field(ge=0, le=6)] = 2
-    channels: Annotated[int, Field(ge=2)] = 256
+    channels: Annotated[int, Field(ge=2, le=MOST)] = 256
     smallest: Annotated[float, Field(gt=0, lt=1)] = 0.2
     biggest: Annotated[float, Field(gt=0, le=1)] = 0.9
-    aspect_ratios: list[Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: [2.0])
-    score_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    aspect_ratios: list[Positive] = Field(default_factory=lambda: [2.0])
+    score_threshold: Share = 0.01
     nms_threshold: Annotated[float, Field(gt=0, le=1)] = 0.45
     max_detections: Count = 200
     frozen_norms: bool = False

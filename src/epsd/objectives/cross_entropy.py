@@ -1,10 +1,9 @@
 """Cross entropy: the objective that distils nothing. The baseline of every comparison."""
 
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from epsd import losses
+from epsd.project.settings import Share
 from epsd.registry import stateful_variant
 from epsd.types import Batch, BatchNeeds, Forward, Loss, Purpose
 
@@ -17,7 +16,7 @@ class CrossEntropy:
         compared here.
     """
 
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: Share = 0.0
 
     @property
     def needs(self) -> BatchNeeds:

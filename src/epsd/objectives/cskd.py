@@ -1,11 +1,11 @@
 """CS-KD: class-wise self-distillation (Yun et al., CVPR 2020; official code alinlab/cs-kd)."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from epsd import losses
+from epsd.project.settings import NonNegative, Positive, Share
 from epsd.registry import stateful_variant
 from epsd.types import Batch, BatchNeeds, Forward, Loss, Purpose
 
@@ -24,9 +24,9 @@ class CsKd:
     label_smoothing : [0, 1) of the cross entropy. Default 0 (official code has none).
     """
 
-    temperature: Annotated[float, Field(gt=0)] = 4.0
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    temperature: Positive = 4.0
+    weight: NonNegative = 1.0
+    label_smoothing: Share = 0.0
 
     @property
     def needs(self) -> BatchNeeds:

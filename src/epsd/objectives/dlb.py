@@ -1,14 +1,14 @@
 """DLB: self-distillation from the last mini-batch (Shen et al., CVPR 2022; official code Meta-knowledge-Lab/DLB)."""
 
 from dataclasses import field
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from epsd import losses
 from epsd.compute import distributed
+from epsd.project.settings import NonNegative, Positive, Share
 from epsd.registry import stateful_variant
 from epsd.types import Batch, BatchNeeds, Forward, Loss, Purpose
 
@@ -37,9 +37,9 @@ class Dlb:
     label_smoothing : [0, 1) of the cross entropy. Default 0 (official code has none).
     """
 
-    temperature: Annotated[float, Field(gt=0)] = 3.0
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    temperature: Positive = 3.0
+    weight: NonNegative = 1.0
+    label_smoothing: Share = 0.0
     last: dict[int, Last] = field(default_factory=dict, init=False, repr=False)
     part: tuple[int, int] = field(default=(0, 1), init=False, repr=False)
 

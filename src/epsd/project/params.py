@@ -15,7 +15,22 @@ from pydantic import Field, ValidationError, model_validator
 
 from epsd.files.regular import read_bytes
 from epsd.project.recipes import DetectorRecipe, Recipe
-from epsd.project.settings import NOTHING, SPREAD, TIMING, Bearing, Choice, Count, Positive, Section, Share
+from epsd.project.settings import (
+    LARGEST,
+    MOST,
+    NOTHING,
+    SPREAD,
+    TIMING,
+    Bearing,
+    Choice,
+    Count,
+    Few,
+    Natural,
+    Positive,
+    Section,
+    Share,
+    Text,
+)
 from epsd.registry import ParamsError, explain, unknown
 
 DEFAULT_PATH = Path("params.yaml")
@@ -27,7 +42,7 @@ _LATENCY = replace(TIMING, on=("model/latency_", "time/evaluate"))
 class LaunchParams(Section):
     """How many processes share prune, train and detect."""
 
-    processes: Annotated[Count | Literal["auto"], SPREAD] = 1
+    processes: Annotated[Few | Literal["auto"], SPREAD] = 1
     sync_batchnorm: bool = True
 
 
@@ -37,9 +52,9 @@ class DataParams(Section):
     validation: Share
     test: Share
     limit: Count | None
-    crop_padding: Annotated[int, Field(ge=0)]
+    crop_padding: Annotated[int, Field(ge=0, le=1024)]
     flip: bool
-    workers: Annotated[int, Field(ge=0), SPREAD]
+    workers: Annotated[int, Field(ge=0, le=1024), SPREAD]
 
 
 class PruneParams(Section):
@@ -54,7 +69,7 @@ class PruneParams(Section):
     floor: Annotated[float, Field(gt=0, le=1)] = 0.5
     scope: Literal["global", "layer", "erk", "lamp"]
     densities: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
-    channel_cap: Annotated[Annotated[float, Field(ge=1, allow_inf_nan=False)] | None, Bearing(neutral="null")] = None
+    channel_cap: Annotated[Annotated[float, Field(ge=1, le=LARGEST)] | None, Bearing(neutral="null")] = None
     rounds: Count
     batches: Annotated[Count, Bearing(neutral="1")] = 1
     average: Annotated[Literal["absolute", "signed"], Bearing(neutral="absolute")] = "absolute"
@@ -84,14 +99,22 @@ class TrainParams(_Whole, Recipe):
 
     batch_size: Count
 
+    @model_validator(mode="after")
+    def _parts_of_two(self) -> Self:
+        most = max(1, self.batch_size // 2)
+        if self.accumulate != "auto" and self.accumulate > most:
+            raise ValueError(f"accumulate: {self.accumulate} parts of batch_size {self.batch_size} are fewer than two "
+                             f"images each. At most {most} works here")  # fmt: skip
+        return self
+
 
 class EvaluateParams(Section):
     """The one reading of the test split."""
 
     batch_size: Annotated[Count, replace(TIMING, on=("time/evaluate",))]
-    ece_bins: Annotated[Count, Bearing(on=("test/ece",))]
+    ece_bins: Annotated[int, Field(ge=1, le=10_000), Bearing(on=("test/ece",))]
     latency_batch_size: Annotated[Count, _LATENCY]
-    latency_repeats: Annotated[int, Field(ge=0), _LATENCY]
+    latency_repeats: Annotated[Natural, _LATENCY]
 
 
 class DetectParams(_Whole, DetectorRecipe):
@@ -99,17 +122,17 @@ class DetectParams(_Whole, DetectorRecipe):
 
     detector: Choice
     beside: Literal["none", "dense", "random"]
-    frozen_stages: Annotated[int, Field(ge=0)]
-    pictures: Annotated[int, Field(ge=0), NOTHING]
+    frozen_stages: Natural
+    pictures: Annotated[Natural, NOTHING]
 
 
 class TrackingParams(Section):
     """Where runs are filed."""
 
-    experiment: Annotated[str, Field(min_length=1)]
+    experiment: Text
 
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(ge=-1e15, le=1e15)]
 Value = str | bool | int | float | None
 Direction = Literal["maximize", "minimize"]
 
@@ -122,7 +145,7 @@ class RangeParams(Section):
     """
 
     floats: list[Finite] | None = Field(None, alias="float", min_length=2, max_length=2)
-    ints: list[int] | None = Field(None, alias="int", min_length=2, max_length=2)
+    ints: list[Annotated[int, Field(ge=-MOST, le=MOST)]] | None = Field(None, alias="int", min_length=2, max_length=2)
     choice: list[Value] | None = Field(None, min_length=1)
     log: bool = False
     step: Positive | None = None
@@ -193,10 +216,10 @@ def _default_space() -> dict[str, RangeParams]:
 class TuneParams(Section):
     """The search. No stage depends on it. Each key's meaning stands beside it in params.yaml."""
 
-    study: Annotated[str, Field(min_length=1)] = "search"
+    study: Text = "search"
     storage: str | None = None
     trials: Count = 20
-    workers: Count = 1
+    workers: Few = 1
     sampler: Literal["tpe", "gp", "nsga2", "random", "grid"] = "tpe"
     pruner: Literal["hyperband", "median", "race", "none"] = "hyperband"
     repeats: Count = 1
@@ -212,8 +235,8 @@ class Params(Section):
     """The whole of params.yaml, checked. `tune` is left out of dumps: no trained model depends on it."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)]
-    device: Annotated[str, TIMING]
-    threads: Annotated[Count | None, TIMING] = None
+    device: Annotated[Text, TIMING]
+    threads: Annotated[Few | None, TIMING] = None
     launch: LaunchParams = Field(default_factory=LaunchParams)
     dataset: Annotated[Choice, Bearing(settings={"download": NOTHING})]
     data: DataParams
@@ -271,12 +294,34 @@ def as_tree(text: str, path: Path) -> dict[str, Any]:
 
     try:
         content = YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # the latter: a date that there is not, a number of too many digits
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ParamsError(f"{path}: {_TOO_DEEP}") from None
+    _check_size(content, path)
     if not isinstance(content, dict):
         found = "nothing" if content is None else type(content).__name__
         raise ParamsError(f"{path}: expected a mapping of sections, found {found}.")
     return content
+
+
+_DEEPEST, _LARGEST = 30, 100_000
+_TOO_DEEP = f"nested more than {_DEEPEST} deep."
+
+
+def _check_size(content: Any, path: Path) -> None:
+    """Raises ParamsError for what only recursion without end could follow (an anchor in itself), or memory hold."""
+    level, count = [content], 0
+    for _ in range(_DEEPEST):
+        inner = [
+            list(node.values()) if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)
+        ]
+        count += sum(map(len, inner))
+        if count > _LARGEST:
+            raise ParamsError(f"{path}: holds more than {_LARGEST:,} values.")
+        level = [value for values in inner for value in values]
+    if level:
+        raise ParamsError(f"{path}: {_TOO_DEEP}")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

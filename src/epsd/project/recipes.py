@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from epsd.project.settings import TIMING, Bearing, Count, NonNegative, Positive, Section, Share
+from epsd.project.settings import TIMING, Bearing, Count, Natural, NonNegative, Positive, Section, Share
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
@@ -41,7 +41,7 @@ class Recipe(Section):
     schedule: Literal["step", "cosine", "constant"] = "step"
     milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.5, 0.75])
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    warmup_epochs: Natural = 0
     clip_norm: Positive | None = None
     precision: Annotated[Precision, Bearing(timed_with=True)] = "auto"
     memory_format: Annotated[MemoryFormat, TIMING] = "auto"
@@ -55,6 +55,8 @@ class Recipe(Section):
             raise ValueError(
                 f"warmup_epochs: {self.warmup_epochs} is more than epochs ({self.epochs}): lr never gets there"
             )
+        if sorted(set(self.milestones)) != self.milestones:
+            raise ValueError("milestones: each must be larger than the one before")
         return self
 
 
@@ -71,6 +73,6 @@ class DetectorRecipe(Section):
     momentum: Share = 0.9
     weight_decay: NonNegative = 1e-4
     clip_norm: Positive | None = None
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Natural = 0
     flip: bool = False
     precision: Precision = "auto"

@@ -6,7 +6,13 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from epsd.registry import not_known
+from epsd.project.runtime import located
+from epsd.registry import QUOTED, not_known
+
+MOST = 10**9
+"""No count is larger: what is more overflows in one library or another, hours later."""
+LARGEST = 1e6
+"""Likewise of temperatures, weights, learning rates: 1e300 is finite, and its square is not."""
 
 
 def _named(choice: dict[str, Any]) -> dict[str, Any]:
@@ -15,11 +21,33 @@ def _named(choice: dict[str, Any]) -> dict[str, Any]:
     return choice
 
 
+def _text(value: str) -> str:
+    if not (value.strip() and value.isprintable() and len(value) <= QUOTED):
+        raise ValueError(f"needs 1 to {QUOTED} printable characters, not only spaces")
+    return value
+
+
+def _place(value: str) -> str:
+    try:
+        located(value).exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long; the home of nobody
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"is no path ({str(reason).rstrip('.')})") from None
+    return value
+
+
 Choice = Annotated[dict[str, Any], AfterValidator(_named)]
-Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Few = Annotated[int, Field(ge=1, le=1024)]
+"""Threads or processes."""
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, AfterValidator(_text)]
+"""A name that goes into tables, pages and other people's tools."""
+Place = Annotated[str, Field(min_length=1), AfterValidator(_place)]
+"""A file or folder, as `epsd.project.runtime.located` takes it. It need not be there."""
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from epsd.compute import distributed
@@ -16,6 +15,7 @@ from epsd.compute.second_order import weights_laid_out
 from epsd.losses import PlainLoss
 from epsd.masks import prunable
 from epsd.project.runtime import note
+from epsd.project.settings import Count, Natural, Positive, Share
 from epsd.pruning.metagradients import Reading, mask_gradient
 from epsd.pruning.scoring import Following, LossFunction, MetaGradientError, calling, draw, means, normalised, scoring
 from epsd.pruning.unroll import batch_laid_out, gradient_of
@@ -41,14 +41,14 @@ class LookAhead:
         "auto": as many as `prune.memory` has room for.
     """
 
-    steps: Annotated[int, Field(ge=0)] = 3
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    steps: Natural = 3
+    lr: Positive = 0.1
+    momentum: Share = 0.0
     reading: Reading = "full"
     new_batch_per_step: bool = True
     detach_first_step: bool = False
-    micro_batch: Annotated[int, Field(ge=1)] | None = None
-    graphs_kept: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    micro_batch: Count | None = None
+    graphs_kept: Natural | Literal["auto"] = "auto"
 
     derivative: ClassVar[bool] = True
 

@@ -1,10 +1,9 @@
 """GraSP: keep gradient flow (Wang et al., ICLR 2020; official code alecwangcq/GraSP)."""
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from epsd.compute import distributed
@@ -12,6 +11,7 @@ from epsd.compute.random_state import random_state, set_random_state
 from epsd.compute.second_order import laid_out, weights_laid_out
 from epsd.losses import cross_entropy
 from epsd.masks import prunable
+from epsd.project.settings import Count, Positive
 from epsd.pruning.scoring import MetaGradientError, calling, draw, scoring, wide
 from epsd.pruning.unroll import contract, gradient_of
 from epsd.registry import variant
@@ -39,11 +39,11 @@ class Grasp:
     mode : "train" (default, official) or "eval" (Synaptic-Flow's port).
     """
 
-    temperature: Annotated[float, Field(gt=0)] = 200.0
-    samples_per_class: Annotated[int, Field(ge=1)] | None = 10
+    temperature: Positive = 200.0
+    samples_per_class: Count | None = 10
     interleave: bool = True
-    batches: Annotated[int, Field(ge=1)] = 1
-    repeats: Annotated[int, Field(ge=1)] = 1
+    batches: Count = 1
+    repeats: Count = 1
     mode: Literal["train", "eval"] = "train"
 
     follows_objective: ClassVar[bool] = False

@@ -1,14 +1,14 @@
 """SNIP: connection sensitivity (Lee et al., ICLR 2019; official code namhoonlee/snip-public)."""
 
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from epsd.losses import supervised
 from epsd.masks import prunable
+from epsd.project.settings import Count
 from epsd.pruning.metagradients import mask_gradient
 from epsd.pruning.scoring import draw, normalised, scoring
 from epsd.registry import variant
@@ -27,7 +27,7 @@ class Snip:
         (Synaptic-Flow's default).
     """
 
-    batches: Annotated[int, Field(ge=1)] = 1
+    batches: Count = 1
     mode: Literal["train", "eval"] = "train"
 
     follows_objective: ClassVar[bool] = False

@@ -19,7 +19,7 @@ from epsd.pipeline.stage import check
 from epsd.project import presets
 from epsd.project.params import DEFAULT_PATH, Params, flatten, override, parse, read_yaml
 from epsd.project.runtime import project_root
-from epsd.project.settings import Choice, Count, Section, Share
+from epsd.project.settings import Choice, Count, Section, Share, Text
 from epsd.registry import ParamsError, choose, explain, settings_of, unknown
 from epsd.scores import SCORES
 from epsd.studies.procedures import PROCEDURES, Procedure
@@ -47,7 +47,7 @@ class VariantParams(Section):
     `procedure`: how its cells are trained, where not as the study's others.
     """
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Text
     set: dict[str, Any] = Field(default_factory=dict)
     procedure: Named | None = None
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from epsd.masks import Mask, highest
+from epsd.project.settings import Count
 from epsd.registry import variant
 
 Shares = Annotated[float, Field(ge=0, le=1)]
@@ -43,7 +44,7 @@ class Gradual:
 
     start: Shares = 0.0
     end: Shares = 0.75
-    every: Annotated[int, Field(ge=1)] = 100
+    every: Count = 100
 
     def share(self, step: int, steps: int) -> float | None:
         """How far the final sparsity is reached at `step`; None where nothing is removed."""
@@ -88,7 +89,7 @@ class RigL:
     others start at 0 without momentum.
     """
 
-    every: Annotated[int, Field(ge=1)] = 100
+    every: Count = 100
     share: Shares = 0.3
     end: Shares = 0.75
 

@@ -22,6 +22,7 @@ from epsd.data.loaders import as_batches
 from epsd.losses import cross_entropy
 from epsd.masks import Mask, Scope, check_fits, prunable
 from epsd.project.recipes import Recipe
+from epsd.project.settings import Count, Positive
 from epsd.registry import variant
 from epsd.studies.prune_then_distill.distillation import Distillation
 from epsd.training import checkpoints
@@ -54,10 +55,10 @@ class Rewinding:
     """
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    teacher_epochs: Annotated[int, Field(ge=1)] | None = None
-    round_epochs: Annotated[int, Field(ge=1)] | None = None
-    student_epochs: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(gt=0)] = 10.0
+    teacher_epochs: Count | None = None
+    round_epochs: Count | None = None
+    student_epochs: Count | None = None
+    temperature: Positive = 10.0
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.95
     select: Literal["validation", "last"] = "validation"
 
