@@ -1,13 +1,12 @@
 """Batches of images that live on the device: cropped, mirrored and normalised there, many at once."""
 
-import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from epsd.data.sampling import SameClass, Sampler, Share, generator, partner_positions
+from epsd.data.sampling import Sampled, Sampler, generator, partner_positions
 from epsd.data.streaming import Normalise
 from epsd.types import Batch, BatchNeeds
 
@@ -38,7 +37,7 @@ class Pixels(NamedTuple):
         return cls(result, padding)
 
 
-class MemoryBatches:
+class MemoryBatches(Sampled):
     """Batches of a split that lives on the device.
 
     Parameters
@@ -62,16 +61,11 @@ class MemoryBatches:
         shuffle: bool = False,
         drop_last: bool = False,
     ) -> None:
-        self.size, self.num_classes = len(labels), num_classes
-        self._sampler = Sampler(len(labels), batch_size, seed, shuffle, drop_last)
-        self._same_class = SameClass(labels.cpu(), seed)
+        super().__init__(labels, num_classes, Sampler(len(labels), batch_size, seed, shuffle, drop_last))
         self._pixels, self._flip = pixels, flip
         self._device = pixels.padded.device
         self._labels = labels.to(self._device)
         self._normalise = Normalise(mean, std, self._device)
-
-    def __len__(self) -> int:
-        return len(self._sampler)
 
     def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]:
         """The batches of epoch `number`; `partner` is filled as `needs` asks, `indices` always."""
@@ -84,16 +78,6 @@ class MemoryBatches:
             indices = chosen[part]
             partner = None if partners is None else self._look(partners[part], second_draws, part)
             yield Batch(self._look(indices, draws, part), self._labels[indices], indices, partner)
-
-    def lengths(self) -> set[int]:
-        """How many images its batches hold."""
-        return self._sampler.lengths()
-
-    def shard(self, share: Share) -> "MemoryBatches":
-        """The same batches, of each of which only the positions `share` are made."""
-        twin = copy.copy(self)
-        twin._sampler = self._sampler.shared(share)
-        return twin
 
     def _draws(self, size: int, number: int, purpose: str) -> Draws:
         random = generator(self._sampler.seed, "augment", purpose, number)

@@ -1,8 +1,10 @@
 """Which images make up which batch of which epoch: a pure function of (seed, epoch)."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -120,3 +122,25 @@ def partner_positions(needs: BatchNeeds, order: Tensor, epoch: int, same_class: 
     if needs.partner == "same_class":
         return same_class.partners(order, epoch)
     return order if needs.partner == "view" else None
+
+
+class Sampled:
+    """Batches of a split by a `Sampler`; `size`: images of the split. Subclasses draw them."""
+
+    def __init__(self, labels: Tensor, num_classes: int, sampler: Sampler) -> None:
+        self.size, self.num_classes = len(labels), num_classes
+        self._sampler = sampler
+        self._same_class = SameClass(labels.cpu(), sampler.seed)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def lengths(self) -> set[int]:
+        """How many images its batches hold."""
+        return self._sampler.lengths()
+
+    def shard(self, share: Share) -> Self:
+        """The same batches, of each of which only the positions `share` are made."""
+        twin = copy.copy(self)
+        twin._sampler = self._sampler.shared(share)
+        return twin

@@ -4,7 +4,6 @@ Every sample's random numbers come from (seed, epoch, purpose, position), never 
 draw it.
 """
 
-import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from epsd.compute.devices import Machine
 from epsd.compute.seeds import mix
-from epsd.data.sampling import SameClass, Sampler, Share, partner_positions
+from epsd.data.sampling import Sampled, Sampler, partner_positions
 from epsd.files.digests import digest
 from epsd.files.images import ImageError, decode, decode_planes, fit, pixels
 from epsd.files.layouts import Files, Reading
@@ -223,7 +222,7 @@ def _as_is(answer: Any) -> Any:
     return answer
 
 
-class StreamedBatches:
+class StreamedBatches(Sampled):
     """Batches of a split that is read from files. Parameters as `epsd.data.in_memory.MemoryBatches`.
 
     `augmentation` None: resized and cut as for evaluation. `workers`: processes that decode, 0 = this one.
@@ -244,16 +243,11 @@ class StreamedBatches:
         drop_last: bool = False,
         machine: Machine = Machine(),
     ) -> None:
-        self.size, self.num_classes = len(labels), num_classes
-        self._sampler = Sampler(len(labels), batch_size, seed, shuffle, drop_last)
-        self._same_class = SameClass(labels, seed)
+        super().__init__(labels, num_classes, Sampler(len(labels), batch_size, seed, shuffle, drop_last))
         self._labels, self._device, self._workers = labels, machine.device, machine.workers
         draw = partial(pictures.augmented, flip=augmentation.flip) if augmentation else pictures.__getitem__
         self._requests = Requests(draw, torch.stack, seed)
         self._normalise = Normalise(mean, std, self._device)
-
-    def __len__(self) -> int:
-        return len(self._sampler)
 
     def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]:
         """The batches of epoch `number`; `partner` is filled as `needs` asks, `indices` always."""
@@ -268,16 +262,6 @@ class StreamedBatches:
             partner = None if drawn.partners is None else self._ready(drawn.partners)
             moved = indices.to(self._device)
             yield Batch(self._ready(drawn.samples), self._labels[indices].to(self._device), moved, partner)
-
-    def lengths(self) -> set[int]:
-        """How many images its batches hold."""
-        return self._sampler.lengths()
-
-    def shard(self, share: Share) -> "StreamedBatches":
-        """The same batches, of each of which only the positions `share` are decoded."""
-        twin = copy.copy(self)
-        twin._sampler = self._sampler.shared(share)
-        return twin
 
     def _ready(self, images: Tensor) -> Tensor:
         return self._normalise(images.to(self._device, non_blocking=True))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from epsd.project.artifacts import Run
+from epsd.project.params import flatten
 
 Row = tuple[str, int, float | str]
 """Class, test images, accuracy ("" for a class without images)."""
@@ -175,15 +176,7 @@ def _use(subject: Subject) -> Iterator[str]:
 
 def _parameters(tree: Mapping[str, Any]) -> Iterator[str]:
     made = {section: content for section, content in tree.items() if section not in _OTHERS}
-    lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in _flat(made)]
+    lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in flatten(made)]
     longest = max(map(len, re.findall("`+", "\n".join(lines))), default=0)
     fence = "`" * max(3, longest + 1)
     yield from (f"{fence}yaml", *lines, fence)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
