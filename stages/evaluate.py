@@ -1,6 +1,8 @@
 """Read the test split, once: accuracy, calibration, and what the network costs. Writes artifacts/evaluate/."""
 
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import nn
 
@@ -9,13 +11,15 @@ from epsd.data.prepared import Prepared
 from epsd.evaluation import evaluate as evaluation
 from epsd.evaluation import metrics, model_card
 from epsd.figures import style as figures
+from epsd.files.onnx_file import FOLDER
 from epsd.masks import prunable
+from epsd.pipeline import deploy
 from epsd.pipeline.describe import reopened, story
 from epsd.pipeline.export import exported, trained_network
-from epsd.pipeline.measure import measured
 from epsd.pipeline.stage import run_stage
 from epsd.project import artifacts
 from epsd.project.params import Params
+from epsd.project.runtime import versions
 
 
 def main(params: Params, machine: Machine) -> str:
@@ -27,21 +31,24 @@ def main(params: Params, machine: Machine) -> str:
 
     settings = params.evaluate
     test = data.batches("test", batch_size=settings.batch_size)
-    result = evaluation.evaluate(model, test, ece_bins=settings.ece_bins)
-    costs = measured(model, card, settings, dense=artifacts.MODEL, compact=artifacts.SPARSE_MODEL)
-    report = {"test": result.metrics, "model": costs}
-
-    artifacts.write_json(artifacts.METRICS, report)
-    save_tables(result, data.class_names)
-    save_figures(result, model, data.class_names, history)
-    artifacts.write_text(artifacts.MODEL_README, model_card.model_card(subject(params, data, run, result, report)))
-    exported(model, card, test)
+    answers = evaluation.predict(model, test)
+    result = evaluation.measure(*answers, settings.ece_bins)
+    costs = deploy.measured(model, card, dense=artifacts.MODEL, compact=artifacts.SPARSE_MODEL)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        folder = Path(elsewhere) / FOLDER
+        files = deploy.deployed(deploy.Subject(model, card, artifacts.MODEL, data, answers), settings, folder)
+        report = {"test": result.metrics, "model": costs, **files.figures}
+        artifacts.write_json(artifacts.METRICS, report)
+        save_tables(result, data.class_names)
+        save_figures(result, model, data.class_names, history)
+        about = subject(params, data, run, result, report)._replace(deployed=files.said)
+        artifacts.write_text(artifacts.MODEL_README, model_card.model_card(about))
+        exported(model, card, test, folder)
     version = log(params, report, data.sizes["test"])
-    kept = f"; model 'epsd' version {version} (candidate)" if version else ""
-    return (
-        f"test top-1 {result.metrics['top1']:.4f}, ECE {result.metrics['ece']:.4f}, "
-        f"sparsity {report['model']['sparsity']:.4f}, {report['model']['compression']:.1f} times fewer parameters{kept}"
-    )
+    figures = f"test top-1 {result.metrics['top1']:.4f}, ECE {result.metrics['ece']:.4f}, "
+    figures += f"sparsity {costs['sparsity']:.4f}, {costs['compression']:.1f} times fewer parameters"
+    kept = f"model 'epsd' version {version} (candidate)" if version else ""
+    return "; ".join(filter(None, [figures, files.said, kept]))
 
 
 def save_tables(result: evaluation.Evaluation, names: list[str]) -> None:
@@ -70,7 +77,8 @@ def subject(
 ) -> model_card.Subject:
     """What the model card is about."""
     rows = list(evaluation.per_class_rows(result, data.class_names))
-    return model_card.Subject(params.model_dump(), data.index, story(params, data), run, report, rows)
+    about = params.model_dump(), data.index, story(params, data), run, report, rows
+    return model_card.Subject(*about, machine=versions()["cpu"])
 
 
 def log(params: Params, report: Mapping[str, Mapping[str, float]], images: int) -> str | None:
@@ -78,7 +86,7 @@ def log(params: Params, report: Mapping[str, Mapping[str, float]], images: int) 
 
     Returns the version under which the model is registered, None while the store is away.
     """
-    with reopened("evaluate", params, {"latency.note": evaluation.LATENCY_NOTE}) as tracker:
+    with reopened("evaluate", params, {"latency.note": deploy.LATENCY_NOTE}) as tracker:
         tracker.metrics({f"{group}/{name}": value for group, part in report.items() for name, value in part.items()})
         for figure in artifacts.EVALUATE_FIGURES:
             tracker.artifact(figure)

@@ -8,7 +8,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from epsd.evaluation.servable import Intake, Servable
+from epsd.evaluation.deploy import export
+from epsd.evaluation.intake import Intake
+from epsd.evaluation.servable import Servable
+from epsd.files.onnx_file import CARD, FOLDER, FP32, OnnxFile
+from epsd.pipeline.export import SCRIPT
 from epsd.tracking import models
 from toys import convnet
 
@@ -40,8 +44,30 @@ def contents(folder: Path, **more: Any) -> models.Contents:
     return models.Contents(**{**fields, **more})
 
 
+def onnx_folder(parent: Path, seed: int = 0) -> Path:
+    """A folder with the ONNX file of `servable(seed)`."""
+    words = {CARD: json.dumps(vars(INTAKE))}
+    images = torch.zeros(2, 1, 7, 5)
+    export(servable(seed), images, ("batch", "height", "width"), parent / FOLDER / FP32, words)
+    return parent / FOLDER
+
+
 def model_folder(parent: Path, seed: int = 0) -> Path:
-    """Exported."""
+    """As it is handed on: an ONNX file that MLflow serves."""
+    parent.mkdir(parents=True, exist_ok=True)
+    given = contents(parent, onnx=onnx_folder(parent, seed), script=SCRIPT)
+    assert models.write(parent / "model", servable(seed), given) == "onnx"
+    return parent / "model"
+
+
+def asked(folder: Path) -> OnnxFile:
+    """The ONNX file of an MLflow model's folder."""
+    return OnnxFile(folder / "data" / FOLDER / FP32)
+
+
+def exported_folder(parent: Path, seed: int = 0) -> Path:
+    """Exported by torch: what is handed on where there is no ONNX file."""
+    parent.mkdir(parents=True, exist_ok=True)
     parent.mkdir(parents=True, exist_ok=True)
     assert models.write(parent / "model", servable(seed), contents(parent)) == "pt2"
     return parent / "model"

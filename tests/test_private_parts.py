@@ -22,6 +22,7 @@ NAMES = (
     "torch._foreach_mul_",
     "torch.cpu._is_amx_tile_supported",  # what a processor computes bf16 in
     "torch.cpu._is_avx512_bf16_supported",
+    "torch.cpu._is_vnni_supported",  # and whether it multiplies int8 without overflowing
     "torch.nn.modules.batchnorm._BatchNorm",  # families of layers
     "torch.nn.modules.batchnorm._NormBase",
     "torch.nn.modules.conv._ConvNd",
@@ -74,7 +75,9 @@ def test_lists_of_tensors_are_added_scaled_and_divided_in_place() -> None:
 def test_processors_answer_yes_or_no() -> None:
     import torch
 
-    assert {type(torch.cpu._is_amx_tile_supported()), type(torch.cpu._is_avx512_bf16_supported())} == {bool}
+    cpu = torch.cpu
+    asked = cpu._is_amx_tile_supported, cpu._is_avx512_bf16_supported, cpu._is_vnni_supported
+    assert {type(ask()) for ask in asked} == {bool}
 
 
 def test_families_of_layers_hold_the_layers() -> None:

@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from epsd.types import EpsdError
 
@@ -49,9 +50,15 @@ def compare(arguments: argparse.Namespace) -> None:
 
     from epsd.comparison.command import Request, command
 
-    out = None if arguments.out is None else Path(arguments.out)
+    def draw(runs: Any, file: Path) -> None:
+        from epsd.figures import deployed  # which needs torch
+
+        deployed.draw(runs, file)
+
+    out, figure = (None if name is None else Path(name) for name in (arguments.out, arguments.figure))
     where, chosen = tuple(arguments.where), tuple(arguments.experiments)
-    command(Request(chosen, arguments.metric, where, arguments.baseline, arguments.best, arguments.format, out))
+    about = arguments.metric, where, arguments.baseline, arguments.best, arguments.format
+    command(Request(chosen, *about, out, figure), draw)
 
 
 def study(arguments: argparse.Namespace) -> int:
@@ -82,6 +89,16 @@ def predict(arguments: argparse.Namespace) -> None:
 
     for line in predicted(arguments.images, arguments.model, arguments.top, arguments.json):
         print(line, flush=True)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write a model's deployable folder."""
+    from pathlib import Path
+
+    from epsd.pipeline.export import hand_over
+
+    print(f"{arguments.to}: {', '.join(hand_over(arguments.model, Path(arguments.to)))}")
+    print(f"Next: python {arguments.to}/predict.py photo.png (needs onnxruntime, numpy and Pillow)")
 
 
 def promote(arguments: argparse.Namespace) -> None:
@@ -158,6 +175,7 @@ def _comparisons(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     one.add_argument("--best", action="store_true", help="mark the best of each column and what equals it")
     one.add_argument("--format", choices=["terminal", "markdown", "csv", "latex"], help="default: by FILE's ending")
     one.add_argument("--out", metavar="FILE", help="write the table there (.md, .csv, .tex) instead of printing it")
+    one.add_argument("--figure", metavar="FILE", help="also draw accuracy against latency, as a .png")
     one.set_defaults(command=compare)
 
     one = commands.add_parser("study", help="train a grid of scores, objectives, sparsities, seeds, and compare")
@@ -200,6 +218,11 @@ def _models(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     one.add_argument("--top", type=_count, default=3, metavar="K", help="classes shown for each image (3)")
     one.add_argument("--json", action="store_true", help="one JSON object for each image")
     one.set_defaults(command=predict)
+
+    one = commands.add_parser("export", help="write a model to a folder that is asked without torch and epsd")
+    one.add_argument("--to", required=True, metavar="FOLDER", help="a new folder")
+    one.add_argument("--model", metavar="MODEL", help="as of predict")
+    one.set_defaults(command=export)
 
     one = commands.add_parser("promote", help="make the registered model of a run the champion")
     one.add_argument("run", metavar="RUN", help="its id, the beginning of it, its name, or: candidate")

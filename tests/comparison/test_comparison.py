@@ -93,7 +93,9 @@ def test_holm_by_hand() -> None:
         ("test/top1", "higher"), ("test/nll", "lower"), ("test/ece", "lower"), ("detect/map50", "higher"),
         ("time/train", "lower"), ("mask/seconds", "lower"), ("model/bytes_sparse", "lower"),
         ("model/compression", "higher"), ("val/top1", "higher"), ("train/loss", "lower"),
-        ("model/latency_pruned_ms", "lower"), ("train/cross_entropy", "lower"), ("detect/map50_11point", "higher"),
+        ("latency/torch_batch1_one_thread_ms", "lower"), ("deploy/int8_validation_drop", "lower"),
+        ("latency/onnx_batch1_one_thread_times_dense_torch", "higher"), ("deploy/int8_agreement", "higher"),
+        ("train/cross_entropy", "lower"), ("detect/map50_11point", "higher"),
         ("detect/train_loss", "lower"), ("mask/peak_memory_mib", "lower"), ("cost/image_passes", "lower"),
         ("model/prunable_nonzero", "lower"), ("mask/dead_layers", "lower"), ("cost/images_forward", "lower"),
         ("train/lr", None), ("mask/jaccard_cross_entropy", None), ("model/sparsity", None), ("mask/precedence", None),
@@ -294,9 +296,12 @@ def test_best_and_what_is_not_told_apart_from_it() -> None:
 # --- timings --------------------------------------------------------------------------------------------------------
 
 
+LATENCY = "latency/torch_batch1_one_thread_ms"
+
+
 def timed(value: float, machine: dict[str, str] | None = None, **params: Any) -> Entry:
     whole = entry(value, **{"device": "cpu", "train__precision": "fp32", **params})
-    metrics = {"time/train": value, "model/latency_pruned_ms": value, "test/top1": value}
+    metrics = {"time/train": value, LATENCY: value, "test/top1": value}
     return Entry(whole.params, metrics, machine=machine or {"versions.cpu": "A x2"})
 
 
@@ -331,10 +336,10 @@ def test_timings_taken_otherwise_are_other_rows_and_not_compared(other: dict[str
 
 
 def test_one_seed_timed_twice_in_different_ways_is_two_rows() -> None:
-    assert len(table([timed(1.0), timed(2.0, threads=1)], "model/latency_pruned_ms").rows) == 2
+    assert len(table([timed(1.0), timed(2.0, threads=1)], LATENCY).rows) == 2
     assert len(table([timed(1.0), timed(2.0, threads=1)], "test/top1").rows) == 1
-    assert len(table([timed(1.0), timed(2.0, evaluate__latency_batch_size=8)], "model/latency_pruned_ms").rows) == 2
-    assert len(table([timed(1.0), timed(2.0, evaluate__latency_batch_size=8)], "time/train").rows) == 1
+    assert len(table([timed(1.0), timed(2.0, evaluate__latency_batch_sizes="[8]")], LATENCY).rows) == 2
+    assert len(table([timed(1.0), timed(2.0, evaluate__latency_batch_sizes="[8]")], "time/train").rows) == 1
 
 
 @pytest.mark.parametrize("key", ["launch.processes", "data.workers", "train.compile", "device"])

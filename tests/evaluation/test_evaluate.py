@@ -1,4 +1,4 @@
-"""evaluate() on a network whose answers are known; latency and costs."""
+"""evaluate() on a network whose answers are known; costs."""
 
 from collections.abc import Iterator
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from epsd.compute import timing
 from epsd.evaluation import evaluate as evaluation
 from epsd.types import Batch, BatchNeeds
 
@@ -92,19 +93,6 @@ def test_rows_of_the_tables() -> None:
     assert [row[:3] for row in bins] == [(0.0, 0.5, 0.0), (0.5, 1.0, 4.0)]
 
 
-def test_latency_takes_turns_and_skips_the_warm_up() -> None:
-    first, second = Echo(), Echo()
-    times = evaluation.latency({"first": first, "second": second}, (3, 1, 1), batch_size=2, repeats=4)
-    assert set(times) == {"first", "second"}
-    assert all(0 < value < 1000 for value in times.values())
-    assert len(first.modes) == len(second.modes) == 4 + evaluation.WARM_UP
-    assert first.modes == [False] * len(first.modes)
-
-
-def test_latency_can_be_left_out() -> None:
-    assert evaluation.latency({"net": Echo()}, (3, 1, 1), repeats=0) == {}
-
-
 def test_cost_and_the_dense_twin() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
     weights = {"0.weight": net[0].weight, "2.weight": net[2].weight}
@@ -116,7 +104,7 @@ def test_cost_and_the_dense_twin() -> None:
     assert cost["compression"] == pytest.approx(74 / 56)
     assert cost["gflops_dense"] == pytest.approx(2e-9 * (36 * 4 + 32))
     assert cost["gflops_sparse"] == pytest.approx(2e-9 * (18 * 4 + 32))
-    twin = evaluation.filled(net, weights)
+    twin = timing.filled(net)
     assert evaluation.cost(twin, {name: twin.get_parameter(name) for name in weights}, (1, 4, 4))["sparsity"] == 0
     assert torch.equal(twin[2].weight, net[2].weight)
     assert not net[0].weight[:2].any()

@@ -68,6 +68,34 @@ def test_every_part_is_there() -> None:
     assert "class20" not in text and "detect.epochs" not in text and "EPSD (Chen" not in text
 
 
+def test_forms_and_their_latency_are_told_with_the_machine() -> None:
+    deployed = {"onnx_top1": 0.98, "onnx_agreement": 1.0, "onnx_bytes": 317201, "int8_top1": 0.97}
+    deployed |= {"int8_agreement": 0.9931, "int8_bytes": 102908, "int8_kept": 0.0}
+    latency = {"turns": 50, "threads": 2, "load_of_others": 0.25}
+    for setting, factor in (("batch1_one_thread", 1), ("batch32_all_threads", 20)):
+        for form, ms in (("torch", 0.4), ("onnx", 0.1), ("dense_torch", 0.42), ("dense_onnx", 0.09)):
+            latency[f"{form}_{setting}_ms"] = ms * factor
+        for form, ms in (("torch", 0.4), ("onnx", 0.1)):
+            latency[f"{form}_{setting}_times_dense_torch"] = 0.42 / ms
+            latency[f"{form}_{setting}_times_dense_onnx"] = 0.09 / ms
+    model = {**REPORT["model"], "bytes_dense": 318472}
+    report = {**REPORT, "model": model, "deploy": deployed, "latency": latency}
+    told = SUBJECT._replace(report=report, deployed="int8 left out: slow", machine="A fast one x2")
+    text = model_card.model_card(told).partition("## Deployed")[2].partition("##")[0]
+    for words in (
+        "int8 left out: slow.",
+        "| torch | 0.9861 | | 318,472 |",
+        "| ONNX int8 | 0.9700 | 99.31% | 102,908 |",
+        "| ms of a pass | 1 image, one thread | 32 images, all threads |",
+        "| ONNX fp32 | 0.1 (4.20, 0.90) | 2 (4.20, 0.90) |",
+        "| dense twin, torch | 0.42 | 8.4 |",
+        "Medians of at least 50 passes, in turns, on A fast one x2; all threads are\n2.",
+        "Other processes had 25% of the machine",
+    ):
+        assert words in text, words
+    assert "Deployed" not in model_card.model_card(SUBJECT), "nothing was exported or timed"
+
+
 def test_the_method_is_named_where_it_is_epsd() -> None:
     params = {**SUBJECT.params, "prune": {**SUBJECT.params["prune"], "score": {"name": "epsd", "steps": 3}}}
     assert "EPSD (Chen et al., AAAI 2024)" in model_card.model_card(SUBJECT._replace(params=params))

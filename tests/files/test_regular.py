@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from devkits import devkit
 from epsd.datasets.downloads import Published, fetch
-from epsd.evaluation.servable import Intake
+from epsd.evaluation.intake import Intake
 from epsd.files import archives, digests, regular
 from epsd.files.archives import ArchiveError, open_tree
 from epsd.files.layouts import Reading, folder_source

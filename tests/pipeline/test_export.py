@@ -17,7 +17,8 @@ from epsd.datasets.digits import Digits
 from epsd.datasets.image_folder import ImageFolder
 from epsd.evaluation import compact_file
 from epsd.evaluation import evaluate as evaluation
-from epsd.evaluation.servable import Intake
+from epsd.evaluation.intake import Intake
+from epsd.pipeline.deploy import export
 from epsd.pipeline.export import exported, opened, pixels_of, predicted
 from epsd.preparing.write import prepare
 from epsd.project import artifacts
@@ -87,15 +88,20 @@ def test_a_streamed_image_folder_is_answered_as_in_evaluation(
     logits, _ = evaluation.predict(network, test)
     agree(said(["photos/test"]), logits, data.class_names)
     artifacts.write_text(artifacts.MODEL_README, "# A model\n")
-    exported(network, artifacts.read_json(artifacts.MODEL_CARD), test)
+    card = artifacts.read_json(artifacts.MODEL_CARD)
+    exported(network, card, test, Path("no-onnx"))
     agree(said(["photos/test"], str(artifacts.SERVED_MODEL)), logits, data.class_names)
+    export(network, card, artifacts.MODEL, Path("onnx/model.onnx"))
+    exported(network, card, test, Path("onnx"))
+    for place in (None, str(artifacts.SERVED_MODEL), "onnx", "onnx/model.onnx"):
+        agree(said(["photos/test"], place), logits, data.class_names)
     agree(said(["photos/test"], str(artifacts.MODEL)), logits, data.class_names)
     compact_file.save(network.state_dict(), Path("compact.safetensors"), artifacts.read_json(artifacts.MODEL_CARD))
     agree(said(["photos/test"], "compact.safetensors"), logits, data.class_names)
     assert capsys.readouterr().err == ""
     posted = torch.from_numpy(np.array(Image.open("photos/test/cat/0.png"))).permute(2, 0, 1)[None].float()
-    loaded, _ = opened(str(artifacts.SERVED_MODEL))
-    torch.testing.assert_close(loaded(posted)[0], logits[:1].softmax(1)[0], atol=0.01, rtol=0)
+    ask, _ = opened(str(artifacts.SERVED_MODEL))
+    assert ask(posted.numpy())[0] == pytest.approx(logits[:1].softmax(1)[0].numpy(), abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,7 @@ def test_a_streamed_image_folder_is_answered_as_in_evaluation(
     [
         (["here.png"], "here.png: no such image"),
         (["photo.png"], "artifacts/train/model.json: missing. `dvc repro` runs"),
-        (["photo.png", "--model", "photo.png"], "neither a folder with a model nor a .safetensors"),
+        (["photo.png", "--model", "photo.png"], "no folder with a model, no .onnx file, no .safetensors"),
         (["photo.png", "--model", "champion"], "there is no champion yet: `epsd promote RUN` chooses one"),
         (["photo.png", "--model", "no-such-run"], "no run 'no-such-run'"),
     ],

@@ -15,6 +15,7 @@ from epsd.evaluation import compact_file
 from epsd.files.digests import digest_of
 from epsd.masks import Mask, prunable
 from epsd.project import artifacts
+from handed_on import asked
 
 NET = ResNet(depth=20, width=0.5)
 STAGE = Path(__file__).resolve().parents[2] / "stages" / "evaluate.py"
@@ -35,7 +36,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("evaluate")
     text = (STAGE.parent.parent / "params.yaml").read_text()
-    (folder / "params.yaml").write_text(text.replace("latency_repeats: 20", "latency_repeats: 2"))
+    (folder / "params.yaml").write_text(text.replace("latency_repeats: 50", "latency_repeats: 2"))
     index = prepare(Digits()(), folder / artifacts.DATA, seed=0, limit=20, validation=0.1, test=0.2)
     shape = tuple(index["image_shape"])
     torch.manual_seed(0)
@@ -72,7 +73,7 @@ def test_writes_every_file(project: Path, done: subprocess.CompletedProcess[str]
     others = artifacts.SPARSE_MODEL, artifacts.MODEL_README
     for path in (*artifacts.EVALUATE_FIGURES, *artifacts.EVALUATE_TABLES, *others):
         assert (project / path).stat().st_size > 0
-    assert (project / artifacts.SERVED_MODEL / "data" / "model.pt2").is_file()
+    assert (project / artifacts.SERVED_MODEL / "data" / "onnx" / "model.onnx").is_file()
     assert done.stderr.count("\n") == 1 and "a new one takes its place" in done.stderr, "this test made no run"
     assert done.stdout.count("\n") == 1
 
@@ -103,7 +104,6 @@ def test_cost_is_recounted_from_the_weights(project: Path, done: subprocess.Comp
     assert model["bytes_dense"] == (project / artifacts.MODEL).stat().st_size
     assert model["bytes_sparse"] == (project / artifacts.SPARSE_MODEL).stat().st_size
     assert model["bytes_sparse"] < model["bytes_dense"] / 2
-    assert model["latency_dense_ms"] > 0 and model["latency_pruned_ms"] > 0
 
 
 def test_the_compact_file_is_the_network(project: Path, done: subprocess.CompletedProcess[str]) -> None:
@@ -120,7 +120,7 @@ def test_the_run_holds_the_figures(project: Path, done: subprocess.CompletedProc
     client = MlflowClient(f"sqlite:///{project}/mlflow.db")
     (run_,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     report = artifacts.read_json(project / artifacts.METRICS)
-    for name in ("test/top1", "test/top5", "test/nll", "test/ece", "model/compression", "model/sparsity"):
+    for name in ("test/top1", "test/nll", "test/ece", "model/compression", "deploy/onnx_top1", "latency/turns"):
         group, _, key = name.partition("/")
         assert run_.data.metrics[name] == pytest.approx(report[group][key])
     assert run_.data.params["evaluate.ece_bins"] == "15"
@@ -145,13 +145,27 @@ def test_the_exported_model_gets_as_many_right_as_evaluation_says(
     import numpy as np
 
     from epsd.data.prepared import Prepared
-    from epsd.tracking import models
 
     data = Prepared.load(project / artifacts.DATA)
-    module = models.load_exported(project / artifacts.SERVED_MODEL)
-    chosen = module(torch.from_numpy(data.images("test").astype(np.float32))).argmax(1).numpy()
+    chosen = asked(project / artifacts.SERVED_MODEL)(data.images("test").astype(np.float32)).argmax(1)
     report = artifacts.read_json(project / artifacts.METRICS)
     assert (chosen == data.labels("test")).mean() == pytest.approx(report["test"]["top1"])
+    assert report["deploy"]["onnx_top1"] == pytest.approx(report["test"]["top1"])
+    assert report["deploy"]["onnx_agreement"] == 1
+
+
+def test_every_form_is_timed_beside_the_dense_twin(project: Path, done: subprocess.CompletedProcess[str]) -> None:
+    report = artifacts.read_json(project / artifacts.METRICS)
+    latency, kept = report["latency"], report["deploy"]["int8_kept"]
+    for setting in ("batch1_one_thread", "batch32_one_thread"):
+        for form in ("torch", "onnx", "int8", "dense_torch", "dense_onnx"):
+            assert latency[f"{form}_{setting}_ms"] > 0
+        times = latency[f"dense_torch_{setting}_ms"] / latency[f"onnx_{setting}_ms"]
+        assert latency[f"onnx_{setting}_times_dense_torch"] == pytest.approx(times)
+    assert (project / artifacts.SERVED_MODEL / "data" / "onnx" / "model.int8.onnx").is_file() == bool(kept)
+    assert f"int8 {'kept' if kept else 'left out: '}" in done.stdout
+    card = (project / artifacts.MODEL_README).read_text()
+    assert "## Deployed" in card and "| ONNX int8 |" in card and "| dense twin, torch |" in card
 
 
 def test_a_store_that_is_away_is_one_line(

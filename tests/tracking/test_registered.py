@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from epsd.evaluation.servable import asking
 from epsd.project import runtime
 from epsd.tracking import models, registered, track
 from epsd.tracking.addresses import tracking_uri
 from epsd.tracking.store import Store
-from handed_on import model_folder, servable
+from handed_on import asked, model_folder, servable
 
 
 @pytest.fixture(scope="session")
@@ -65,11 +66,11 @@ def test_an_evaluated_model_is_registered_once_and_a_candidate(folders: list[Pat
 
 def test_what_is_found_again_is_the_model(folders: list[Path]) -> None:
     tracker, _ = evaluated(folders[1])
-    images = torch.randint(0, 256, (3, 1, 4, 4)).float()
+    images = torch.randint(0, 256, (3, 1, 4, 4)).float().numpy()
     for wanted in ("candidate", tracker.run_id, tracker.run_id[:6], "digits-epsd"):
         folder = registered.fetch(wanted)
         assert folder != folders[1]
-        torch.testing.assert_close(models.load_exported(folder)(images), servable(1)(images))
+        assert asked(folder)(images) == pytest.approx(asking(servable(1))(images), abs=1e-6)
         assert models._words(folder)["run_id"] == tracker.run_id
 
 
@@ -129,5 +130,5 @@ def test_a_model_waits_while_the_store_is_away(
     found = client().get_model_version_by_alias("epsd", "candidate")
     assert found.run_id != later.run_id
     assert client().get_run(found.run_id).data.metrics["test/top1"] == 0.9
-    assert (registered.fetch("candidate") / "data" / "model.pt2").is_file()
+    assert (registered.fetch("candidate") / "data" / "onnx" / "model.onnx").is_file()
     assert not list(Path(".epsd/spool").glob("*.jsonl"))

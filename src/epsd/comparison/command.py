@@ -1,7 +1,7 @@
 """`epsd compare`: a table over recorded runs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,29 +28,35 @@ class Request(NamedTuple):
     best: bool = False
     style: Format | None = None
     out: Path | None = None
+    figure: Path | None = None
 
 
-def command(request: Request) -> None:
-    """`epsd compare`: print the table, or write it to a file.
+def command(request: Request, draw: Callable[[Sequence[Entry], Path], None] | None = None) -> None:
+    """`epsd compare`: print the table, or write it to a file; have the runs drawn where a figure is asked for.
 
     Raises RunsError, ArtifactError; ComparisonError, for a file of no known kind before the runs are read.
     """
     ending = request.out.suffix if request.out else ".txt"
     if request.style is None and ending not in ENDINGS:
         raise ComparisonError(f"--out: {unknown('ending', ending, ENDINGS)} Or say what it is to be: --format.")
-    style = request.style or ENDINGS[ending]
-    text = tables.written(compared(request), style)
+    if request.figure and request.figure.suffix != ".png":
+        raise ComparisonError(f"--figure: {unknown('ending', request.figure.suffix, ['.png'])}")
+    found = chosen(request)
+    text = tables.written(compared(request, found), request.style or ENDINGS[ending])
     if request.out is None:
         print(text)
-        return
-    with replacing(request.out) as temporary:
-        temporary.write_text(f"{text}\n", encoding="utf-8")
-    print(f"{request.out} is written.")
+    else:
+        with replacing(request.out) as temporary:
+            temporary.write_text(f"{text}\n", encoding="utf-8")
+        print(f"{request.out} is written.")
+    if request.figure and draw:
+        draw(found, request.figure)
+        print(f"{request.figure} is written.")
 
 
-def compared(request: Request) -> Table:
-    """The table of the runs that the filters leave. Trials, and summaries of searches, studies and analyses, are no
-    results: they are left out, unless a filter asks for them (`kind=trial`).
+def chosen(request: Request) -> list[Entry]:
+    """The runs that the filters leave. Trials, and summaries of searches, studies and analyses, are no results: they
+    are left out, unless a filter asks for them (`kind=trial`).
     """
     experiments = request.experiments or _own_experiment()
     frame = read_runs(experiments, request.where)
@@ -60,7 +66,12 @@ def compared(request: Request) -> Table:
     if "tags.kind" in frame.columns and not any("kind" in text for text in request.where):
         found = [{str(key).removeprefix("tags."): tag for key, tag in row.items()} for row in frame.to_dict("records")]
         frame = frame[[is_trained(tags) or not _text(tags["kind"]) for tags in found]]
-    made = rows.table(entries(frame), request.metric)
+    return entries(frame)
+
+
+def compared(request: Request, runs: Sequence[Entry] | None = None) -> Table:
+    """The table of `runs`, or of those that the filters leave."""
+    made = rows.table(chosen(request) if runs is None else runs, request.metric)
     if request.baseline is not None:
         significance.against(made, request.baseline)
     if request.best:

@@ -4,13 +4,13 @@ from typing import Literal
 
 LOWER = {
     "nll", "ece", "brier", "loss", "cross_entropy", "distillation", "seconds", "ms", "image_passes", "images", "gflops",
-    "bytes", "parameters", "nonzero", "memory", "dead_layers",
+    "bytes", "parameters", "nonzero", "memory", "dead_layers", "drop",
 }  # fmt: skip
 """What a metric's name ends with, or has in it between underscores, where a smaller value is the better one. So it is
 with whatever begins with `time/`.
 """
 
-HIGHER = {"top1", "top5", "accuracy", "map", "map50", "map75", "compression"}
+HIGHER = {"top1", "top5", "accuracy", "map", "map50", "map75", "compression", "agreement", "times"}
 """Likewise for a greater value."""
 
 
@@ -25,4 +25,5 @@ def better(metric: str) -> Literal["lower", "higher"] | None:
 
 def is_timing(metric: str) -> bool:
     """By the metric's name."""
-    return metric.startswith("time/") or any(part in metric.rpartition("/")[2] for part in ("seconds", "latency"))
+    group, _, last = metric.rpartition("/")
+    return group in ("time", "latency") or any(part in last for part in ("seconds", "latency"))

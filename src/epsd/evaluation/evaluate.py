@@ -1,10 +1,7 @@
-"""How good a network is, and what it costs: accuracy and calibration on one split, latency."""
+"""How good a network is, and what it costs: accuracy and calibration on one split; weights and FLOPs."""
 
-import copy
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +11,6 @@ from torch.utils.data import DataLoader
 from epsd.data.loaders import as_batches
 from epsd.evaluation import metrics
 from epsd.types import Batches, EpsdError
-
-LATENCY_NOTE = (
-    "Both networks run the same dense kernels: zeros scattered over a weight tensor are multiplied like any other "
-    "number, so that equal times are what to expect. FLOPs (sparse) and the size of the compact file say what "
-    "a runtime with sparse kernels could save."
-)
-WARM_UP = 3
 
 
 class EvaluationError(EpsdError):
@@ -91,57 +81,6 @@ def evaluate(
     """
     logits, labels = predict(model, batches, device)
     return measure(logits, labels, ece_bins)
-
-
-def _clock(device: torch.device) -> Callable[[], float]:
-    """Seconds, read after the device has finished what was asked of it."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
-        return time.perf_counter()
-
-    return now
-
-
-def latency(
-    models: Mapping[str, nn.Module], image_shape: tuple[int, int, int], *, batch_size: int = 1, repeats: int = 20
-) -> dict[str, float]:
-    """Median milliseconds of one forward pass of `batch_size` images (C, H, W), by name; {} where `repeats` is 0.
-
-    The networks take turns, so that a busy moment of the machine hits all of them alike. See LATENCY_NOTE.
-    """
-    if not repeats:
-        return {}
-    times: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode():
-        for turn in range(WARM_UP + repeats):
-            for name, model in models.items():
-                seconds = _one_pass(model, batch_size, image_shape)
-                if turn >= WARM_UP:
-                    times[name].append(seconds)
-    return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
-
-
-def _one_pass(model: nn.Module, batch_size: int, image_shape: tuple[int, int, int]) -> float:
-    device = next(model.parameters()).device
-    images, now = torch.zeros(batch_size, *image_shape, device=device), _clock(device)
-    with metrics.evaluating(model):
-        start = now()
-        model(images)
-        return now() - start
-
-
-def filled(model: nn.Module, prunable: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A copy of `model` whose zero weights hold small numbers: the dense network to time a pruned one against."""
-    dense = copy.deepcopy(model)
-    with torch.no_grad():
-        for name in prunable:
-            weight = dense.get_parameter(name)
-            weight[weight == 0] = 0.01
-    return dense
 
 
 def cost(model: nn.Module, prunable: Mapping[str, nn.Parameter], image_shape: tuple[int, int, int]) -> dict[str, float]:

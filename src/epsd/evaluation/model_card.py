@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from epsd.compute import timing
 from epsd.project.artifacts import Run
 from epsd.project.params import flatten
 
@@ -27,14 +28,22 @@ _COST = {
     "gflops_sparse": ("GFLOPs of one image, zeros skipped", ".4g"),
     "bytes_dense": ("bytes of the weights", ",.0f"),
     "bytes_sparse": ("bytes of the compact file", ",.0f"),
-    "latency_pruned_ms": ("ms of one forward pass, pruned", ".3g"),
-    "latency_dense_ms": ("ms of one forward pass, without zeros", ".3g"),
 }
+
+FORMS = {
+    "torch": "torch",
+    "onnx": "ONNX fp32",
+    "int8": "ONNX int8",
+    "dense_torch": "dense twin, torch",
+    "dense_onnx": "dense twin, ONNX fp32",
+}
+"""Forms in which a network runs, as their figures are named and as a reader knows them."""
 
 
 class Subject(NamedTuple):
     """What a card is about. `params`: params.yaml as nested mappings. `data`: data.json of `prepare`. `story`: the run
     in plain words. `run`: as MLflow knows it. `report`: the figures of evaluate by group. `classes`: one row each.
+    `deployed`: what became of the files that are deployed. `machine`: the processor on which latency was measured.
     """
 
     params: Mapping[str, Any]
@@ -43,6 +52,8 @@ class Subject(NamedTuple):
     run: Run
     report: Mapping[str, Mapping[str, float]]
     classes: Sequence[Row]
+    deployed: str = ""
+    machine: str = ""
 
 
 def model_card(subject: Subject) -> str:
@@ -51,11 +62,13 @@ def model_card(subject: Subject) -> str:
         "Data": _data(subject),
         "Method": _method(subject.params),
         "Metrics": _metrics(subject),
+        "Deployed": [*_forms(subject), *_latency(subject)],
         "Limits": _limits(subject),
         "How to use it": _use(subject),
         "Parameters": _parameters(subject.params),
     }
-    body = "\n\n".join("\n".join([f"## {title}", "", *lines]) for title, lines in sections.items())
+    written = {title: list(lines) for title, lines in sections.items()}
+    body = "\n\n".join("\n".join([f"## {title}", "", *lines]) for title, lines in written.items() if lines)
     return f"# {escaped(subject.run.name or 'Model')}\n\n{subject.story}\n\n{body}\n"
 
 
@@ -142,6 +155,48 @@ def _metrics(subject: Subject) -> Iterator[str]:
     )
 
 
+def _forms(subject: Subject) -> Iterator[str]:
+    """The files, by form: how right they are, how often they agree with torch, how large they are."""
+    found, test, model = subject.report.get("deploy", {}), subject.report["test"], subject.report["model"]
+    if "onnx_top1" not in found:
+        return
+    yield f"{subject.deployed}."
+    yield ""
+    yield "| form | test top-1 | says what torch says | bytes |"
+    yield "|---|---:|---:|---:|"
+    yield f"| torch | {test['top1']:.4f} | | {model['bytes_dense']:,.0f} |"
+    for form in ("onnx", "int8"):
+        if f"{form}_top1" in found:
+            right, same, size = (found[f"{form}_{name}"] for name in ("top1", "agreement", "bytes"))
+            yield f"| {FORMS[form]} | {right:.4f} | {same:.2%} | {size:,.0f} |"
+    yield ""
+
+
+def _latency(subject: Subject) -> Iterator[str]:
+    """Rows of forms, columns of settings."""
+    found = subject.report.get("latency", {})
+    cells = {named: value for name, value in found.items() if (named := timing.parts(name))}
+    settings = list(dict.fromkeys(setting for _, setting, _ in cells))
+    if not cells:
+        return
+    yield f"| ms of a pass | {' | '.join(map(timing.in_words, settings))} |"
+    yield "|---|" + "---:|" * len(settings)
+    for form in dict.fromkeys((*FORMS, *(form for form, _, _ in cells))):
+        if any(known == form for known, _, _ in cells):
+            yield f"| {FORMS.get(form, form)} | {' | '.join(_pass(cells, form, setting) for setting in settings)} |"
+    yield ""
+    yield "In brackets: times as fast as the dense twin in torch, and as that in ONNX fp32."
+    turns, threads, others = (found[name] for name in ("turns", "threads", "load_of_others"))
+    yield f"Medians of at least {turns:.0f} passes, in turns, on {subject.machine or 'a processor'}; all threads are"
+    yield f"{threads:.0f}. Other processes had {others:.0%} of the machine meanwhile."
+
+
+def _pass(cells: Mapping[tuple[str, str, str], float], form: str, setting: str) -> str:
+    twins = [f"times_{twin}" for twin in ("dense_torch", "dense_onnx")]
+    times = [f"{cells[form, setting, twin]:.2f}" for twin in twins if (form, setting, twin) in cells]
+    return f"{cells[form, setting, 'ms']:.3g}" + (f" ({', '.join(times)})" if times else "")
+
+
 def _limits(subject: Subject) -> Iterator[str]:
     seed, names = subject.params["seed"], subject.data["class_names"]
     yield f"* One training, seed {seed}: another seed gives other figures."
@@ -156,6 +211,7 @@ def _use(subject: Subject) -> Iterator[str]:
     height, width = subject.data["image_shape"][1:]
     yield "```console"
     yield f"$ epsd predict --model {subject.run.run_id} photo.png"
+    yield f"$ epsd export --model {subject.run.run_id} --to FOLDER     # files that need no torch"
     yield f"$ epsd promote {subject.run.run_id}     # makes it models:/epsd@champion"
     yield "$ mlflow models serve --env-manager local -p 5001 -m models:/epsd@champion"
     yield "```"

@@ -64,6 +64,7 @@ DETECT_HISTORY = DETECT / "history.csv"
 DETECT_PICTURES = DETECT / "pictures"
 DETECT_GALLERY = DETECT_PICTURES / "detections.png"
 DETECTOR = DETECT / "model.safetensors"
+DETECT_ONNX = DETECT / "onnx"
 DETECTOR_CARD = DETECT / "model.json"
 
 
@@ -150,6 +151,25 @@ def replacing(path: Path) -> Iterator[Path]:
         raise ArtifactError(f"{path}: cannot be written ({os.strerror(errno.ENOSPC)}).") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `path` when the block ends well, and is gone when not.
+
+    Raises ArtifactError where `path` is there already (an empty folder may be), or cannot be written.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ArtifactError(f"{path}: is there already. Name a new folder.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
+            made = Path(beside) / path.name
+            made.mkdir()
+            yield made
+            made.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
 def check_writable(folder: Path) -> None:

@@ -30,7 +30,7 @@ CHANGES = {
     "training": "train detect",
     "pipeline/train.py": "train",
     "evaluation": "evaluate",
-    "pipeline/measure.py": "evaluate",
+    "pipeline/deploy.py": "evaluate",
     "pipeline/export.py": "evaluate",
     "tracking/models.py": "evaluate",
     "detection": "detect",

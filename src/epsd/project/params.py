@@ -36,7 +36,8 @@ from epsd.registry import ParamsError, explain, unknown
 DEFAULT_PATH = Path("params.yaml")
 
 _DETECTION = Bearing(on=("detect/", "time/detect"))
-_LATENCY = replace(TIMING, on=("model/latency_", "time/evaluate"))
+_LATENCY = replace(TIMING, on=("latency/", "time/evaluate"))
+_FILES = Bearing(on=("detect/onnx_", "detect/latency_", "time/detect"), marked=False)
 
 
 class LaunchParams(Section):
@@ -108,13 +109,23 @@ class TrainParams(_Whole, Recipe):
         return self
 
 
+class ExportParams(Section):
+    """The files that are deployed."""
+
+    onnx: bool = True
+    int8: Literal["auto"] | bool = "auto"
+    calibration: Count = 512
+    max_drop: Share = 0.01
+
+
 class EvaluateParams(Section):
     """The one reading of the test split."""
 
     batch_size: Annotated[Count, replace(TIMING, on=("time/evaluate",))]
     ece_bins: Annotated[int, Field(ge=1, le=10_000), Bearing(on=("test/ece",))]
-    latency_batch_size: Annotated[Count, _LATENCY]
+    latency_batch_sizes: Annotated[list[Count], Field(min_length=1), _LATENCY]
     latency_repeats: Annotated[Natural, _LATENCY]
+    export: Annotated[ExportParams, Bearing(on=("deploy/", *_LATENCY.on))] = ExportParams()
 
 
 class DetectParams(_Whole, DetectorRecipe):
@@ -124,6 +135,8 @@ class DetectParams(_Whole, DetectorRecipe):
     beside: Literal["none", "dense", "random"]
     frozen_stages: Natural
     pictures: Annotated[Natural, NOTHING]
+    onnx: Annotated[bool, _FILES] = True
+    latency_repeats: Annotated[Natural, _FILES] = 20
 
 
 class TrackingParams(Section):
@@ -244,7 +257,7 @@ class Params(Section):
     objective: Choice
     prune: PruneParams
     train: TrainParams
-    evaluate: EvaluateParams
+    evaluate: Annotated[EvaluateParams, Bearing(settings={"latency_batch_size": _LATENCY})]  # of runs before `sizes`
     voc: Annotated[Choice, _DETECTION]
     detect: Annotated[DetectParams, _DETECTION]
     tracking: Annotated[TrackingParams, NOTHING]

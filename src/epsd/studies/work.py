@@ -25,8 +25,7 @@ from epsd.compute.devices import open_machine
 from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
 from epsd.evaluation import evaluate as evaluation
-from epsd.pipeline import changes, describe
-from epsd.pipeline.measure import measured
+from epsd.pipeline import changes, deploy, describe
 from epsd.pipeline.stage import one_line
 from epsd.pipeline.train import card
 from epsd.preparing.write import prepare
@@ -300,19 +299,22 @@ def opened(plan: Plan, place: Place, cell: Cell, data: Prepared, folder: Path) -
 
 
 def evaluated(params: Params, data: Prepared, trained: Trained, tracker: Tracker, *, keep: bool) -> dict[str, float]:
-    """`test/...`, `model/...` and their time: the one reading of the test split."""
+    """`test/...`, `model/...`, `deploy/...`, `latency/...` and their time: the one reading of the test split."""
     begun, settings = time.perf_counter(), params.evaluate
     test = data.batches("test", batch_size=settings.batch_size)
-    result = evaluation.evaluate(trained.model, test, ece_bins=settings.ece_bins)
+    answers = evaluation.predict(trained.model, test)
+    result = evaluation.measure(*answers, settings.ece_bins)
     found = {f"test/{name}": value for name, value in result.metrics.items()}
     with tempfile.TemporaryDirectory() as folder:
         built = params.model_copy(update={"architecture": trained.architecture or params.architecture})
         about = card(built, data, trained.mask, trained.model)
         dense, compact = Path(folder) / "model.safetensors", Path(folder) / "model.sparse.safetensors"
         artifacts.save_model(trained.model, dense, about)
-        costs = measured(trained.model, about, settings, dense=dense, compact=compact)
-        found |= {f"model/{name}": value for name, value in costs.items()}
+        costs = {"model": deploy.measured(trained.model, about, dense=dense, compact=compact)}
+        subject = deploy.Subject(trained.model, about, dense, data, answers)
+        costs |= deploy.deployed(subject, settings, Path(folder)).figures
+        found |= {f"{group}/{name}": value for group, part in costs.items() for name, value in part.items()}
         if keep:
-            for name in ("model.sparse.safetensors", "model.json"):
-                tracker.artifact(Path(folder) / name, folder="model")
+            for path in (compact, dense.with_suffix(".json"), *sorted(Path(folder).glob("*.onnx"))):
+                tracker.artifact(path, folder="model")
     return {**found, "time/evaluate": time.perf_counter() - begun}

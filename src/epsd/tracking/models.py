@@ -34,7 +34,7 @@ PLAIN = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_SUPPRESS_PRINT
 to view a run on a server, through the bar that is being drawn and between the lines of a command's result.
 """
 
-Format = Literal["pt2", "pickle"]
+Format = Literal["onnx", "pt2", "pickle"]
 
 
 class ModelError(EpsdError):
@@ -50,6 +50,7 @@ class Contents(NamedTuple):
     `example` (B, C, H, W) float32, B > 1: what a client sends, any size. `network_sized`: likewise, in the one size
     that needs no resizing. `classes`: outputs. `metadata`: anything JSON. `files`: copied to `extra_files`.
     `weights`: the same for a module that could only be pickled, so that `epsd predict` need not unpickle.
+    `onnx`: a folder with `model.onnx` and what else is to lie beside it; `script`: a module that opens it for MLflow.
     """
 
     example: NDArray[np.float32]
@@ -58,13 +59,16 @@ class Contents(NamedTuple):
     metadata: Mapping[str, Any]
     files: Sequence[Path]
     weights: Sequence[Path]
+    onnx: Path | None = None
+    script: Path | None = None
 
 
 def write(folder: Path, module: Any, contents: Contents) -> Format:
     """Write `module` (on the CPU, in evaluation mode) to `folder` as an MLflow model, replacing what was there.
 
-    As an exported graph without pickled code (`torch.export`): for images of any size, else for those of the
-    network's own, and as a pickle where the network cannot be exported at all; the two latter are said in a line.
+    As the ONNX file that `contents` brings, which is served without torch. Where it brings none, as an exported graph
+    without pickled code (`torch.export`): for images of any size, else for those of the network's own, and as a pickle
+    where the network cannot be exported at all; the two latter are said in a line.
 
     Raises FileNotFoundError for one of `files` that is not there, OSError where `folder` cannot be written.
     """
@@ -72,6 +76,9 @@ def write(folder: Path, module: Any, contents: Contents) -> Format:
         path.stat()
     no_telemetry()
     with quietly():
+        if contents.onnx is not None:
+            _onnx(folder, module, contents)
+            return "onnx"
         for attempt in (_any_size, _own_size):
             try:
                 attempt(folder, module, contents)
@@ -85,10 +92,38 @@ def write(folder: Path, module: Any, contents: Contents) -> Format:
     return "pickle"
 
 
+def _onnx(folder: Path, module: Any, contents: Contents) -> None:
+    import mlflow.pyfunc
+    import onnx
+    from mlflow.models import Model
+
+    assert contents.onnx is not None and contents.script is not None
+    words = Model()
+    words.add_flavor(
+        "onnx", onnx_version=onnx.__version__, data=f"data/{contents.onnx.name}/model.onnx"
+    )  # as `mlflow.onnx` reads it
+    with _beside(folder) as made:
+        mlflow.pyfunc.save_model(
+            str(made),
+            mlflow_model=words,
+            loader_module=contents.script.stem,
+            code_paths=[str(contents.script)],
+            data_path=str(contents.onnx),
+            pip_requirements=_requirements("mlflow", "onnxruntime", "numpy", "pillow"),
+            **_described(module, contents, contents.example, _shape(contents)),
+        )
+        (made / "extra_files").mkdir()
+        for path in contents.files:
+            shutil.copy(path, made / "extra_files")
+
+
+def _shape(contents: Contents) -> tuple[int, ...]:
+    return (-1, contents.example.shape[1], -1, -1)
+
+
 def _any_size(folder: Path, module: Any, contents: Contents) -> None:
     """a model for images of any size"""
-    channels = contents.example.shape[1]
-    _save(folder, module, contents, contents.example, (-1, channels, -1, -1), "pt2", contents.files)
+    _save(folder, module, contents, contents.example, _shape(contents), "pt2", contents.files)
 
 
 def _own_size(folder: Path, module: Any, contents: Contents) -> None:
@@ -98,9 +133,8 @@ def _own_size(folder: Path, module: Any, contents: Contents) -> None:
 
 
 def _pickled(folder: Path, module: Any, contents: Contents) -> None:
-    channels = contents.example.shape[1]
     files = [*contents.files, *contents.weights]
-    _save(folder, module, contents, contents.example, (-1, channels, -1, -1), "pickle", files)
+    _save(folder, module, contents, contents.example, _shape(contents), "pickle", files)
 
 
 def _save(
@@ -112,28 +146,41 @@ def _save(
     form: Format,
     files: Sequence[Path],
 ) -> None:
-    """Beside `folder` first, so that what was there stays until the new one is whole."""
     import mlflow.pytorch
+
+    with _beside(folder) as made:
+        mlflow.pytorch.save_model(
+            module,
+            str(made),
+            pip_requirements=_requirements("mlflow", "torch", "numpy"),
+            extra_files=[str(path) for path in files],
+            serialization_format=form,
+            **_described(module, contents, example, shape),
+        )
+
+
+def _described(module: Any, contents: Contents, example: NDArray[np.float32], shape: tuple[int, ...]) -> dict[str, Any]:
+    """What MLflow is told of every model, in whichever form."""
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
     number = np.dtype(np.float32)
     outputs = Schema([TensorSpec(number, (-1, contents.classes))])
+    return {
+        "signature": ModelSignature(Schema([TensorSpec(number, shape)]), outputs),
+        "input_example": example,
+        "metadata": {**contents.metadata, "digest": _digest(module, contents.metadata)},
+    }
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A place beside `folder`, which is put in its place when the block ends well: what was there stays until then."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-        made = Path(beside) / folder.name
-        mlflow.pytorch.save_model(
-            module,
-            str(made),
-            signature=ModelSignature(Schema([TensorSpec(number, shape)]), outputs),
-            input_example=example,
-            pip_requirements=_requirements(),
-            extra_files=[str(path) for path in files],
-            metadata={**contents.metadata, "digest": _digest(module, contents.metadata)},
-            serialization_format=form,
-        )
+        yield Path(beside) / folder.name
         shutil.rmtree(folder, ignore_errors=True)
-        made.rename(folder)
+        (Path(beside) / folder.name).rename(folder)
 
 
 def _digest(module: Any, metadata: Mapping[str, Any]) -> str:
@@ -144,11 +191,11 @@ def _digest(module: Any, metadata: Mapping[str, Any]) -> str:
     return found.hexdigest()[:16]
 
 
-def _requirements() -> list[str]:
+def _requirements(*names: str) -> list[str]:
     """What serving needs. Without a list MLflow would find one by loading the model in another process."""
     from importlib.metadata import version
 
-    pinned = {name: version(name).partition("+")[0] for name in ("mlflow", "torch", "numpy")}
+    pinned = {name: version(name).partition("+")[0] for name in names}
     return [f"{name}=={number}" for name, number in pinned.items()]
 
 
@@ -157,7 +204,9 @@ def quietly() -> Iterator[None]:
     """Warnings and bars of MLflow and torch that a user can do nothing about stay out of the log."""
     for variable, value in PLAIN.items():
         os.environ.setdefault(variable, value)
-    loggers = [logging.getLogger(name) for name in ("mlflow", "torch")]
+    import mlflow  # sets the level of its logger when it is imported
+
+    loggers = [logging.getLogger(name) for name in (mlflow.__name__, "torch")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -259,7 +308,7 @@ def _new_model(client: Any, run: Any, folder: Path, digest: str) -> str:
     figures = [
         Metric(point.key, point.value, point.timestamp, point.step, model_id=model.model_id, run_id=run_id)
         for key in run.data.metrics
-        if key.startswith(("test/", "model/"))
+        if key.startswith(("test/", "model/", "deploy/", "latency/"))
         for point in client.get_metric_history(run_id, key)[-1:]
     ]
     client.log_batch(run_id, metrics=figures)

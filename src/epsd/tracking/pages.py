@@ -24,6 +24,10 @@ COLUMNS = (
     "metrics.`test/top1`",
     "metrics.`val/top1`",
     "metrics.`model/compression`",
+    "metrics.`deploy/int8_top1`",
+    "metrics.`latency/torch_batch1_one_thread_ms`",
+    "metrics.`latency/onnx_batch1_one_thread_ms`",
+    "metrics.`latency/int8_batch1_one_thread_ms`",
     "metrics.`detect/map50`",
     "metrics.`cost/seconds`",
     "tags.`kind`",
@@ -47,6 +51,7 @@ RESULTS = {
     "Detection mAP@0.5": "detect/map50",
     "Calibration error (ECE)": "test/ece",
     "Training, seconds": "cost/seconds",
+    "One image, one thread, ONNX fp32: ms": "latency/onnx_batch1_one_thread_ms",
 }
 """Bar charts, one bar per run: title and metric."""
 
@@ -56,6 +61,8 @@ FOLDED = (
     "test",
     "model",
     "mask",
+    "deploy",
+    "latency",
     "cost",
     "time",
     "detect",
@@ -85,7 +92,9 @@ def view() -> str:
     """The view as JSON, unpacked."""
     sections = [_section("Results"), _section("Curves"), *(_section(name, opened=False) for name in FOLDED)]
     charts = [_bar(title, metric) for title, metric in RESULTS.items()]
-    charts.append(_scatter("Top-1 against sparsity", "prune.sparsity", "test/top1"))
+    charts.append(_scatter("Top-1 against sparsity", ("PARAM", "prune.sparsity"), "test/top1"))
+    latency = "latency/onnx_batch1_one_thread_ms"
+    charts.append(_scatter("Top-1 against ms of one image (ONNX fp32, one thread)", ("METRIC", latency), "test/top1"))
     charts += [_line(title, metrics) for title, metrics in CURVES.items()]
     state = {
         "selectedColumns": list(COLUMNS),
@@ -121,8 +130,8 @@ def _bar(title: str, metric: str) -> dict[str, Any]:
     return {**_chart("BAR", title, "Results"), "metricKey": metric}
 
 
-def _scatter(title: str, parameter: str, metric: str) -> dict[str, Any]:
-    axes = {"xaxis": {"key": parameter, "type": "PARAM"}, "yaxis": {"key": metric, "type": "METRIC"}}
+def _scatter(title: str, across: tuple[str, str], metric: str) -> dict[str, Any]:
+    axes = {"xaxis": {"key": across[1], "type": across[0]}, "yaxis": {"key": metric, "type": "METRIC"}}
     return {**_chart("SCATTER", title, "Results"), **axes, "runsCountToCompare": 100}
 
 
