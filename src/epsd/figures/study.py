@@ -4,7 +4,8 @@ Methods differ by marker and line style, not by colour alone; spread over seeds 
 """
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from epsd.figures.style import figure_of_size
@@ -30,8 +31,8 @@ LABELS = {
     "map": "COCO mAP",
 }
 SPLITS = {"val": "validation", "test": "test", "train": "training", "detect": "test"}
-SECONDS = "seconds, pruning and training"
-PASSES = "image passes (one image, once forwards)"
+COSTS = {"seconds": "seconds, pruning and training", "image_passes": "image passes (one image, once forwards)"}
+"""Column -> label of its axis."""
 
 
 class FigureError(EpsdError):
@@ -153,29 +154,36 @@ def _density_axis(axes: "Axes", sparsities: Sequence[float]) -> None:
     axes.set_xlabel("sparsity (% of prunable weights removed; log scale of the share kept)")
 
 
-def cost_against_accuracy(rows: "pd.DataFrame", *, metric: str = "test/top1") -> "Figure":
-    """Accuracy over seconds and over image passes, side by side: a point per seed, a large one per method's mean.
+def cost_against_accuracy(
+    rows: "pd.DataFrame",
+    *,
+    metric: str = "test/top1",
+    costs: Mapping[str, str] = COSTS,
+    against: str = "its cost",
+    looks: Mapping[str, Style] = MappingProxyType({}),
+) -> "Figure":
+    """Accuracy over each cost, side by side: a point per seed, a large one per method's mean.
 
     Means carry error bars of ± one standard deviation in both directions. An axis that spans more than a factor of
     five is logarithmic.
 
     Parameters
     ----------
-    rows : columns `method`, `seed`, `accuracy`, `seconds`, `image_passes`. A cost that is NaN is left out of its panel.
-    metric : key of `accuracy`, for the axis.
+    rows : columns `method`, `seed`, `accuracy` and those of `costs`. A cost that is NaN is left out of its panel.
+    metric : key of `accuracy`, for the axis.  costs : column -> label of its axis.  against : what these are, in words.
+    looks : of methods that are not to be drawn in the order of their first rows.
 
     Raises
     ------
     FigureError : no row with a finite accuracy and cost, or a column that is missing.
     """
-    costs = {"seconds": SECONDS, "image_passes": PASSES}
     rows = checked(rows, ("method", "seed", "accuracy", *costs), ("accuracy",))
     rows = checked(rows, (), tuple(costs))
     figure = figure_of_size(9.5, 4.4)
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     for axes, (column, label) in zip(panels, costs.items(), strict=True):
         for number, (method, mine) in enumerate(_by_method(rows)):
-            _cloud(axes, mine.dropna(subset=[column]), column, str(method), style(number))
+            _cloud(axes, mine.dropna(subset=[column]), column, str(method), looks.get(str(method), style(number)))
         _cost_axis(axes, rows[column].dropna().tolist(), label)
     panels[0].set_ylabel(label_of(metric))
     legend = {name: mark for axes in panels for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -184,7 +192,7 @@ def cost_against_accuracy(rows: "pd.DataFrame", *, metric: str = "test/top1") ->
     figure.legend(
         [legend[name] for name in names], names, loc="outside lower center", ncols=_columns(names), fontsize=8
     )
-    figure.suptitle(f"{label_of(metric).partition(' (')[0].capitalize()} against its cost")
+    figure.suptitle(f"{label_of(metric).partition(' (')[0].capitalize()} against {against}")
     return figure
 
 
