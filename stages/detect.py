@@ -15,7 +15,7 @@ from epsd.compute.devices import Machine, seed_everything
 from epsd.compute.seeds import mix
 from epsd.compute.speed import keep_freed_memory
 from epsd.data.prepared import Prepared
-from epsd.detection import drawing
+from epsd.detection import deploy, drawing
 from epsd.detection.average_precision import Detections
 from epsd.detection.backbone import follow, sparsity
 from epsd.detection.fit import fit_detector
@@ -23,6 +23,7 @@ from epsd.detection.pictures import typical_size
 from epsd.detection.score import Report, countable, detect, score_detections
 from epsd.detectors import DETECTORS, Picture
 from epsd.figures import style as figures
+from epsd.files.onnx_file import FP32
 from epsd.masks import Mask
 from epsd.pipeline.describe import reopened
 from epsd.pipeline.stage import run_stage
@@ -176,12 +177,23 @@ def judged(task: Task, trained: Trained) -> dict[str, float]:
         artifacts.DETECT_HISTORY, list(trained.history[0]), [list(row.values()) for row in trained.history]
     )
     draw(task, detections)
+    summary |= deployed(task, trained.detector, card)
     if countable(task.voc.scenes["validation"]):
         validation = scored(task, found(task, trained.detector, "validation"), "validation")
         summary |= {"validation_map50": validation.summary["map50"]}
     if trained.mask is not None:
         summary |= {"sparsity": sparsity(trained.detector, trained.mask)}
     return summary | {"seconds": sum(row["seconds"] for row in trained.history)}
+
+
+def deployed(task: Task, detector: nn.Module, card: dict[str, Any]) -> dict[str, float]:
+    """Write the detector's ONNX file where one is asked for; what it is worth. The folder is there in any case."""
+    shutil.rmtree(artifacts.DETECT_ONNX, ignore_errors=True)
+    artifacts.DETECT_ONNX.mkdir(parents=True)
+    if not task.params.detect.onnx:
+        return {}
+    path, scenes = artifacts.DETECT_ONNX / FP32, task.voc.scenes["test"]
+    return deploy.deployed(detector, scenes, card, path, task.machine, task.params.detect.latency_repeats)
 
 
 def draw(task: Task, detections: Sequence[Detections]) -> None:

@@ -41,12 +41,13 @@ def detect(
     for samples in loaded(Pictures(scenes, channels), mine, workers):
         with torch.autocast(device.type, precision, enabled=precision is not None):
             outputs = detector(moved_to(samples, device)[0])
-        found.append([_detections(output) for output in outputs])
+        found.append([as_detections(output) for output in outputs])
     detector.train(training)
     return [one for batch in distributed.interleaved(found) for one in batch]
 
 
-def _detections(output: Target) -> Detections:
+def as_detections(output: Target) -> Detections:
+    """What a detector says of one picture: best first, labels from 0."""
     order = torch.argsort(output["scores"].float(), descending=True, stable=True)
     boxes, scores, labels = (output[key][order].cpu() for key in ("boxes", "scores", "labels"))
     return Detections(boxes.double().numpy(), scores.double().numpy(), labels.numpy() - 1)
