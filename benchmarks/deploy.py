@@ -1,0 +1,297 @@
+"""How fast networks are in the forms in which they are deployed, and what asking them costs.
+
+    python benchmarks/deploy.py [--networks digits cifar ...] [--variants dense zeros half quarter] [--batches 1 32]
+        [--repeats 20] [--parts speed asking] [--write FILE]
+
+speed : torch eager (fp32, the layout that is fastest there), ONNX fp32 and ONNX int8 of bare networks with random
+    weights, on one thread and on all; medians of passes in turns (`epsd.compute.timing`).
+asking : `epsd predict` of one image, and `mlflow models serve` until it answers: seconds and most memory, of a model
+    that torch runs (before) and of the ONNX file (after).
+
+A row is one line of NETWORKS or VARIANTS: a network by the architecture of a preset, or what is made of it.
+"""
+
+import argparse
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from epsd.architectures import built
+from epsd.compute import timing
+from epsd.compute.devices import Machine, pick_memory_format
+from epsd.compute.speed import lay_out_
+from epsd.evaluation.deploy import export, quantise
+from epsd.files.onnx_file import CARD, FP32, INT8, OnnxFile
+from epsd.masks import prunable
+from epsd.project.runtime import versions
+
+
+class Network(NamedTuple):
+    """Of the presets that share it. `architecture`: as in params.yaml. `shape`: (C, H, W)."""
+
+    presets: str
+    architecture: dict[str, Any]
+    classes: int
+    shape: tuple[int, int, int]
+
+
+def _resnet(depth: int, **settings: Any) -> dict[str, Any]:
+    return {"name": "resnet", "depth": depth, **settings}
+
+
+NETWORKS = {
+    "digits": Network("digits", _resnet(8), 10, (1, 8, 8)),
+    "cifar-quick": Network("cifar10-quick", _resnet(20), 10, (3, 32, 32)),
+    "cifar-resnet18": Network("cifar10- and cifar100-resnet18", _resnet(18, stem="cifar"), 10, (3, 32, 32)),
+    "cifar-vgg19": Network("cifar10- and cifar100-vgg19", {"name": "vgg", "depth": 19}, 10, (3, 32, 32)),
+    "tiny-imagenet": Network("tiny-imagenet-resnet18", _resnet(18, stem="tiny_imagenet"), 200, (3, 64, 64)),
+    "cub": Network("cub200-resnet18", _resnet(18, stem="imagenet"), 200, (3, 224, 224)),
+    "imagenet": Network("imagenet-resnet50", _resnet(50, stem="imagenet"), 1000, (3, 224, 224)),
+}
+
+
+def _dense(network: Network) -> nn.Module:
+    return built(network.architecture, network.classes, network.shape)
+
+
+def _zeros(network: Network) -> nn.Module:
+    """95 % of the weights are zero, wherever they are."""
+    model = _dense(network)
+    with torch.no_grad():
+        for weight in prunable(model).values():
+            weight[torch.rand_like(weight) < 0.95] = 0
+    return model
+
+
+def _narrow(network: Network, width: float) -> nn.Module:
+    """Every layer so much narrower."""
+    return _dense(network._replace(architecture={**network.architecture, "width": width}))
+
+
+VARIANTS: dict[str, tuple[str, Callable[[Network], nn.Module]]] = {
+    "dense": ("dense", _dense),
+    "zeros": ("95 % zeros", _zeros),
+    "half": ("half as wide", partial(_narrow, width=0.5)),
+    "quarter": ("a quarter as wide", partial(_narrow, width=0.25)),
+}
+"""Name -> what a reader is told, and how it is made of a network."""
+
+
+# --- speed ----------------------------------------------------------------------------------------------------------
+
+
+def speed(arguments: argparse.Namespace) -> Iterator[str]:
+    """One table per batch size and number of threads."""
+    measured: dict[tuple[str, str], dict[str, float]] = {}
+    for name in arguments.networks:
+        for variant in arguments.variants:
+            measured[name, variant] = timed(NETWORKS[name], VARIANTS[variant][1], arguments)
+            print(f"{name}, {variant}: done", file=sys.stderr, flush=True)
+    settings = list(dict.fromkeys(part[1] for row in measured.values() for key in row if (part := timing.parts(key))))
+    for setting in settings:
+        yield f"### {timing.in_words(setting)}, ms"
+        yield ""
+        yield "| network | | eager | ONNX fp32 | ONNX int8 | fp32, times eager | int8, times eager | MB, fp32 / int8 |"
+        yield "|---|---|---:|---:|---:|---:|---:|---:|"
+        yield from (row(name, variant, figures, setting) for (name, variant), figures in measured.items())
+        yield ""
+    turns = min(figures["turns"] for figures in measured.values())
+    load = max(figures["load_of_others"] for figures in measured.values())
+    yield f"Medians of at least {turns:.0f} passes. Other processes had up to {load:.0%} of the machine meanwhile."
+    yield ""
+
+
+def row(name: str, variant: str, figures: Mapping[str, float], setting: str) -> str:
+    """A line of the table."""
+    eager, onnx, int8 = (figures[f"{form}_{setting}_ms"] for form in ("torch", "onnx", "int8"))
+    sizes = " / ".join(f"{figures[size] / 1e6:.3g}" for size in ("onnx_bytes", "int8_bytes"))
+    times = f"{eager / onnx:.2f} | {eager / int8:.2f}"
+    return f"| {name} | {VARIANTS[variant][0]} | {eager:.3g} | {onnx:.3g} | {int8:.3g} | {times} | {sizes} |"
+
+
+def timed(network: Network, make: Callable[[Network], nn.Module], arguments: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds by form and setting, and bytes."""
+    torch.manual_seed(0)
+    model = make(network)
+    with torch.no_grad():
+        model(torch.randn(16, *network.shape))  # so that statistics are not those of a network at its start
+    model.eval()
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"onnx": Path(folder) / FP32, "int8": Path(folder) / INT8}
+        export(model, torch.randn(2, *network.shape), ("batch",), files["onnx"], {CARD: "{}"})
+        images = np.random.default_rng(0).standard_normal((32, *network.shape), dtype=np.float32)
+        quantise(files["onnx"], files["int8"], images)
+        lay_out_(model, pick_memory_format("auto", model, torch.device("cpu")))
+        session = cache(OnnxFile)
+
+        def passes(threads: int, batch: int) -> dict[str, timing.Pass]:
+            given = np.random.default_rng(1).standard_normal((batch, *network.shape), dtype=np.float32)
+            asked = {form: partial(session(file, threads), given) for form, file in files.items()}
+            return {"torch": timing.in_torch(model, torch.from_numpy(given)), **asked}
+
+        machine = Machine(threads=torch.get_num_threads())
+        sizes = {f"{form}_bytes": float(file.stat().st_size) for form, file in files.items()}
+        return sizes | timing.sweep(passes, arguments.batches, machine, arguments.repeats)
+
+
+# --- asking ---------------------------------------------------------------------------------------------------------
+
+
+def asking(arguments: argparse.Namespace) -> Iterator[str]:
+    """Seconds and most memory of a process that is asked once, and of a server until it answers."""
+    with tempfile.TemporaryDirectory() as folder:
+        models = made(Path(folder))
+        yield "| | seconds | of these the processor's | most memory, MiB |"
+        yield "|---|---:|---:|---:|"
+        for words, model in models.items():
+            runs = [predict(Path(folder), model) for _ in range(arguments.repeats_of_asking)]
+            yield told(f"`epsd predict photo.png`, {words}", runs)
+        for words, model in models.items():
+            if (model / "MLmodel").is_file():
+                yield told(f"`mlflow models serve` until it answers, {words}", [serve(Path(folder), model)])
+    yield ""
+
+
+class Spent(NamedTuple):
+    """Seconds on the clock, seconds of the processor, MiB."""
+
+    clock: float
+    processor: float
+    memory: float
+
+
+def told(words: str, runs: list[Spent]) -> str:
+    """The quickest of some runs, which others disturbed least."""
+    best = Spent(*(min(values) for values in zip(*runs, strict=True)))
+    return f"| {words} | {best.clock:.2f} | {best.processor:.2f} | {best.memory:,.0f} |"
+
+
+def made(folder: Path) -> dict[str, Path]:
+    """The digits' network by the form in which it is kept; written as `evaluate` writes it."""
+    from PIL import Image
+
+    from epsd.evaluation.intake import Intake
+    from epsd.evaluation.servable import Servable
+    from epsd.pipeline import deploy
+    from epsd.pipeline.export import SCRIPT
+    from epsd.project import artifacts
+    from epsd.tracking import models
+
+    network = NETWORKS["digits"]
+    names = [str(digit) for digit in range(network.classes)]
+    card = {"architecture": network.architecture, "num_classes": network.classes, "class_names": names}
+    card |= {"image_shape": network.shape, "mean": [0.3], "std": [0.35]}
+    model, weights = _dense(network).eval(), folder / "weights" / "model.safetensors"
+    artifacts.save_model(model, weights, card)
+    deploy.export(model, card, weights, folder / "onnx" / FP32)
+    Image.new("L", (8, 8), 90).save(folder / "photo.png")
+    images = np.zeros((2, *network.shape), dtype=np.float32)
+    about = {"class_names": names, "card": json.dumps(card)}
+    contents = models.Contents(images, images, network.classes, about, [], [], folder / "onnx", SCRIPT)
+    module = Servable(model, Intake.of(card))
+    models.write(folder / "after", module, contents)
+    models.write(folder / "before", module, contents._replace(onnx=None))
+    return {
+        "torch, from weights": weights.parent,
+        "torch, exported (before)": folder / "before",
+        "ONNX (after)": folder / "after",
+    }
+
+
+def predict(folder: Path, model: Path) -> Spent:
+    """One question."""
+    command = [sys.executable, "-m", "epsd.cli", "predict", "--model", str(model), str(folder / "photo.png")]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)}: failed")
+    return Spent(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+
+
+def serve(folder: Path, model: Path) -> Spent:
+    """A server, from its start to its first answer; the memory of all its processes then."""
+    import psutil
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(model), "--env-manager", "local"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+            env=environment, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        answer(port, time.monotonic() + 120)
+        seconds = time.perf_counter() - start
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        spent = [one.cpu_times() for one in family]
+        memory = sum(one.memory_info().rss for one in family) / 2**20
+        return Spent(seconds, sum(one.user + one.system for one in spent), memory)
+    finally:
+        for one in reversed(psutil.Process(server.pid).children(recursive=True)):
+            one.kill()
+        server.kill()
+        server.wait()
+        assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime >= before.ru_utime
+
+
+def answer(port: int, deadline: float) -> None:
+    """Ask until there is an answer."""
+    body = json.dumps({"inputs": np.zeros((1, 1, 8, 8)).tolist()}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=10):
+                return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+PARTS = {"speed": speed, "asking": asking}
+
+
+def main() -> None:
+    """Print the tables, and write them where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["dense"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--repeats", type=int, default=20, help="passes of each form (fewer where they take long)")
+    parser.add_argument("--repeats-of-asking", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    found = versions()
+    head = f"On {found['cpu']}, {torch.get_num_threads()} threads in all, torch {found['torch']}, "
+    lines = [f"{head}onnxruntime {found.get('onnxruntime', '?')}.", ""]
+    for part in arguments.parts:
+        lines += [f"## {part}", "", *PARTS[part](arguments)]
+    text = "\n".join(lines)
+    print(text)
+    if arguments.write:
+        arguments.write.write_text(f"{text}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
