@@ -1,6 +1,7 @@
 """The `epsd` command: what it prints, its exit status, and one line for a mistake."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,8 @@ def test_an_interrupt_is_one_line(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted() -> list[str]:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
+        return []
 
     monkeypatch.setattr("epsd.project.presets.names", interrupted)
     assert main(["preset", "--list"]) == 130

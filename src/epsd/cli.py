@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from epsd.project.processes import Stopped, stops
 from epsd.types import EpsdError
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -231,20 +232,21 @@ def _models(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. A user's mistake ends with one line on stderr and status 1 (2: unknown arguments)."""
-    arguments = parser().parse_args(argv)
-    if arguments.quiet:
-        os.environ["EPSD_QUIET"] = "1"
-    command: Command = arguments.command
     try:
-        return command(arguments) or 0
+        with stops():
+            arguments = parser().parse_args(argv)
+            if arguments.quiet:
+                os.environ["EPSD_QUIET"] = "1"
+            command: Command = arguments.command
+            return command(arguments) or 0
     except EpsdError as error:
         print(f"epsd: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `epsd preset NAME | head`
         sys.stderr.close()
-    except KeyboardInterrupt:  # most commands deal with it themselves, once they are at work
-        print("epsd: interrupted.", file=sys.stderr)
-        return 130
+    except Stopped as stop:  # most commands deal with it themselves, once they are at work
+        print(f"epsd: {stop}.", file=sys.stderr)
+        return stop.status
     return 0
 
 

@@ -423,8 +423,8 @@ def test_sigterm_ends_in_order(project: Path) -> None:
         process.stdout.readline()  # it is at work
         process.terminate()
         _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error.splitlines()[-1] == "analyse: interrupted; nothing was written."
+    assert process.returncode == 143
+    assert error.splitlines()[-1] == "analyse: stopped by SIGTERM; nothing was written."
 
 
 def test_an_unknown_score_is_named_with_the_valid_ones(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,3 @@
-import errno
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ import torch
 from conftest import ROOT
 from epsd.compute.devices import determinism
 from epsd.pipeline import changes, stage
-from epsd.project import artifacts, runtime
+from epsd.project import artifacts, processes, runtime
 from epsd.project.params import load, parse, read_yaml
 from epsd.registry import ParamsError
 from epsd.types import EpsdError
@@ -179,17 +178,6 @@ def test_handlers_are_put_back(run_here):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_out_of_memory_is_one_line():
-    line = stage.one_line(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. See docs"))
-    assert line == "out of memory on the device: lower the batch size. (CUDA out of memory)"
-
-
-def test_only_what_the_user_can_mend_is_one_line():
-    assert stage.one_line(EpsdError("x")) == "x"
-    assert stage.one_line(OSError(errno.EROFS, "Read-only file system", "out")) == "out: Read-only file system."
-    assert stage.one_line(ValueError("x")) is None
-
-
 # --- params.yaml ----------------------------------------------------------------------------------------------------
 
 
@@ -316,7 +304,7 @@ def test_an_unwritable_folder_is_one_line(folder, run_here):
 
 
 def test_the_lock_waits_for_one_that_is_about_to_leave():
-    assert stage.LOCK_PATIENCE > 2 * (stage.WATCH_EVERY + stage.LEAVE_WITHIN)
+    assert stage.LOCK_PATIENCE > 2 * (processes.WATCH_EVERY + processes.LEAVE_WITHIN)
 
 
 # --- signals and orphans --------------------------------------------------------------------------------------------

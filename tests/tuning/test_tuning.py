@@ -520,8 +520,8 @@ class TestTrial:
         params = parse(tree(**changes))
         ledger, _ = study.begin(study.open_storage(params.tune), Space(params), "d", params.tune.trials, False)
         told = {**params.model_dump(), "tune": params.tune.model_dump(by_alias=True)}
-        job = worker.Job(told, 1, 1, os.getppid(), "", time.time() - 1)
-        worker.Worker(job, worker.Interrupts()).work()
+        job = worker.Job(told, 1, 1, "", time.time() - 1)
+        worker.Worker(job).work()
         return ledger
 
     def test_constraints_and_figures_are_kept(self, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -686,25 +686,6 @@ def test_figures_within_the_limits_have_more_merit_than_all_others(direction: st
         for top1, size in ((0.3, 1e8), (0.5, 5.0), (0.89, 1e8), (0.9, 1e9 if sign < 0 else 0.0), (0.95, 3e5))
     ]
     assert merits == sorted(merits)
-
-
-def test_a_request_to_stop_waits_for_the_storage() -> None:
-    with worker.Interrupts() as interrupts:
-        try:
-            steps = []
-            with pytest.raises(worker.Stopped):
-                with interrupts.shield():
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    time.sleep(0.05)
-                    steps.append("changed")
-                steps.append("not reached")
-            assert steps == ["changed"]
-            os.kill(os.getpid(), signal.SIGINT)  # a second one does not disturb the way out
-            time.sleep(0.05)
-        finally:
-            interrupts.__exit__()
-    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-        signal.signal(number, handler)
 
 
 # --- result ---------------------------------------------------------------------------------------------------------
@@ -1009,7 +990,7 @@ def test_ctrl_c_leaves_everything_in_order(project: Path) -> None:
     trial = next(running(ledger_of))
     os.killpg(process.pid, signal.SIGINT)
     out, errors = process.communicate(timeout=60)
-    assert process.returncode == worker.INTERRUPTED, errors
+    assert process.returncode == 130, errors
     assert "`epsd tune --resume` goes on" in out
     assert not psutil.pid_exists(int(trial.user_attrs["pid"]))
     found = ledger_of().trials()

@@ -1,7 +1,6 @@
 """`epsd analyse`: EPSD beside simple combinations, trained and measured in one go; table, files, one MLflow run."""
 
 import contextlib
-import signal
 from typing import NamedTuple
 
 from epsd.analysis import AnalysisError
@@ -15,14 +14,14 @@ from epsd.pipeline.prune import pruned
 from epsd.pipeline.stage import check
 from epsd.project import artifacts
 from epsd.project.params import DEFAULT_PATH, Params, flatten, load
-from epsd.project.runtime import no_telemetry, note, quiet, stops_arrive
+from epsd.project.processes import Stopped
+from epsd.project.runtime import no_telemetry, note, quiet
 from epsd.registry import choose, unknown
 from epsd.scores import SCORES
 from epsd.tracking import Tracker, track
 
 OURS = "epsd"
 DEFAULT = ("prospr", "snip", "random")
-INTERRUPTED = 130
 
 
 class Request(NamedTuple):
@@ -50,16 +49,12 @@ def command(request: Request) -> int:
     plan = _plan(params, request)
     data = opened(params, open_machine(params.device, params.threads, params.data.workers))
     artifacts.check_writable(FOLDER)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves in order, as Ctrl-C does
     try:
         print(f"analyse: {_described(params, plan)} on {data.machine.device.type}", flush=True)
-        with stops_arrive(KeyboardInterrupt):
-            report = _run(params, request, plan, data)
-    except KeyboardInterrupt:
-        note("analyse: interrupted; nothing was written.")
-        return INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        report = _run(params, request, plan, data)
+    except Stopped as stop:
+        note(f"analyse: {stop}; nothing was written.")
+        return stop.status
     _print(report)
     return 0
 

@@ -5,7 +5,6 @@ On several machines the user's own torchrun starts them; the stage takes part in
 
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,10 +14,9 @@ from pathlib import Path
 import torch
 
 from epsd.compute import distributed
+from epsd.project.processes import Child, Stopped, end, start, wait
 from epsd.types import EpsdError
 
-LAUNCHER = "EPSD_LAUNCHER"
-"""Set in the processes that `run` starts: the PID of the one that waits for them."""
 LOST = 75
 """Status of a process that ended because another one was gone."""
 
@@ -39,11 +37,6 @@ def wanted(processes: int | str, device: str) -> int:
     return max(1, torch.cuda.device_count()) if distributed.on_gpus(device) else 1
 
 
-def launched() -> bool:
-    """True in a process that `run` started."""
-    return LAUNCHER in os.environ
-
-
 def run(command: Sequence[str], processes: int) -> int:
     """Run `command` as so many processes of one group; the status of the first that failed, 0 where none did.
 
@@ -52,14 +45,15 @@ def run(command: Sequence[str], processes: int) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="epsd-", ignore_cleanup_errors=True) as folder:
         meeting = Path(folder) / "rendezvous"
-        children = [subprocess.Popen(command, env=_environment(n, processes, meeting)) for n in range(processes)]
+        children = [start(command, _environment(rank, processes, meeting)) for rank in range(processes)]
         try:
             return _status(_ended(children))
-        except KeyboardInterrupt:  # of a terminal: the children have it too
-            _wait(children, _OTHERS_FAIL_WITHIN)
+        except Stopped as stop:
+            if stop.signum == signal.SIGINT:  # of a terminal: the children have it too
+                wait(children, _OTHERS_FAIL_WITHIN)
             raise
         finally:
-            _end(children)
+            end(children, _LEAVE_WITHIN)
 
 
 def _environment(rank: int, processes: int, meeting: Path) -> dict[str, str]:
@@ -69,15 +63,15 @@ def _environment(rank: int, processes: int, meeting: Path) -> dict[str, str]:
         usual["GLOO_SOCKET_IFNAME"] = "lo"  # they are on one machine, whose name need not resolve
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     mine = {name: str(value) for name, value in ranks.items()}
-    return {**usual, **os.environ, **mine, distributed.RENDEZVOUS: str(meeting), LAUNCHER: str(os.getpid())}
+    return {**usual, **os.environ, **mine, distributed.RENDEZVOUS: str(meeting)}
 
 
-def _ended(children: list[subprocess.Popen[bytes]]) -> list[int]:
+def _ended(children: list[Child]) -> list[int]:
     """Statuses of the processes that ended: of all, or after a failure of those that did so by themselves."""
     while True:
         statuses = [child.poll() for child in children]
         if any(statuses):
-            _wait(children, _OTHERS_FAIL_WITHIN)
+            wait(children, _OTHERS_FAIL_WITHIN)
             return [status for child in children if (status := child.poll()) is not None]
         if all(status == 0 for status in statuses):
             return [0]
@@ -94,20 +88,3 @@ def _status(statuses: list[int]) -> int:
     if LOST in statuses:
         raise LaunchError("the processes lost each other: a connection between them broke.")
     return 0
-
-
-def _wait(children: list[subprocess.Popen[bytes]], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
-        time.sleep(_LOOK_EVERY)
-
-
-def _end(children: list[subprocess.Popen[bytes]]) -> None:
-    for child in children:
-        if child.poll() is None:
-            child.terminate()
-    _wait(children, _LEAVE_WITHIN)
-    for child in children:
-        if child.poll() is None:
-            child.kill()
-            child.wait()

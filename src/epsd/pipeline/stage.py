@@ -8,17 +8,13 @@ Also `python -m epsd.pipeline.stage`: check params.yaml and every name chosen in
 
 import argparse
 import contextlib
-import errno
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,12 +22,11 @@ from torch import nn
 
 from epsd.compute import distributed
 from epsd.compute.devices import Machine, open_machine, pick_device, pick_precision, seed_everything
-from epsd.compute.shortage import is_shortage
 from epsd.pipeline import changes, launch
 from epsd.pipeline.describe import method
-from epsd.project import artifacts
+from epsd.project import artifacts, processes
 from epsd.project.params import DEFAULT_PATH, Params, load
-from epsd.project.runtime import STATE, counted, hush, located, no_telemetry, note, quiet, stops_arrive
+from epsd.project.runtime import STATE, counted, hush, located, no_telemetry, note, quiet
 from epsd.registry import ParamsError, choose
 from epsd.tracking import tracking_uri
 from epsd.types import EpsdError
@@ -42,10 +37,6 @@ Main = Callable[[Params, Machine], str | None]
 LOCK_PATIENCE = 10.0
 """Seconds to wait for the folder: a stage whose dvc was killed needs up to two to notice and leave."""
 
-WATCH_EVERY = 0.5
-LEAVE_WITHIN = 1.0
-"""Seconds between two looks at the ancestors; seconds for a clean end before the hard one."""
-
 _KEPT = {"prepare": "artifacts/data and artifacts/voc"}
 """Where a stage leaves its results, where that is not artifacts/NAME."""
 
@@ -53,16 +44,6 @@ SHARED = ("prune", "train", "detect")
 """The stages that several processes can share; each has a `batch_size` in its section."""
 
 _AGAIN = "`dvc repro` goes on from here."
-_SHELLS = {"sh", "dash", "bash", "zsh", "fish", "ksh", "tcsh", "csh", "ash", "busybox"}
-_USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST}
-
-
-class Terminated(BaseException):
-    """A signal asked the process to end. No `Exception`: it passes every `except Exception` on its way out."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 def run_stage(name: str, main: Main) -> None:
@@ -78,27 +59,25 @@ def run_stage(name: str, main: Main) -> None:
     _arguments(name)
     started = time.monotonic()
     try:
-        with _signals(), _orphan_watch(name):
+        with processes.stops(), _watched(name):
             params = load(DEFAULT_PATH)
             check(params)
-            processes = _processes(name, params)
-            if processes > 1 and distributed.told() == 1:
-                sys.exit(launch.run([sys.executable, *sys.orig_argv[1:]], processes))
-            machine = _joined(params, processes)
+            count = _processes(name, params)
+            if count > 1 and distributed.told() == 1:
+                sys.exit(launch.run([sys.executable, *sys.orig_argv[1:]], count))
+            machine = _joined(params, count)
             with _folder_lock(name) if distributed.is_main() else contextlib.nullcontext():
                 if not quiet():
-                    _say(f"{name}: {describe(params, name)}, on {machine.device.type}{_times(processes)}")
+                    _say(f"{name}: {describe(params, name)}, on {machine.device.type}{_times(count)}")
                 seed_everything(params.seed)
                 result = main(params, machine)
         seconds = time.monotonic() - started
         _say(f"{name}: {result or 'done'} ({seconds:.1f} s, in {_KEPT.get(name, f'artifacts/{name}')})")
         distributed.stop()
-    except KeyboardInterrupt:
-        _leave(name, f"interrupted. {_AGAIN}", 130)
-    except Terminated as stop:
-        _leave(name, f"stopped by {signal.Signals(stop.signum).name}. {_AGAIN}", 128 + stop.signum)
+    except processes.Stopped as stop:
+        _leave(name, f"{stop}. {_AGAIN}", stop.status)
     except Exception as error:
-        line = one_line(error)
+        line = processes.one_line(error)
         if line is None and distributed.first_to_fail():
             raise
         _leave(name, line or "", launch.LOST if distributed.lost(error) else 1)
@@ -107,18 +86,18 @@ def run_stage(name: str, main: Main) -> None:
 def _processes(name: str, params: Params) -> int:
     """How many processes share this stage. ParallelError where they cannot."""
     told = distributed.told()
-    processes = told if told > 1 else launch.wanted(params.launch.processes, params.device)
-    if name not in SHARED or processes == 1:
+    count = told if told > 1 else launch.wanted(params.launch.processes, params.device)
+    if name not in SHARED or count == 1:
         return 1
-    distributed.check_batch(getattr(params, name).batch_size, f"{name}.batch_size", processes)
+    distributed.check_batch(getattr(params, name).batch_size, f"{name}.batch_size", count)
     if told == 1:
-        distributed.check_devices(params.device, processes)
-    return processes
+        distributed.check_devices(params.device, count)
+    return count
 
 
-def _joined(params: Params, processes: int) -> Machine:
+def _joined(params: Params, count: int) -> Machine:
     """The machine of this process, which from here on works with the others."""
-    if processes > 1:
+    if count > 1:
         distributed.start(params.device, params.launch.sync_batchnorm)
     if not distributed.is_main():
         hush()
@@ -126,8 +105,15 @@ def _joined(params: Params, processes: int) -> Machine:
     return open_machine(params.device, params.threads, params.data.workers)
 
 
-def _times(processes: int) -> str:
-    return f" in {processes} processes" if processes > 1 else ""
+def _times(count: int) -> str:
+    return f" in {count} processes" if count > 1 else ""
+
+
+def _watched(name: str) -> contextlib.AbstractContextManager[None]:
+    """Under DVC no stage outlives dvc, and one of several processes not the one that started it."""
+    if "DVC_STAGE" not in os.environ and not processes.started():
+        return contextlib.nullcontext()
+    return processes.not_outliving("" if distributed.told_rank() else f"{name}: dvc is gone, stopping.")
 
 
 def _say(line: str) -> None:
@@ -247,24 +233,9 @@ def describe(params: Params, name: str) -> str:
     return f"{doing.get(name, f'{network} on {data}')}, seed {params.seed}"
 
 
-def one_line(error: Exception) -> str | None:
-    """The message for a mistake or shortage that the user can mend; None for anything else."""
-    if isinstance(error, EpsdError):
-        return str(error)
-    if is_shortage(error):
-        return f"out of memory on the device: lower the batch size. ({str(error).split('. ')[0]})"
-    if distributed.lost(error):
-        return "another process is gone, or the connection to it."
-    if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
-        return f"{error.filename or 'file'}: {error.strerror}."
-    if os.strerror(errno.ENOSPC) in str(error):  # libraries wrap the system's error in their own
-        return f"{os.strerror(errno.ENOSPC)} ({error})."
-    return None
-
-
 def _leave(name: str, line: str, status: int) -> None:
     """End with one line, which of several processes only one tells: the first, or the one that started them."""
-    told_elsewhere = launch.launched() and (status >= 128 or status == launch.LOST)
+    told_elsewhere = processes.started() and (status >= 128 or status == launch.LOST)
     if line and not told_elsewhere and distributed.first_to_fail():
         note(f"{name}: {line}")
     if distributed.world() > 1:  # others may wait for this process, and its exit for them
@@ -300,93 +271,6 @@ def _read(path: Path) -> str:
     with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8")
     return "PID unknown"
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP leave through the `finally` blocks, once; further ones do not disturb the way out."""
-    owner, seen = os.getpid(), threading.Event()
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a forked worker has no story to finish
-            os._exit(128 + signum)
-        if not seen.is_set():
-            seen.set()
-            raise Terminated(signum)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        with stops_arrive(KeyboardInterrupt, Terminated):
-            yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _orphan_watch(name: str) -> Iterator[None]:
-    """Under DVC, end this process soon after dvc or the shell between is gone: nobody may train on unseen.
-
-    One of several processes watches the one that started it in the same way.
-
-    Two nets: the kernel's signal on the death of the direct parent (Linux), and a thread that looks at every
-    ancestor up to dvc, because a shell between them outlives a killed dvc.
-    """
-    if "DVC_STAGE" not in os.environ and not launch.launched():
-        yield
-        return
-    ancestors = _ancestors()
-    _ask_kernel()
-    done = threading.Event()
-    threading.Thread(target=_watch, args=(name, ancestors, done), daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-
-
-def _ancestors() -> list[Any]:
-    """The parent, and its parents as long as they are shells: the last one is dvc."""
-    import psutil
-
-    found = []
-    for process in psutil.Process().parents():
-        found.append(process)
-        if process.name().lstrip("-") not in _SHELLS:
-            break
-    return found
-
-
-def _ask_kernel() -> None:
-    if sys.platform == "linux":
-        import ctypes
-
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
-
-
-def _alive(process: Any) -> bool:
-    """A zombie is dead: where no init reaps, it would stand for its process for ever."""
-    import psutil
-
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
-
-
-def _watch(name: str, ancestors: list[Any], done: threading.Event) -> None:
-    parent = os.getppid()
-    while not done.wait(WATCH_EVERY):
-        if os.getppid() == parent and all(_alive(process) for process in ancestors):
-            continue
-        with contextlib.suppress(OSError):  # the terminal may be gone as well
-            if not distributed.told_rank():
-                note(f"{name}: dvc is gone, stopping.")
-        os.kill(os.getpid(), signal.SIGTERM)
-        if not done.wait(LEAVE_WITHIN):
-            os._exit(128 + signal.SIGTERM)
-        return
 
 
 def _check_only() -> int:

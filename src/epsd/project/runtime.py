@@ -1,18 +1,14 @@
-"""The project's folder, what is said and to whom, signals, seeds by name, and the versions recorded with every run."""
+"""The project's folder, what is said and to whom, and the versions recorded with every run."""
 
 import contextlib
 import functools
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 
 STATE = ".epsd"
 """Folder (git-ignored) under the project's root for locks, checkpoints and the spool of the tracker."""
@@ -47,74 +43,6 @@ def state_folder(*parts: str) -> Path:
 def quiet() -> bool:
     """True where `EPSD_QUIET` (or `--quiet`, which sets it) asks for results and mistakes only."""
     return os.environ.get("EPSD_QUIET", "") not in ("", "0")
-
-
-@contextlib.contextmanager
-def signals_wait() -> Iterator[None]:
-    """Hold back SIGINT, SIGTERM and SIGHUP until the block is done; a second one gets through at once.
-
-    For what must not be left half-way, such as a database's transaction: an exception that a signal's handler raises
-    inside it would leave its lock with a connection that nobody has any more. Outside the main thread, where no
-    handler runs, it does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[tuple[int, FrameType | None]] = []
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        came.append((number, frame))
-        if len(came) > 1:
-            before[signal.Signals(number)](number, frame)
-
-    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)  # the last: see `stops_arrive`
-    before = {number: handler for number in asked if callable(handler := signal.getsignal(number))}
-    for number in before:
-        signal.signal(number, hold)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if len(came) == 1:
-            before[signal.Signals(came[0][0])](*came[0])
-
-
-@contextlib.contextmanager
-def stops_arrive(*kinds: type[BaseException], held: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """An exception of these kinds that a signal's handler raises is not lost, wherever the signal comes.
-
-    Python prints and drops what is raised while a destructor or the callback of a weak reference happens to run; the
-    request to stop would be gone. Here it is raised once more, a moment later, but neither while `held` says so nor
-    where `signals_wait`. For the main thread.
-    """
-    dropped: list[BaseException] = []
-    before = sys.unraisablehook
-
-    def keep(unraisable: "sys.UnraisableHookArgs") -> None:
-        if isinstance(unraisable.exc_value, kinds):
-            dropped.append(unraisable.exc_value)
-            signal.setitimer(signal.ITIMER_REAL, _A_MOMENT)
-        else:
-            before(unraisable)
-
-    def again(number: int, frame: FrameType | None) -> None:
-        if held():
-            signal.setitimer(signal.ITIMER_REAL, _A_MOMENT)
-        elif dropped:
-            raise dropped.pop().with_traceback(None)
-
-    alarm, sys.unraisablehook = signal.signal(signal.SIGALRM, again), keep
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.unraisablehook = before
-        signal.signal(signal.SIGALRM, alarm)
-
-
-_A_MOMENT = 0.01
-"""Seconds after which a stop that was dropped is raised again."""
 
 
 def hush() -> None:

@@ -1,29 +1,25 @@
 """`epsd study FILE`: checks everything, trains what is missing in one or more processes, ends with table and figure."""
 
 import contextlib
-import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 import torch
 
 from epsd.project import artifacts
+from epsd.project.processes import Stopped, end, start
 from epsd.project.progress import Progress
-from epsd.project.runtime import no_telemetry, note, quiet, stops_arrive
+from epsd.project.runtime import no_telemetry, note, quiet
 from epsd.studies import StudyError, outcome, plan
 from epsd.studies.plan import Cell, Plan
 from epsd.studies.work import Place, Result, Session, mark, work
 from epsd.tracking import Tracker, track
 
-INTERRUPTED = 130
 POLL = 0.3
 """Seconds between two looks at the results of other processes."""
 LEAVE_WITHIN = 20.0
@@ -39,10 +35,6 @@ class Request(NamedTuple):
     show: bool = False
 
 
-class Stopped(BaseException):
-    """SIGTERM. No `Exception`: it passes every `except Exception` on its way out."""
-
-
 def command(request: Request) -> int:
     """`epsd study`: the exit status is 0 when all cells are done, 1 when some are left or failed, 130 after Ctrl-C.
 
@@ -55,8 +47,7 @@ def command(request: Request) -> int:
         _show(study, place)
         return 0
     no_telemetry()
-    with _signals():
-        return _Study(path, study, place, request).run()
+    return _Study(path, study, place, request).run()
 
 
 def _show(study: Plan, place: Place) -> None:
@@ -88,18 +79,18 @@ class _Study:
             artifacts.write_json(self.place.folder / "run.json", {"run_id": tracker.run_id})
             if not quiet():
                 print(f"study: '{name}': {self._plan(left)}", flush=True)
-            interrupted = self._work() if left else False
+            stopped = self._work() if left else 0
             left = len(self.marks) - len(self.seen)
             tracker.tags({"study.state": "unfinished" if left else "complete"})
             tracker.metrics({"study/cells": len(self.marks), "study/done": len(self.seen)})
-            if self.seen and not interrupted:
+            if self.seen and not stopped:
                 self._conclude(tracker)
         if self.failed:
             own, reason = next(iter(self.failed.items()))
             note(f"study: {len(self.failed)} cells failed, the first one {self.marks[own]}: {reason}")
         if left:
             note(f"study: {len(self.seen)} of {len(self.marks)} cells are done. `epsd study {self.path}` goes on.")
-        return INTERRUPTED if interrupted else int(left > 0)
+        return stopped or int(left > 0)
 
     def _plan(self, left: int) -> str:
         done = f" ({len(self.seen)} done)" if self.seen else ""
@@ -109,18 +100,18 @@ class _Study:
 
     # --- the work ---
 
-    def _work(self) -> bool:
-        """Whether it was interrupted."""
+    def _work(self) -> int:
+        """The exit status of a stop, 0 where there was none."""
         with Progress("study", len(self.marks), len(self.seen), time_left=False) as self.bar:
             try:
                 if self.workers == 1:
                     self._alone()
                 else:
                     self._together()
-            except (KeyboardInterrupt, Stopped):
-                note("study: stopped; finished cells are kept, a cell under way goes on from its last epoch.")
-                return True
-        return False
+            except Stopped as stop:
+                note(f"study: {stop}; finished cells are kept, a cell under way goes on from its last epoch.")
+                return stop.status
+        return 0
 
     def _alone(self) -> None:
         torch.set_num_threads(self.threads)
@@ -145,17 +136,17 @@ class _Study:
             note(f"study: {text}")
 
     def _together(self) -> None:
-        job = {"file": str(self.path), "threads": self.threads, "session": asdict(self.session), "parent": os.getpid()}
-        environment = {**os.environ, "EPSD_QUIET": "1"}
-        running = [_start(job, environment) for _ in range(self.workers)]
+        job = {"file": str(self.path), "threads": self.threads, "session": asdict(self.session)}
+        command, environment = [sys.executable, "-m", "epsd.studies.worker"], {**os.environ, "EPSD_QUIET": "1"}
+        running = [start(command, environment, job) for _ in range(self.workers)]
         try:
             while any(process.poll() is None for process in running):
                 self._collect()
                 time.sleep(POLL)
             self._collect()
         finally:
-            _end(running)
-        if all(process.returncode not in (0, INTERRUPTED) for process in running):
+            end(running, LEAVE_WITHIN)
+        if all(process.returncode for process in running):
             raise StudyError("every worker ended with an error; their last words are above.")
 
     def _collect(self) -> None:
@@ -196,24 +187,6 @@ def _story(study: Plan) -> str:
     )
 
 
-# --- processes ------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM leaves through the `finally` blocks, as Ctrl-C does."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise Stopped
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        with stops_arrive(KeyboardInterrupt, Stopped):
-            yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """No bars of single trainings beside the study's own."""
@@ -226,26 +199,3 @@ def _quietly() -> Iterator[None]:
             del os.environ["EPSD_QUIET"]
         else:
             os.environ["EPSD_QUIET"] = before
-
-
-def _start(job: dict[str, object], environment: dict[str, str]) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "epsd.studies.worker"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, text=True, start_new_session=True)
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(json.dumps(job))
-        process.stdin.close()
-    return process
-
-
-def _end(running: "list[subprocess.Popen[str]]") -> None:
-    for process in running:
-        if process.poll() is None:
-            process.terminate()
-    deadline = time.monotonic() + LEAVE_WITHIN
-    for process in running:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
-        if process.poll() is None:
-            process.kill()
-            process.wait()

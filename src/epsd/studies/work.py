@@ -26,11 +26,11 @@ from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
 from epsd.evaluation import evaluate as evaluation
 from epsd.pipeline import changes, deploy, describe
-from epsd.pipeline.stage import one_line
 from epsd.pipeline.train import card
 from epsd.preparing.write import prepare
 from epsd.project import artifacts, code
 from epsd.project.params import Params
+from epsd.project.processes import one_line
 from epsd.project.runtime import located, state_folder, versions
 from epsd.registry import choose
 from epsd.studies.plan import Cell, Plan

@@ -7,29 +7,20 @@ import os
 import platform
 from collections.abc import Mapping
 
+from epsd.project import processes
 from epsd.project.runtime import brief, say_once, versions
 
 
 def _process_tags() -> dict[str, str]:
-    import psutil
-
-    started = str(int(psutil.Process().create_time()))
-    return {"host": platform.node(), "pid": str(os.getpid()), "pid.started": started}
+    me = processes.identity()
+    return {"host": platform.node(), "pid": str(me["pid"]), "pid.started": str(int(me["pid.started"]))}
 
 
 def is_gone(tags: Mapping[str, str]) -> bool:
     """True when the process that wrote these tags on this machine has ended (another one may have its number now)."""
-    import psutil
-
-    try:
-        process = psutil.Process(int(tags["pid"]))
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return True
-        return bool(abs(process.create_time() - float(tags.get("pid.started", process.create_time()))) > 2)
-    except psutil.NoSuchProcess:
-        return True
-    except (KeyError, ValueError, psutil.Error):
-        return False
+    with contextlib.suppress(KeyError, ValueError):
+        return processes.gone(int(tags["pid"]), float(tags["pid.started"]) if "pid.started" in tags else None)
+    return False
 
 
 def identity_tags(stage: str, params: Mapping[str, str]) -> dict[str, str]:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from epsd.project.runtime import brief, project_root, say_once, signals_wait, state_folder
+from epsd.project.processes import signals_wait
+from epsd.project.runtime import brief, project_root, say_once, state_folder
 from epsd.tracking.addresses import shown, tracking_uri
 from epsd.tracking.identity import identity
 from epsd.tracking.replay import reject, replay, send_kept

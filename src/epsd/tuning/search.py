@@ -3,14 +3,11 @@
 import contextlib
 import os
 import platform
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 import optuna
@@ -20,13 +17,14 @@ from optuna.trial import FrozenTrial, TrialState
 from epsd.pipeline.prepared import opened
 from epsd.pipeline.stage import check
 from epsd.project.params import DEFAULT_PATH, Params, load
+from epsd.project.processes import Child, Stopped, end, signals_wait, start
 from epsd.project.progress import Progress
 from epsd.project.runtime import no_telemetry, note, quiet
 from epsd.tracking import Tracker, track
 from epsd.tuning import TuningError, report
 from epsd.tuning.space import Space
 from epsd.tuning.study import DONE, PATIENCE, Ledger, begin, open_storage, shown, slot, storage_errors, unreachable
-from epsd.tuning.worker import INTERRUPTED, Job, failures, given_up, shown_value, worker_seed
+from epsd.tuning.worker import Job, failures, given_up, shown_value, worker_seed
 
 POLL = 0.4
 """Seconds between two looks at the study."""
@@ -35,10 +33,10 @@ LEAVE_WITHIN = 30.0
 
 
 class Outcome(NamedTuple):
-    """`ledger` of the study; `interrupted`: ended by Ctrl-C before all trials were done."""
+    """`ledger` of the study; `stopped`: the status of a stop before all trials were done, 0 where there was none."""
 
     ledger: Ledger
-    interrupted: bool
+    stopped: int
 
 
 def search(params: Params, *, trials: int | None = None, workers: int | None = None, resume: bool = False) -> Outcome:
@@ -74,18 +72,21 @@ class _Search:
         self.existing = sum(trial.state != TrialState.WAITING for trial in ledger.trials())
         self.started = 0
         self.crashes = 0
-        self.asked_to_stop = 0
-        self.running: list[subprocess.Popen[str]] = []
+        self.stopped = 0
+        self.running: list[Child] = []
 
     def run(self) -> Outcome:
         name = self.params.tune.study
-        with self._tracked() as tracker, self._signals():
+        with self._tracked() as tracker:
             if self.made or "run_id" not in self.ledger.facts:
                 self.ledger.study.set_user_attr("run_id", tracker.run_id)
             self.run_id = tracker.run_id
             print(f"tune: study '{name}' in {shown(self.params.tune.storage)}: {self._plan()}", flush=True)
             try:
                 self._oversee(tracker)
+            except Stopped as stop:
+                note(f"tune: {stop}; the running trials are put back. Once more ends them at once.")
+                self.stopped = stop.status
             finally:
                 self._end_workers()
             self._conclude(tracker)
@@ -96,7 +97,7 @@ class _Search:
                 f"{len(failed)} trials failed, so the search was given up. "
                 f"The first error, of trial {failed[0].number}: {failed[0].user_attrs['error']}"
             )
-        return Outcome(self.ledger, bool(self.asked_to_stop))
+        return Outcome(self.ledger, self.stopped)
 
     def _plan(self) -> str:
         trials = self.ledger.trials()
@@ -111,10 +112,11 @@ class _Search:
         board = _Board(self.ledger, list(self.params.tune.objectives), tracker)
         answered = time.monotonic()
         with board:
-            while not self.asked_to_stop:
+            while True:
                 try:
-                    self.ledger.repair()
-                    trials = self.ledger.trials()
+                    with signals_wait():
+                        self.ledger.repair()
+                        trials = self.ledger.trials()
                     board.show(trials)
                     open_slots = self.ledger.open_slots(trials)
                     answered = time.monotonic()
@@ -132,62 +134,32 @@ class _Search:
         """Replace the workers that died, while there is work."""
         for process in [process for process in self.running if process.poll() is not None]:
             self.running.remove(process)
-            self.crashes += process.returncode not in (0, INTERRUPTED)
+            self.crashes += process.returncode != 0
         if self.crashes > 3 * self.count + 3:
             raise TuningError(f"{self.crashes} workers died one after the other; their last words are above.")
         while len(self.running) < min(self.count, wanted):
             self.running.append(self._start_worker())
 
-    def _start_worker(self) -> "subprocess.Popen[str]":
+    def _start_worker(self) -> Child:
         joined = "" if self.made else platform.node()
         job = Job(
             params=self.tree,
             seed=worker_seed(self.params, self.existing, self.started, joined),
             threads=self.threads,
-            parent=os.getpid(),
             run_id=self.run_id,
             since=self.since,
         )
         self.started += 1
         command = [sys.executable, "-m", "epsd.tuning.worker"]
-        environment = {**os.environ, "EPSD_QUIET": "1"}
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, text=True)
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(job.dumps())
-            process.stdin.close()
-        return process
+        return start(command, {**os.environ, "EPSD_QUIET": "1"}, asdict(job))
 
     def _end_workers(self) -> None:
-        """Ask the workers to mark their trials and end; insist after LEAVE_WITHIN, or on a second Ctrl-C."""
-        for process in self.running:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + LEAVE_WITHIN
-        asked = self.asked_to_stop
-        while any(process.poll() is None for process in self.running):
-            if time.monotonic() > deadline or self.asked_to_stop > max(asked, 1):
-                for process in self.running:
-                    process.kill()
-            time.sleep(0.05)
-        with contextlib.suppress(*storage_errors()):
-            self.ledger.repair()
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM are seen at the next look at the study, never in the middle of a change to it."""
-
-        def stop(signum: int, frame: FrameType | None) -> None:
-            self.asked_to_stop += 1
-            if self.asked_to_stop == 1:
-                note("tune: stopping; the running trials are put back. Once more ends them at once.")
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Have the workers put their trials back and end; what they leave is put back here."""
         try:
-            yield
+            end(self.running, LEAVE_WITHIN)
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            with signals_wait(), contextlib.suppress(*storage_errors()):
+                self.ledger.repair()
 
     # --- when it is over ---
 
@@ -199,7 +171,7 @@ class _Search:
         if ranked and len(self.params.tune.objectives) == 1:
             tracker.tags({"study.best": ranked[0].number})
             tracker.metrics(ranked[0].user_attrs["figures"])
-        if self.asked_to_stop or not ranked:
+        if self.stopped or not ranked:
             return
         objectives = list(self.params.tune.objectives)
         with tempfile.TemporaryDirectory() as folder:
@@ -347,17 +319,17 @@ class Request(NamedTuple):
 def command(request: Request) -> int:
     """`epsd tune`: search (where asked), table, CSV, params.yaml. The exit status."""
     params = load(DEFAULT_PATH)
-    interrupted = False
+    stopped = 0
     if request.runs:
-        ledger, interrupted = search(params, trials=request.trials, workers=request.workers, resume=request.resume)
-        _say_result(ledger, interrupted)
+        ledger, stopped = search(params, trials=request.trials, workers=request.workers, resume=request.resume)
+        _say_result(ledger, stopped > 0)
     else:
         ledger = _existing(params)
     if request.export is not None:
         print(f"{report.export(ledger.study, request.export)} trials written to {request.export}.")
-    if request.apply is not None and not interrupted:
+    if request.apply is not None and not stopped:
         _apply(ledger, params, None if request.apply < 0 else request.apply)
-    return INTERRUPTED if interrupted else 0
+    return stopped
 
 
 def _existing(params: Params) -> Ledger:

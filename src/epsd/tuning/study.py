@@ -29,6 +29,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from epsd.project.params import TuneParams
+from epsd.project.processes import gone, identity
 from epsd.project.runtime import project_root
 from epsd.tuning import TuningError
 from epsd.tuning.space import Space, Values
@@ -339,10 +340,8 @@ def machine() -> str:
 
 
 def owner() -> dict[str, Any]:
-    """Who runs a trial. The start time tells a process from a later one with its number."""
-    import psutil
-
-    return {"machine": machine(), "pid": os.getpid(), "pid.started": psutil.Process().create_time()}
+    """Who runs a trial."""
+    return {"machine": machine(), **identity()}
 
 
 def _abandoned(trial: FrozenTrial) -> bool:
@@ -360,19 +359,6 @@ def _age(trial: FrozenTrial) -> float:
     """Seconds since the trial began."""
     started = trial.datetime_start
     return 0.0 if started is None else (datetime.now(started.tzinfo) - started).total_seconds()
-
-
-def gone(pid: int, started: float) -> bool:
-    """Whether the process of this number and start has ended (a zombie has)."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return bool(process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - started) > 2)
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.Error:
-        return False
 
 
 @contextlib.contextmanager

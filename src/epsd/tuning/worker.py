@@ -5,14 +5,11 @@
 
 import contextlib
 import json
-import os
-import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from types import FrameType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from epsd.compute.devices import open_machine
@@ -21,7 +18,8 @@ from epsd.data.prepared import Prepared
 from epsd.pipeline.describe import method
 from epsd.project import artifacts
 from epsd.project.params import LimitParams, Params, TuneParams, flatten, parse
-from epsd.project.runtime import no_telemetry, note, stops_arrive
+from epsd.project.processes import Stopped, not_outliving, signals_wait, stops
+from epsd.project.runtime import no_telemetry, note
 from epsd.tracking import Tracker, track
 from epsd.training.record import Record
 from epsd.tuning import judge
@@ -29,7 +27,8 @@ from epsd.tuning.judge import Figures
 from epsd.tuning.space import Space, Values
 from epsd.types import EpsdError
 
-INTERRUPTED = 130
+LEAVE_WITHIN = 10.0
+"""Seconds for a clean end after that of the search's main process."""
 IDLE = 0.5
 """Seconds between two looks for a slot that another worker may have to give back."""
 BROKEN = 1e10
@@ -45,66 +44,17 @@ class Job:
     params: dict[str, Any]
     seed: int
     threads: int
-    parent: int
     run_id: str
     since: float
-
-    def dumps(self) -> str:
-        """As one line."""
-        return json.dumps(asdict(self))
-
-
-class Stopped(BaseException):
-    """Asked to end. No `Exception`: it passes every `except Exception` on its way out."""
-
-
-class Interrupts:
-    """SIGINT and SIGTERM end the work once, but never in the middle of a change to the storage (`shield`)."""
-
-    def __init__(self) -> None:
-        self._asked = self._raised = False
-        self._depth = 0
-
-    def __enter__(self) -> "Interrupts":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        self._asked = True
-        self._raise()
-
-    def _raise(self) -> None:
-        if self._asked and not self._raised and not self.shielded():
-            self._raised = True
-            raise Stopped
-
-    def shielded(self) -> bool:
-        """Whether a change to the storage is under way."""
-        return self._depth > 0
-
-    @contextlib.contextmanager
-    def shield(self) -> Iterator[None]:
-        """Hold a request back until the block is done."""
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-        self._raise()
 
 
 class Worker:
     """Runs trials of one study on one loaded data set."""
 
-    def __init__(self, job: Job, interrupts: Interrupts) -> None:
+    def __init__(self, job: Job) -> None:
         from epsd.tuning import study
 
-        self.job, self.interrupts = job, interrupts
+        self.job = job
         self.params: Params = parse(job.params)
         self.tune = self.params.tune
         self.space = Space(self.params)
@@ -116,8 +66,8 @@ class Worker:
 
     def work(self) -> None:
         """Until every slot is done, or the search is given up."""
-        while not self._orphaned():
-            with self.interrupts.shield():
+        while True:
+            with signals_wait():
                 self.ledger.repair()
                 trials = self.ledger.trials()
                 if not self.ledger.open_slots(trials) or given_up(trials, self.job.since):
@@ -128,10 +78,6 @@ class Worker:
             else:
                 self._run(trial_id)
 
-    def _orphaned(self) -> bool:
-        """Whether the search that started this worker is gone."""
-        return os.getppid() != self.job.parent
-
     def _run(self, trial_id: int) -> None:
         """One trial from its first suggestion to its last word; what it raises is marked, not passed on."""
         import optuna
@@ -141,7 +87,7 @@ class Worker:
 
         try:
             with pulse(self.storage, trial_id):
-                with self.interrupts.shield():
+                with signals_wait():
                     study = self.ledger.load(self.sampler, self.pruner)
                     trial = optuna.trial.Trial(study, trial_id)
                     values = self.space.suggest(trial)
@@ -174,7 +120,7 @@ class Worker:
                     self._repeated(trial, done, tracker)
             except optuna.TrialPruned as stop:
                 tracker.tags({"trial.state": "PRUNED"})
-                with self.interrupts.shield():
+                with signals_wait():
                     self._record(trial, done or [stop.args[0]], tracker, params.train.epochs)
                     study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 return
@@ -185,7 +131,7 @@ class Worker:
                 tracker.tags({"trial.state": "INTERRUPTED"})
                 raise
             tracker.tags({"trial.state": "COMPLETE"})
-            with self.interrupts.shield():
+            with signals_wait():
                 figures = self._record(trial, done, tracker, params.train.epochs)
                 study.tell(trial, [figures[name] for name in self.tune.objectives])
 
@@ -198,8 +144,6 @@ class Worker:
         reports = len(self.tune.objectives) == 1 and self.tune.pruner != "race"
 
         def watch(number: int, record: Record, figures: Callable[[], Figures]) -> None:
-            if self._orphaned():
-                raise Stopped
             if number > 0:
                 return
             epoch = int(record["epoch"])
@@ -223,7 +167,7 @@ class Worker:
         """Tell the pruner. Raises TrialPruned with the figures where it ends the trial."""
         import optuna
 
-        with self.interrupts.shield():
+        with signals_wait():
             trial.report(merit(self.tune, known), step)
             stop = trial.should_prune()
         if stop:
@@ -249,7 +193,7 @@ class Worker:
         import optuna
 
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:1000]
-        with self.interrupts.shield():
+        with signals_wait():
             trial.set_user_attr("error", text)
             number = int(trial.user_attrs["slot"])
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -262,7 +206,7 @@ class Worker:
         return next((t for t in study.get_trials(deepcopy=False, states=DONE) if t.params == values), None)
 
     def _copy(self, study: Any, trial: Any, twin: Any) -> None:
-        with self.interrupts.shield():
+        with signals_wait():
             for key in ("figures", "repeats", "deviations", "run_id"):
                 trial.set_user_attr(key, twin.user_attrs.get(key))
             trial.set_user_attr("same_as", twin.number)
@@ -356,18 +300,17 @@ def main() -> int:
     job = Job(**json.loads(sys.stdin.read()))
     no_telemetry()
     warnings.simplefilter("ignore")  # of a trial's own choices: layers left without weights, and the like
-    with Interrupts() as interrupts:
-        try:
-            with stops_arrive(Stopped, held=interrupts.shielded):
-                Worker(job, interrupts).work()
-        except Stopped:
-            return INTERRUPTED
-        except EpsdError as error:
-            note(f"tune: {error}")
-            return 1
-        except storage_errors() as error:
-            note(f"tune: {unreachable(job.params['tune']['storage'], error)}")
-            return 1
+    try:
+        with stops(), not_outliving(leave_within=LEAVE_WITHIN):
+            Worker(job).work()
+    except Stopped as stop:
+        return stop.status
+    except EpsdError as error:
+        note(f"tune: {error}")
+        return 1
+    except storage_errors() as error:
+        note(f"tune: {unreachable(job.params['tune']['storage'], error)}")
+        return 1
     return 0
 
 
