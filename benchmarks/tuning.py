@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 from epsd.compute.devices import open_machine
 from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
+from epsd.engine.ledger import Ledger
 from epsd.preparing.write import prepare
 from epsd.project import artifacts
 from epsd.project.artifacts import read_json, write_json
@@ -31,7 +32,7 @@ from epsd.project.runtime import versions
 from epsd.registry import choose
 from epsd.tuning import judge, report
 from epsd.tuning.space import Space
-from epsd.tuning.study import Ledger, open_storage
+from epsd.tuning.study import open_storage
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "tuning-digits.md"

@@ -35,7 +35,7 @@ ORDER = (  # from the ground up: a room imports rooms of the lines above its own
     {"compute"},
     {"project"},
     {"architectures", "objectives", "detectors"},
-    {"data", "datasets", "preparing", "voc", "tracking"},
+    {"data", "datasets", "preparing", "voc", "tracking", "engine"},
     {"pruning", "training", "evaluation", "comparison"},
     {"scores", "figures", "detection"},
     {"pipeline"},
@@ -287,7 +287,7 @@ def test_device_and_threads_are_decided_at_the_openings_only():
     assert _callers("open_machine") == openings
     assert _callers("pick_device") == {"compute/devices.py", "compute/distributed.py", "pipeline/stage.py"}
     timed = {"compute/timing.py"}  # on one thread and on all, which the process has again afterwards
-    assert _callers("set_num_threads") == {"compute/devices.py", "studies/run.py", "studies/worker.py"} | timed
+    assert _callers("set_num_threads") == {"compute/devices.py", "studies/run.py"} | timed
 
 
 def _callers(function: str) -> set[str]:
@@ -300,7 +300,7 @@ def _callers(function: str) -> set[str]:
 
 @pytest.mark.parametrize("package", ["mlflow", "optuna", "dvc"])
 def test_heavy_libraries_have_one_door(package):
-    doors = {"mlflow": {"tracking"}, "optuna": {"tuning"}, "dvc": set()}
+    doors = {"mlflow": {"tracking"}, "optuna": {"engine", "tuning"}, "dvc": set()}
     files = [*MODULES, *(ROOT / "stages").glob("*.py")]
     users = {
         place(f) if PACKAGE in f.parents else f.stem

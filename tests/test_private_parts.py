@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 NAMES = (
-    "optuna.storages._CachedStorage",  # few questions to a database: Optuna wraps it around a URL, not around an engine
     "torch._foreach_add",
     "torch._foreach_add_",
     "torch._foreach_div_",

@@ -66,7 +66,7 @@ def study(arguments: argparse.Namespace) -> int:
     """Train a grid and compare."""
     from epsd.studies.run import Request, command
 
-    return command(Request(arguments.file, arguments.workers, arguments.minutes, arguments.list))
+    return command(Request(arguments.file, arguments.workers, arguments.minutes, arguments.list, arguments.storage))
 
 
 def _positive(text: str) -> float:
@@ -184,6 +184,7 @@ def _comparisons(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     one.add_argument("--workers", type=_count, default=1, metavar="N", help="processes, which share the cores")
     one.add_argument("--minutes", type=_positive, metavar="M", help="begin no model after this long; later: go on")
     one.add_argument("--list", action="store_true", help="only list the models, and which are done")
+    one.add_argument("--storage", metavar="URL", help="a database that hands the models out to several machines")
     one.set_defaults(command=study)
 
 

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-import requests
 
+import tracking_server
 from conftest import ROOT
 from epsd.project import runtime
 from epsd.tracking import pages, store, track
@@ -205,6 +205,15 @@ def test_a_figure_without_a_step_is_replaced_when_it_changes():
     (run,) = all_runs()
     assert run.data.metrics["test/top1"] == 0.4
     assert len(points(tracker.run_id, "test/ece")) == 1
+
+
+def test_the_run_of_a_machine_that_died_does_not_run_for_ever():
+    with session(name="lost") as lost:
+        lost.tags({"host": "elsewhere"})
+        with session(lost_run_id=lost.run_id) as tracker:
+            assert client().get_run(lost.run_id).info.status == "KILLED"
+    with session(lost_run_id=tracker.run_id):  # it was not lost after all
+        assert client().get_run(tracker.run_id).info.status == "FINISHED"
 
 
 def test_a_run_that_is_gone_is_replaced(capsys):
@@ -744,49 +753,11 @@ def test_a_database_that_refuses_is_asked_once(kind, monkeypatch, capsys):
 # --- a real server --------------------------------------------------------------------------------------------------
 
 
-class Server:
-    """A real `mlflow server` on this machine, with its store in `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder = folder
-        self.uri = f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        store = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        store += ["--artifacts-destination", str(self.folder / "artifacts"), "--serve-artifacts"]
-        place = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        environment.pop("MLFLOW_TRACKING_URI", None)
-        command = [sys.executable, "-m", "mlflow", "server", *store, *place]
-        log = (self.folder / "server.log").open("ab")
-        self.process = subprocess.Popen(
-            command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        deadline = time.monotonic() + 90
-        while not self.healthy():
-            assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "server.log").read_text()
-            time.sleep(0.2)
-
-    def healthy(self) -> bool:
-        try:
-            return requests.get(f"{self.uri}/health", timeout=2).ok
-        except requests.RequestException:
-            return False
-
-    def kill(self) -> None:
-        """kill -9, the server and its workers."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
-
-
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     folder = tmp_path / "server"
     folder.mkdir()
-    made = Server(folder)
+    made = tracking_server.Server(folder)
     made.start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", made.uri)
     yield made

@@ -22,6 +22,8 @@ import postgres
 from conftest import ROOT
 from epsd.cli import main
 from epsd.data.prepared import Prepared
+from epsd.engine import storage as storages
+from epsd.engine.ledger import Ledger, failures, slot
 from epsd.project import artifacts, presets
 from epsd.project.params import flatten, load, override, parse, read_yaml
 from epsd.registry import ParamsError
@@ -205,128 +207,30 @@ def made(request: pytest.FixtureRequest, folder: Path) -> Space:
     return space(storage=None if request.param == "journal" else f"sqlite:///{folder}/optuna.db")
 
 
-def begin(of: Space, trials: int = 4, resume: bool = False, data: str = "d") -> study.Ledger:
+def begin(of: Space, trials: int = 4, resume: bool = False, data: str = "d") -> Ledger:
     return study.begin(study.open_storage(of.tune), of, data, trials, resume)[0]
 
 
-def take(ledger: study.Ledger, of: Space, seed: int = 0) -> Any:
+def take(ledger: Ledger, of: Space, seed: int = 0) -> Any:
     """Claim a trial and let the sampler fill it."""
-    trial_id = ledger.claim()
-    if trial_id is None:
-        return None
-    view = ledger.load(study.sampler(of.tune, seed), optuna.pruners.NopPruner())
-    trial = optuna.trial.Trial(view, trial_id)
-    of.suggest(trial)
+    view = Ledger(ledger.storage, "quick", sampler=study.sampler(of.tune, seed))
+    if (trial := view.claim(view.trials())) is not None:
+        of.suggest(trial)
     return trial
 
 
-def states(ledger: study.Ledger) -> list[str]:
+def states(ledger: Ledger) -> list[str]:
     return [trial.state.name for trial in ledger.trials()]
 
 
-def test_there_are_exactly_as_many_slots_as_asked(made: Space) -> None:
-    ledger = begin(made)
-    taken = [take(ledger, made) for _ in range(4)]
-    assert ledger.claim() is None
-    assert [trial.number for trial in taken] == [0, 1, 2, 3]
-    assert taken[0].params == made.current()
-    for trial in taken:
-        ledger.study.tell(trial.number, 0.5)
-    assert ledger.open_slots(ledger.trials()) == set()
-    ledger.top_up(6)
-    ledger.top_up(6)
-    assert states(ledger) == ["COMPLETE"] * 4 + ["WAITING"] * 2
-
-
-def test_two_views_never_take_the_same_trial(made: Space) -> None:
-    first = begin(made, trials=2)
-    second = begin(made, trials=2, resume=True)
-    ids = [first.claim(), second.claim(), first.claim(), second.claim()]
-    assert len({trial for trial in ids if trial is not None}) == 2
-    assert ids.count(None) == 2
-
-
-def test_a_trial_given_up_waits_again_with_its_values_and_counts_once(made: Space) -> None:
-    ledger = begin(made, trials=1)
-    values = take(ledger, made).params
-    lost = ledger.trials()[0]
-    ledger.give_up(lost, "interrupted")
-    ledger.give_up(lost, "interrupted")  # by another process, at the same time
-    assert states(ledger) == ["FAIL", "WAITING"]
-    again = take(ledger, made, seed=9)
-    assert again.params == values
-    assert again.user_attrs["retry_of"] == 0 and again.user_attrs["origin"] == "params.yaml"
-    ledger.study.tell(again.number, 0.5)
-    assert ledger.open_slots(ledger.trials()) == set()
-    assert search.tally(ledger.trials()) == {"complete": 1, "pruned": 0, "failed": 0, "retried": 1, "running": 0}
-
-
-def test_a_trial_that_keeps_dying_gets_new_values_in_the_end(made: Space) -> None:
-    ledger = begin(made, trials=1)
-    seen = []
-    for seed in range(study.RETRIES + 2):
-        seen.append(take(ledger, made, seed).params)
-        ledger.give_up(ledger.trials()[-1], "killed")
-    assert all(values == seen[0] for values in seen[: study.RETRIES + 1])
-    assert seen[-1] != seen[0]
-
-
-def test_the_trial_of_a_dead_process_is_put_back_at_once(made: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_trial_is_params_yaml_also_when_it_is_put_back(made: Space) -> None:
     ledger = begin(made, trials=2)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    monkeypatch.setattr(study, "owner", lambda: {"machine": study.machine(), "pid": dead.pid, "pid.started": 1.0})
+    assert take(ledger, made).params == made.current()
+    ledger.give_up(ledger.trials()[0], "interrupted")
     take(ledger, made)
-    monkeypatch.undo()
-    take(ledger, made)  # of this process, which lives
-    ledger.repair()
-    assert states(ledger) == ["FAIL", "RUNNING", "WAITING"]
-
-
-def test_a_trial_of_another_machine_is_lost_after_missed_heartbeats(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    of = space(storage=f"sqlite:///{folder}/optuna.db", heartbeat=1)
-    monkeypatch.setattr(study, "GRACE", 2)
-    ledger = begin(of, trials=2)
-    monkeypatch.setattr(study, "owner", lambda: {"machine": "elsewhere:1", "pid": 1, "pid.started": 1.0})
-    ids = [take(ledger, of)._trial_id, take(ledger, of)._trial_id]
-    ledger.storage.record_heartbeat(ids[0])
-    with study.pulse(ledger.storage, ids[1]):
-        deadline = time.monotonic() + 20
-        while states(ledger) == ["RUNNING", "RUNNING"] and time.monotonic() < deadline:
-            ledger.repair()
-            time.sleep(0.3)
-        assert states(ledger) == ["FAIL", "RUNNING", "WAITING"]
-        assert ledger.trials()[2].user_attrs["retry_of"] == 0
-
-
-def test_a_half_written_line_does_not_spoil_the_journal(folder: Path) -> None:
-    ledger = begin(space(), trials=2)
-    journal = study.default_journal()
-    whole = journal.read_bytes()
-    journal.write_bytes(whole + b'{"op_code": 6, "work')
-    ledger.add(7)
-    assert journal.read_bytes().startswith(whole + b"{")
-    assert len(begin(space(), trials=2, resume=True).trials()) == 3
-
-
-@pytest.mark.parametrize(
-    "url, message",
-    [
-        ("postgresql://me:secret@127.0.0.1:1/none", r"postgresql://127\.0\.0\.1:1/none cannot be used \(.*refused"),
-        ("nosuch://x/y", r"nosuch://x/y cannot be used"),
-        ("mysql+mysqldb://me@127.0.0.1/x", r"needs the Python package 'MySQLdb'"),
-        ("/proc/nowhere/optuna.journal", r"/proc/nowhere/optuna\.journal cannot be used"),
-    ],
-)
-def test_a_storage_that_cannot_be_reached_is_said_soon(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "PATIENCE", 0.5)
-    started = time.monotonic()
-    with pytest.raises(TuningError, match=message) as raised:
-        study.open_storage(parse(tree(storage=url)).tune)
-    assert time.monotonic() - started < 10
-    assert "secret" not in str(raised.value)
+    again = take(ledger, made)
+    assert again.params == made.current() and again.user_attrs["origin"] == "params.yaml"
+    assert search.tally(ledger.trials()) == {"complete": 0, "pruned": 0, "failed": 0, "retried": 1, "running": 2}
 
 
 def test_the_same_name_again_is_never_an_accident(made: Space) -> None:
@@ -376,7 +280,7 @@ def test_other_code_is_another_study(made: Space, edit: Callable[..., None]) -> 
 
 
 def test_a_study_of_somebody_else_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "PATIENCE", 0.3)
+    monkeypatch.setattr(storages, "PATIENCE", 0.3)
     of = space()
     optuna.create_study(study_name="quick", storage=study.open_storage(of.tune))
     with pytest.raises(TuningError, match="was not made by `epsd tune`"):
@@ -390,10 +294,10 @@ def test_one_worker_repeats_a_search_and_a_resumed_one_brings_new_points(folder:
             ledger = begin(of, trials=count, resume=True)
             existing = sum(trial.state != TrialState.WAITING for trial in ledger.trials())
             drawn = study.sampler(of.tune, worker.worker_seed(parse(tree()), existing, 0, ""))
-            while (trial_id := ledger.claim()) is not None:
-                trial = optuna.trial.Trial(ledger.load(drawn, optuna.pruners.NopPruner()), trial_id)
+            view = Ledger(ledger.storage, name, sampler=drawn)
+            while (trial := view.claim(view.trials())) is not None:
                 of.suggest(trial)
-                ledger.study.tell(trial.number, 0.5)
+                view.finish(trial, 0.5)
         return [trial.params for trial in ledger.trials()]
 
     once, again, resumed = points("a", [6]), points("b", [6]), points("c", [3, 6])
@@ -405,13 +309,12 @@ def test_one_worker_repeats_a_search_and_a_resumed_one_brings_new_points(folder:
 @pytest.mark.parametrize("name", ["tpe", "gp", "nsga2", "random"])
 def test_every_sampler_fills_conditional_trials(name: str, folder: Path) -> None:
     of = space(sampler=name, objectives={"val/top1": "maximize", "model/parameters_nonzero": "minimize"}, fixed={})
-    ledger = begin(of, trials=7)
-    drawn = study.sampler(of.tune, 3)
-    while (trial_id := ledger.claim()) is not None:
-        trial = optuna.trial.Trial(ledger.load(drawn, study.pruner(of.tune, 9)), trial_id)
+    storage = begin(of, trials=7).storage
+    ledger = Ledger(storage, "quick", sampler=study.sampler(of.tune, 3), pruner=study.pruner(of.tune, 9))
+    while (trial := ledger.claim(ledger.trials())) is not None:
         assert of.params(of.suggest(trial))
         trial.set_constraint("size", -1.0)
-        trial.study.tell(trial, [trial.params["train.lr"], trial.params["prune.sparsity"]])
+        ledger.finish(trial, [trial.params["train.lr"], trial.params["prune.sparsity"]])
     assert states(ledger) == ["COMPLETE"] * 7
 
 
@@ -421,7 +324,7 @@ def test_a_grid_is_laid_down_as_waiting_trials(folder: Path) -> None:
         space={"objective.name": {"choice": ["cskd", "pskd"]}, "train.nesterov": {"choice": [True, False]}},
     )
     ledger = begin(of, trials=20)
-    assert ledger.target == 4
+    assert len(ledger.slots) == 4
     points = [take(ledger, of).params for _ in range(4)]
     assert points[0] == of.current()
     assert len({json.dumps(point, sort_keys=True) for point in points}) == 4
@@ -434,20 +337,20 @@ def test_a_grid_goes_on_with_the_points_that_are_left(folder: Path) -> None:
     for asked in (2, 3, 3, 20, 20):
         ledger = begin(of, trials=asked, resume=True)
         while (trial := take(ledger, of)) is not None:
-            ledger.study.tell(trial.number, 0.5)
+            ledger.finish(trial, 0.5)
     done = [trial.params for trial in ledger.trials()]
-    assert len(done) == ledger.target == len(grid) and all(point in done for point in grid)
+    assert len(done) == len(ledger.slots) == len(grid) and all(point in done for point in grid)
 
 
 def test_a_grid_ends_with_params_yaml_and_all_its_points(folder: Path) -> None:
     of = space(sampler="grid", space={"train.lr": {"float": [0.03, 0.13], "step": 0.05}})
     for _ in range(2):
         ledger = begin(of, trials=20, resume=True)
-        assert ledger.target == 4 and of.current() not in list(of.grid())
+        assert len(ledger.slots) == 4 and of.current() not in list(of.grid())
     taken = [take(ledger, of) for _ in range(2)]
-    ledger.study.tell(taken[0].number, 0.5)
+    ledger.finish(taken[0], 0.5)
     ledger.give_up(ledger.trials()[1], "killed")
-    assert begin(of, trials=20, resume=True).target == 4
+    assert len(begin(of, trials=20, resume=True).slots) == 4
     assert sorted(states(ledger)) == ["COMPLETE", "FAIL", "WAITING", "WAITING", "WAITING"]
 
 
@@ -507,20 +410,18 @@ class TestTrial:
         assert set(figures) == set(judge.FIGURES)
         assert figures["model/sparsity"] == pytest.approx(0.95, abs=1e-3)
 
-    def run(
-        self, project: Path, monkeypatch: pytest.MonkeyPatch, result: Callable[..., Any], **changes: Any
-    ) -> study.Ledger:
+    def run(self, project: Path, monkeypatch: pytest.MonkeyPatch, result: Callable[..., Any], **changes: Any) -> Ledger:
         """All trials of a study, judged by `result(number, watch)` instead of a training."""
         count = iter(range(1000))
         monkeypatch.setattr(judge, "run", lambda params, data, watch: result(next(count), watch))
         return self.work(**changes)
 
-    def work(self, **changes: Any) -> study.Ledger:
+    def work(self, **changes: Any) -> Ledger:
         """One worker, until all trials are done."""
         params = parse(tree(**changes))
         ledger, _ = study.begin(study.open_storage(params.tune), Space(params), "d", params.tune.trials, False)
         told = {**params.model_dump(), "tune": params.tune.model_dump(by_alias=True)}
-        job = worker.Job(told, 1, 1, "", time.time() - 1)
+        job = worker.Job(told, 1, 1, "", [])
         worker.Worker(job).work()
         return ledger
 
@@ -558,7 +459,7 @@ class TestTrial:
 
         ledger = self.run(project, monkeypatch, result, trials=50)
         assert states(ledger).count("FAIL") == worker.HOPELESS
-        first, *_ = worker.failures(ledger.trials(), 0)
+        first, *_ = failures(ledger.trials())
         assert first.user_attrs["error"] == "ValueError: no 0"
 
     def test_repeats_are_of_other_seeds_and_splits_and_the_mean_counts(
@@ -799,9 +700,6 @@ class TestApply:
         write(folder)
         params = load()
         ledger = begin(Space(params), trials=1)
-        ledger.claim()
-        trial_id = ledger.storage.get_trial_id_from_study_id_trial_number(ledger._id, 0)
-        ledger.storage.set_trial_user_attr(trial_id, "threads", threads)
         frozen = create_trial(value=0.5, user_attrs={"threads": threads})
         frozen.params, frozen.distributions = values, {}
         before = Path("params.yaml").read_text()
@@ -841,7 +739,7 @@ class TestApply:
 
     def test_nothing_to_change_makes_no_copy(self, folder: Path) -> None:
         self.applied(folder, {})
-        ledger = study.Ledger(study.open_storage(load().tune), "quick")
+        ledger = Ledger(study.open_storage(load().tune), "quick")
         frozen = create_trial(value=0.5, user_attrs={"threads": 1})
         assert report.apply(ledger.study, frozen, load()) is None
 
@@ -874,7 +772,7 @@ def metric(run: str, key: str) -> float:
     return float(value)
 
 
-def running(of: Callable[[], study.Ledger], epochs: int = 1) -> Iterator[Any]:
+def running(of: Callable[[], Ledger], epochs: int = 1) -> Iterator[Any]:
     """Trials in mid-training, as they come."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -885,11 +783,11 @@ def running(of: Callable[[], study.Ledger], epochs: int = 1) -> Iterator[Any]:
     raise AssertionError("no trial got that far")
 
 
-def ledger_of() -> study.Ledger:
-    return study.Ledger(study.open_storage(load().tune), "quick")
+def ledger_of() -> Ledger:
+    return Ledger(study.open_storage(load().tune), "quick")
 
 
-def count_done(ledger: study.Ledger) -> int:
+def count_done(ledger: Ledger) -> int:
     assert not {"RUNNING", "WAITING"} & set(states(ledger))
     return sum(trial.state in DONE for trial in ledger.trials())
 
@@ -963,16 +861,16 @@ def test_a_killed_worker_loses_and_doubles_no_trial(kind: str, project: Path, re
         except KeyError:
             time.sleep(0.2)
     victim = next(running(lambda: ledger, epochs=2))
-    os.kill(int(victim.user_attrs["pid"]), signal.SIGKILL)
+    os.kill(int(victim.user_attrs["owner"]["pid"]), signal.SIGKILL)
     _, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     assert count_done(ledger) == trials
-    slots = [study.slot(trial) for trial in ledger.trials() if trial.state in DONE]
+    slots = [slot(trial) for trial in ledger.trials() if trial.state in DONE]
     assert sorted(slots) == list(range(trials))
     (retry,) = [trial for trial in ledger.trials() if trial.user_attrs.get("retry_of") == victim.number]
     assert retry.params == victim.params and retry.state in DONE
-    assert retry.user_attrs["pid"] != victim.user_attrs["pid"]
-    assert len({trial.user_attrs["pid"] for trial in ledger.trials()}) >= workers
+    assert retry.user_attrs["owner"]["pid"] != victim.user_attrs["owner"]["pid"]
+    assert len({trial.user_attrs["owner"]["pid"] for trial in ledger.trials()}) >= workers
     assert runs()[f"trial-{victim.number}"]["status"] == "KILLED"
 
 
@@ -984,7 +882,7 @@ def test_ctrl_c_leaves_everything_in_order(project: Path) -> None:
         start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while not study.default_journal().exists() and time.monotonic() < deadline:
+    while not Path("mlruns/optuna.journal").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1)
     trial = next(running(ledger_of))
@@ -992,12 +890,12 @@ def test_ctrl_c_leaves_everything_in_order(project: Path) -> None:
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "`epsd tune --resume` goes on" in out
-    assert not psutil.pid_exists(int(trial.user_attrs["pid"]))
+    assert not psutil.pid_exists(int(trial.user_attrs["owner"]["pid"]))
     found = ledger_of().trials()
-    assert [t.state.name for t in found if study.slot(t) == 0] == ["FAIL", "WAITING"]
+    assert [t.state.name for t in found if slot(t) == 0] == ["FAIL", "WAITING"]
     again = found[-1]
     assert again.user_attrs["retry_of"] == trial.number
-    assert again.system_attrs["fixed_params"] == trial.params
+    assert again.user_attrs["values"] == trial.params
     logged = runs()[f"trial-{trial.number}"]
     assert logged["status"] == "FAILED" and logged["trial.state"] == "INTERRUPTED"
 

@@ -346,6 +346,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
+def at(tree: Any, dotted: str) -> Any:
+    """The value of a dotted name; None where there is none."""
+    for part in dotted.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
 def override(tree: dict[str, Any], dotted: str, value: Any) -> None:
     """Set one value in place by its dotted name; the path up to the last part must exist.
 

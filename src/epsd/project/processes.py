@@ -27,7 +27,7 @@ LEAVE_WITHIN = 1.0
 
 _LOOK_EVERY = 0.05
 _A_MOMENT = 0.01
-"""Seconds between two looks at children; seconds after which a stop that was dropped is raised again."""
+"""Seconds between two looks at children; seconds after which a stop that was dropped comes again."""
 
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHELLS = {"sh", "dash", "bash", "zsh", "fish", "ksh", "tcsh", "csh", "ash", "busybox"}
@@ -55,9 +55,9 @@ def stops() -> Iterator[None]:
 
     Once: further ones do not disturb the way out, but for SIGINT, with which a person insists. Python prints and drops
     what is raised while a destructor or the callback of a weak reference happens to run, and the request would be
-    gone; here it is raised once more, a moment later. For the main thread.
+    gone; here the signal comes once more, a moment later. For the main thread.
     """
-    owner, asked, dropped = os.getpid(), threading.Event(), list[BaseException]()
+    owner, asked, later = os.getpid(), threading.Event(), list[threading.Timer]()
 
     def stop(signum: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:  # a forked worker has no story to finish
@@ -66,25 +66,22 @@ def stops() -> Iterator[None]:
             asked.set()
             raise Stopped(signum)
 
-    def keep(unraisable: "sys.UnraisableHookArgs") -> None:
+    def dropped(unraisable: "sys.UnraisableHookArgs") -> None:
         if isinstance(unraisable.exc_value, Stopped):
-            dropped.append(unraisable.exc_value)
-            signal.setitimer(signal.ITIMER_REAL, _A_MOMENT)
+            asked.clear()
+            later.append(threading.Timer(_A_MOMENT, os.kill, (owner, unraisable.exc_value.signum)))
+            later[-1].start()
         else:
             hook(unraisable)
 
-    def again(signum: int, frame: FrameType | None) -> None:
-        if dropped:
-            raise dropped.pop().with_traceback(None)
-
     heard = [number for number in _ASKING if signal.getsignal(number) is not signal.SIG_IGN]
-    before: dict[int, Any] = {number: signal.signal(number, stop) for number in heard}
-    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, again)
-    hook, sys.unraisablehook = sys.unraisablehook, keep
+    before = {number: signal.signal(number, stop) for number in heard}
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer in later:
+            timer.cancel()
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -108,8 +105,7 @@ def signals_wait() -> Iterator[None]:
         if len(came) > 1:
             before[signal.Signals(number)](number, frame)
 
-    asked = (*_ASKING, signal.SIGALRM)  # the last: see `stops`
-    before = {number: handler for number in asked if callable(handler := signal.getsignal(number))}
+    before = {number: handler for number in _ASKING if callable(handler := signal.getsignal(number))}
     for number in before:
         signal.signal(number, hold)
     try:

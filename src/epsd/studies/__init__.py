@@ -2,8 +2,8 @@
 
 `plan`: the study file, checked, and every cell (one model to train) with its parameters. `procedures`: how a cell is
 turned into a trained model; `procedures/pipeline.py` is the default, and another one is one file and one line there.
-`work`: cells that are not done yet, one after the other, whole whatever is killed. `run`: data, workers, progress,
-result. `compare`: the table over recorded runs. `report`: how a table is written.
+`work`: a cell, its identity, training and result. `queue`: who trains which, on one machine or several, whole whatever
+is killed. `run`: workers, progress. `outcome`: table and figures.
 """
 
 from epsd.types import EpsdError

@@ -79,12 +79,15 @@ def points(table: Table) -> "pd.DataFrame":
 
 def figure(table: Table, folder: Path) -> list[Path]:
     """The metric against sparsity with bands over seeds, and the points it was drawn from."""
-    from epsd.figures import study
-    from epsd.figures import style as figures
+    return _drawn("accuracy_against_sparsity", points(table), table.metric, folder)
 
-    data = points(table)
-    path, csv_path = folder / "accuracy_against_sparsity.png", folder / "accuracy_against_sparsity.csv"
-    figures.save(study.accuracy_against_sparsity(data, metric=table.metric), path)
+
+def _drawn(name: str, data: "pd.DataFrame", metric: str, folder: Path) -> list[Path]:
+    """The figure of this name, and the points that it was drawn from."""
+    from epsd.figures import study, style
+
+    path, csv_path = folder / f"{name}.png", folder / f"{name}.csv"
+    style.save(getattr(study, name)(data, metric=metric), path)
     with replacing(csv_path) as temporary:
         data.to_csv(temporary, index=False)
     return [path, csv_path]
@@ -114,17 +117,8 @@ _BESIDE: tuple[Callable[[Cell], str], ...] = (
 
 def cost_figure(done: list[tuple[Cell, Result]], metric: str, folder: Path) -> list[Path]:
     """The metric against seconds and image passes, and the points it was drawn from; nothing where none has a cost."""
-    from epsd.figures import study
-    from epsd.figures import style as figures
-
     data = costs(done, metric)
-    if data.empty:
-        return []
-    path, csv_path = folder / "cost_against_accuracy.png", folder / "cost_against_accuracy.csv"
-    figures.save(study.cost_against_accuracy(data, metric=metric), path)
-    with replacing(csv_path) as temporary:
-        data.to_csv(temporary, index=False)
-    return [path, csv_path]
+    return [] if data.empty else _drawn("cost_against_accuracy", data, metric, folder)
 
 
 def _cells(done: list[tuple[Cell, Result]]) -> str:

@@ -5,7 +5,6 @@ each parameter under `vary`. Every cell is a whole, checked `Params` before any 
 """
 
 import copy
-import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field, ValidationError
 
+from epsd.engine.grid import Values, points
 from epsd.objectives import OBJECTIVES
 from epsd.pipeline.describe import method
 from epsd.pipeline.stage import check
 from epsd.project import presets
-from epsd.project.params import DEFAULT_PATH, Params, flatten, override, parse, read_yaml
+from epsd.project.params import DEFAULT_PATH, Params, at, flatten, override, parse, read_yaml
 from epsd.project.runtime import project_root
 from epsd.project.settings import Choice, Count, Section, Share, Text
 from epsd.registry import ParamsError, choose, explain, settings_of, unknown
@@ -27,9 +27,6 @@ from epsd.types import EpsdError
 
 CHOICES: dict[str, Mapping[str, type[Any]]] = {"prune.score": SCORES, "objective": OBJECTIVES}
 """What the grid itself chooses; a setting under `set` or `vary` holds for every choice that has it."""
-
-Values = dict[str, Any]
-"""Dotted name of params.yaml -> value."""
 
 
 def _mapping(choice: Any) -> Any:
@@ -67,6 +64,8 @@ class StudyParams(Section):
     procedure : how a cell becomes a trained model (`epsd.studies.procedures`).
     baseline, metric : of the final table (`epsd compare`).
     keep_models : log each cell's compact network to its run.
+    storage : where the cells are handed out: a URL (`postgresql://USER@HOST/DATABASE`) for several machines, or a file;
+        default: a journal beside the study's state.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.\-]*$")]
@@ -82,6 +81,7 @@ class StudyParams(Section):
     baseline: str | None = None
     metric: str = "test/top1"
     keep_models: bool = True
+    storage: str | None = None
 
 
 class Cell(NamedTuple):
@@ -212,16 +212,19 @@ class _Grid:
     def cells(self) -> Iterator[Cell]:
         """Seed by seed; the sparsities of a method next to each other, as they share its scores."""
         study = self.study
-        own = {section: {"name": _at(self.base, section)["name"]} for section in CHOICES}
+        own = {section: {"name": at(self.base, section)["name"]} for section in CHOICES}
         seeds = list(range(study.seeds)) if isinstance(study.seeds, int) else study.seeds
         scores = [own["prune.score"]] if study.scores is None and not study.variants else study.scores or []
         methods: list[dict[str, Any] | VariantParams] = [*scores, *study.variants]
         sparsities = study.sparsities or [self.base["prune"]["sparsity"]]
-        points = list(itertools.product(*([(key, value) for value in values] for key, values in study.vary.items())))
-        for seed, objective, way, point, sparsity in itertools.product(
-            dict.fromkeys(seeds), study.objectives or [own["objective"]], methods, points, sparsities
-        ):
-            yield self.cell(way, objective, sparsity, seed, dict(point))
+        axes: dict[str, list[Any]] = {
+            "seeds": seeds,
+            "objectives": study.objectives or [own["objective"]],
+            "methods": methods,
+        }
+        for point in points({**axes, **study.vary, "sparsities": sparsities}):
+            seed, objective, way, sparsity = (point.pop(axis) for axis in (*axes, "sparsities"))
+            yield self.cell(way, objective, sparsity, seed, point)
 
     def cell(
         self,
@@ -233,11 +236,11 @@ class _Grid:
     ) -> Cell:
         """One cell, checked."""
         named = way if isinstance(way, VariantParams) else None
-        score = {"name": _at(self.base, "prune.score.name")} if isinstance(way, VariantParams) else way
+        score = {"name": at(self.base, "prune.score.name")} if isinstance(way, VariantParams) else way
         given = {"prune.score": score, "objective": objective}
         tree = copy.deepcopy(self.base)
         for section, choice in given.items():
-            present = _at(tree, section)
+            present = at(tree, section)
             override(tree, section, {**(present if choice["name"] == present["name"] else {}), **choice})
         tree["prune"]["sparsity"], tree["seed"] = sparsity, seed
         for key, value in {**self.soft, **point}.items():
@@ -253,7 +256,7 @@ class _Grid:
         if section is None:
             _set(tree, key, value, "vary")
             return
-        choice = _at(tree, section)
+        choice = at(tree, section)
         setting, registry = key.removeprefix(f"{section}."), CHOICES[section]
         if choice.get("name") in registry and setting in settings_of(registry[choice["name"]]):
             self.unused.discard(key)
@@ -261,17 +264,17 @@ class _Grid:
                 choice[setting] = value
 
     def _check(self, tree: dict[str, Any], procedure: Mapping[str, Any], variant: str) -> Cell:
-        whole = _at(tree, "prune.sparsity") == 0 and _at(tree, "prune.structure") != "channels"
+        whole = at(tree, "prune.sparsity") == 0 and at(tree, "prune.structure") != "channels"
         if whole and procedure.get("name") == "pipeline":
             tree = _dense(tree, self.base)
             variant = ""
-        where = variant or _at(tree, "prune.score.name")
+        where = variant or at(tree, "prune.score.name")
         try:
             params = parse(tree)
             check(params)
             choose(PROCEDURES, procedure, "procedure").check(params)
         except EpsdError as error:
-            objective, sparsity = _at(tree, "objective.name"), _at(tree, "prune.sparsity")
+            objective, sparsity = at(tree, "objective.name"), at(tree, "prune.sparsity")
             raise ParamsError(f"cell '{where}, {objective}, sparsity {sparsity}': {error}") from None
         return Cell(params, dict(procedure), variant)
 
@@ -285,7 +288,7 @@ class _Grid:
             raise unknown(where, key.removeprefix(f"{section}."), valid)
 
     def _chosen(self, section: str, name: str) -> bool:
-        present = _at(self.base, section)
+        present = at(self.base, section)
         listed = self.study.scores if section == "prune.score" else self.study.objectives
         return name in [choice["name"] for choice in listed or [present]]
 
@@ -302,25 +305,19 @@ def _set(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
     """
     parents, _, last = key.rpartition(".")
     try:
-        if isinstance(_at(tree, key), dict) and isinstance(value, str):
+        if isinstance(at(tree, key), dict) and isinstance(value, str):
             value = {"name": value}
-        if last == "name" and isinstance(_at(tree, parents), dict):
-            if _at(tree, key) != value:
+        if last == "name" and isinstance(at(tree, parents), dict):
+            if at(tree, key) != value:
                 override(tree, parents, {"name": value})
             return
-        if _at(tree, key) is None and not isinstance(_at(tree, parents), dict | None):
+        if at(tree, key) is None and not isinstance(at(tree, parents), dict | None):
             raise ParamsError(f"'{parents}' has no keys.")
         if "." not in key and key not in Params.model_fields:
             raise unknown("params.yaml", key, Params.model_fields)
         override(tree, key, copy.deepcopy(value))
     except ParamsError as error:
         raise ParamsError(f"{where}: '{key}': {error}") from None
-
-
-def _at(tree: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
 
 
 def _dense(tree: dict[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

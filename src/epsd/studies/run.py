@@ -7,50 +7,55 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from epsd.engine.crew import Board, Crew, oversee, serve, shares
+from epsd.engine.ledger import Entry, Trials, failures, known_run
+from epsd.engine.storage import shown
 from epsd.project import artifacts
-from epsd.project.processes import Stopped, end, start
-from epsd.project.progress import Progress
-from epsd.project.runtime import no_telemetry, note, quiet
-from epsd.studies import StudyError, outcome, plan
-from epsd.studies.plan import Cell, Plan
-from epsd.studies.work import Place, Result, Session, mark, work
+from epsd.project.processes import Stopped
+from epsd.project.runtime import hush, no_telemetry, note, quiet
+from epsd.studies import outcome, plan
+from epsd.studies.plan import Plan
+from epsd.studies.queue import Queue, Session
+from epsd.studies.work import Place, Result, mark
 from epsd.tracking import Tracker, track
-
-POLL = 0.3
-"""Seconds between two looks at the results of other processes."""
-LEAVE_WITHIN = 20.0
-"""Seconds that a worker may take to end before it is ended."""
 
 
 class Request(NamedTuple):
-    """What the command line asked for. `minutes`: begin no cell after this long; `show`: only list the cells."""
+    """What the command line asked for. `minutes`: begin no cell after this long; `show`: only list the cells.
+
+    `storage`: instead of the study file's.
+    """
 
     file: str
     workers: int = 1
     minutes: float | None = None
     show: bool = False
+    storage: str | None = None
 
 
 def command(request: Request) -> int:
     """`epsd study`: the exit status is 0 when all cells are done, 1 when some are left or failed, 130 after Ctrl-C.
 
-    Raises ParamsError for a file or a cell that is not right, before any work; StudyError where nothing is finished.
+    Raises ParamsError for a file or a cell that is not right, before any work; StudyError and StorageError.
     """
     path = plan.find(request.file)
     study = plan.load(path)
-    place = Place(study.study.name)
+    place, storage = Place(study.study.name), request.storage or study.study.storage
     if request.show:
-        _show(study, place)
+        _show(study, place, storage)
         return 0
     no_telemetry()
-    return _Study(path, study, place, request).run()
+    return _Study(path, study, place, request, storage).run()
 
 
-def _show(study: Plan, place: Place) -> None:
+def _show(study: Plan, place: Place, storage: str | None) -> None:
+    if storage is not None:
+        queue = Queue(study, place, storage)
+        queue.collect(queue.ledger.trials())
     for cell in study.cells:
         done = False
         if place.prepared(cell.params, study.split_seed):
@@ -61,101 +66,84 @@ def _show(study: Plan, place: Place) -> None:
 class _Study:
     """One `epsd study` at work."""
 
-    def __init__(self, path: Path, study: Plan, place: Place, request: Request) -> None:
-        self.path, self.study, self.place, self.request = path, study, place, request
-        now = time.time()
-        self.session = Session(now, None if request.minutes is None else now + 60 * request.minutes)
-        self.marks = {mark(cell, place.data(cell.params, study.split_seed)): cell for cell in study.cells}
-        self.failed: dict[str, str] = {}
-        self.seen = {own for own in self.marks if place.result(own)}
-        self.workers = max(1, min(request.workers, len(self.marks) - len(self.seen)))
-        cores = study.cells[0].params.threads or torch.get_num_threads()
-        self.threads = max(1, cores // self.workers)
-        self.lines = not quiet() and not sys.stderr.isatty()
+    def __init__(self, path: Path, study: Plan, place: Place, request: Request, storage: str | None) -> None:
+        self.path, self.study, self.place, self.storage = path, study, place, storage
+        self.deadline = None if request.minutes is None else time.time() + 60 * request.minutes
+        self.queue = Queue(study, place, storage)
+        self.ledger = self.queue.ledger
+        self.before = [trial.number for trial in failures(self.ledger.trials())]
+        self.queue.lay()
+        self.total, done = len(self.queue.cells), len(self.queue.done())
+        threads = study.cells[0].params.threads
+        self.workers, self.threads, self.words = shares(request.workers, self.total - done, threads)
 
     def run(self) -> int:
-        name, left = self.study.study.name, len(self.marks) - len(self.seen)
+        name, done, stopped = self.study.study.name, len(self.queue.done()), 0
         with self._tracked() as tracker:
+            if "run_id" not in self.ledger.facts:
+                self.ledger.write("run_id", tracker.run_id)
             artifacts.write_json(self.place.folder / "run.json", {"run_id": tracker.run_id})
             if not quiet():
-                print(f"study: '{name}': {self._plan(left)}", flush=True)
-            stopped = self._work() if left else 0
-            left = len(self.marks) - len(self.seen)
-            tracker.tags({"study.state": "unfinished" if left else "complete"})
-            tracker.metrics({"study/cells": len(self.marks), "study/done": len(self.seen)})
-            if self.seen and not stopped:
+                print(f"study: '{name}': {self._plan(done)}", flush=True)
+            try:
+                if done < self.total:
+                    self._work(Session(tracker.run_id, self.before, self.deadline))
+            except Stopped as stop:
+                note(f"study: {stop}; finished cells are kept, a cell under way goes on from its last epoch.")
+                stopped = stop.status
+            trials = self.ledger.trials()
+            self.queue.collect(trials)
+            done = len(self.queue.done())
+            tracker.tags({"study.state": "unfinished" if done < self.total else "complete"})
+            tracker.metrics({"study/cells": self.total, "study/done": done})
+            if done and not stopped:
                 self._conclude(tracker)
-        if self.failed:
-            own, reason = next(iter(self.failed.items()))
-            note(f"study: {len(self.failed)} cells failed, the first one {self.marks[own]}: {reason}")
-        if left:
-            note(f"study: {len(self.seen)} of {len(self.marks)} cells are done. `epsd study {self.path}` goes on.")
-        return stopped or int(left > 0)
+        self._say_what_is_left(failures(trials, self.before), done)
+        return stopped or int(done < self.total)
 
-    def _plan(self, left: int) -> str:
-        done = f" ({len(self.seen)} done)" if self.seen else ""
+    def _say_what_is_left(self, failed: Trials, done: int) -> None:
+        if failed:
+            about = failed[0].user_attrs
+            note(f"study: {len(failed)} cells failed, the first one {about['about']['cell']}: {about['error']}")
+        if done < self.total:
+            note(f"study: {done} of {self.total} cells are done. `epsd study {self.path}` goes on.")
+
+    def _plan(self, done: int) -> str:
         data = self.place.data(self.study.cells[0].params, self.study.split_seed)
-        how = f"{self.workers} worker{'s' * (self.workers > 1)} with {self.threads} thread{'s' * (self.threads > 1)}"
-        return f"{left} of {len(self.marks)} models to train{done}, data {data.digest[:8]}, {how}"
+        so_far = f" ({done} done)" if done else ""
+        by = f", handed out in {shown(self.storage)}" if self.storage else ""
+        return f"{self.total - done} of {self.total} models to train{so_far}, data {data.digest[:8]}, {self.words}{by}"
 
     # --- the work ---
 
-    def _work(self) -> int:
-        """The exit status of a stop, 0 where there was none."""
-        with Progress("study", len(self.marks), len(self.seen), time_left=False) as self.bar:
-            try:
-                if self.workers == 1:
-                    self._alone()
-                else:
-                    self._together()
-            except Stopped as stop:
-                note(f"study: {stop}; finished cells are kept, a cell under way goes on from its last epoch.")
-                return stop.status
-        return 0
-
-    def _alone(self) -> None:
-        torch.set_num_threads(self.threads)
-        with _quietly():
-            work(self.study, self.place, self.session, self._done)
-
-    def _done(self, cell: Cell, came: Result | str) -> None:
-        own = next(own for own, other in self.marks.items() if other is cell)
-        if isinstance(came, str):
-            self.failed[own] = came
-            self._say(f"{cell} failed: {came}")
+    def _work(self, session: Session) -> None:
+        board = Board("study", self.ledger, self._told, lambda trials: [])
+        if self.workers == 1:
+            torch.set_num_threads(self.threads)
+            with board, _quietly():
+                self.queue.work(session, board.show)
+                board.show(self.ledger.trials())
             return
-        self.seen.add(own)
-        self.bar.step()
-        metric = self.study.study.metric
-        value = f"{metric} {came.metrics[metric]:.4f}" if metric in came.metrics else f"no {metric}"
-        self._say(f"{len(self.seen)}/{len(self.marks)} {cell}: {value} ({came.seconds:.1f} s)")
+        about = {"file": str(self.path), "threads": self.threads, "storage": self.storage, "session": asdict(session)}
+        crew = Crew("epsd.studies.run", self.workers, lambda number: about)
 
-    def _say(self, text: str) -> None:
-        self.bar.say(text)
-        if self.lines:
-            note(f"study: {text}")
+        def wanted(trials: Trials) -> int:
+            return 0 if session.late() else self.queue.left(trials, session)
 
-    def _together(self) -> None:
-        job = {"file": str(self.path), "threads": self.threads, "session": asdict(self.session)}
-        command, environment = [sys.executable, "-m", "epsd.studies.worker"], {**os.environ, "EPSD_QUIET": "1"}
-        running = [start(command, environment, job) for _ in range(self.workers)]
-        try:
-            while any(process.poll() is None for process in running):
-                self._collect()
-                time.sleep(POLL)
-            self._collect()
-        finally:
-            end(running, LEAVE_WITHIN)
-        if all(process.returncode for process in running):
-            raise StudyError("every worker ended with an error; their last words are above.")
+        def over(trials: Trials) -> bool:
+            return not self.queue.left(trials, session) or (session.late() and not crew.busy())
 
-    def _collect(self) -> None:
-        """What the workers have finished since the last look."""
-        for own, cell in self.marks.items():
-            if own in self.seen or own in self.failed:
-                continue
-            if came := self.place.result(own) or self.place.failure(own, self.session.since):
-                self._done(cell, came)
+        oversee(self.ledger, crew, board, wanted, over)
+
+    def _told(self, trial: Entry) -> str:
+        cell, metric = trial.user_attrs["about"]["cell"], self.study.study.metric
+        if "error" in trial.user_attrs:
+            return f"{cell} failed: {trial.user_attrs['error']}"
+        if "result" not in trial.user_attrs:
+            return f"{cell} is put back: {trial.user_attrs.get('lost', 'no sign of life')}"
+        result = Result(**trial.user_attrs["result"])
+        value = f"{metric} {result.metrics[metric]:.4f}" if metric in result.metrics else f"no {metric}"
+        return f"{cell}: {value} ({result.seconds:.1f} s)"
 
     # --- its run in MLflow ---
 
@@ -165,7 +153,7 @@ class _Study:
             "study",
             experiment=first.tracking.experiment,
             name=f"study-{study.name}",
-            run_id=self.place.parent(),
+            run_id=known_run(self.ledger, self.queue.made) or self.place.parent(),
             tags={"kind": "study", "study": study.name, "dataset": first.dataset["name"]},
             description=_story(self.study),
         )
@@ -190,12 +178,20 @@ def _story(study: Plan) -> str:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """No bars of single trainings beside the study's own."""
-    before = os.environ.get("EPSD_QUIET")
-    os.environ["EPSD_QUIET"] = "1"
+    before = os.environ.get("EPSD_QUIET", "")
+    hush()
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["EPSD_QUIET"]
-        else:
-            os.environ["EPSD_QUIET"] = before
+        os.environ["EPSD_QUIET"] = before
+
+
+def _serve(job: dict[str, Any]) -> None:
+    """The work of one of several processes: cells until none is left. Their results are in the study's folder."""
+    torch.set_num_threads(job["threads"])
+    study = plan.load(Path(job["file"]))
+    Queue(study, Place(study.study.name), job["storage"]).work(Session(**job["session"]))
+
+
+if __name__ == "__main__":
+    sys.exit(serve("study", _serve))

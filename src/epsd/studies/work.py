@@ -1,8 +1,8 @@
-"""The cells of a study that are not done yet, one after the other. Whatever is killed, each is done once.
+"""A cell of a study: its identity, its training, its result, and where the study keeps them.
 
 State, under `.epsd/studies/NAME`: `cells/<mark>.json`, the result of a finished cell, written last; `work/<mark>`,
-checkpoints and run id of one under way; `locks`, one for each group of cells that share something, held by the
-process that works on it and free again when that process is gone; `data`, the prepared images.
+checkpoints and run id of one under way here; `trials.journal`, who is at what, unless a storage is named (`queue`);
+`data`, the prepared images.
 """
 
 import functools
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from epsd.comparison.configuration import MACHINE
 from epsd.compute.devices import open_machine
@@ -30,7 +30,6 @@ from epsd.pipeline.train import card
 from epsd.preparing.write import prepare
 from epsd.project import artifacts, code
 from epsd.project.params import Params
-from epsd.project.processes import one_line
 from epsd.project.runtime import located, state_folder, versions
 from epsd.registry import choose
 from epsd.studies.plan import Cell, Plan
@@ -86,7 +85,8 @@ class Place:
         key = self._key(params, split_seed)
         if key not in self._data:
             folder, settings = self.folder / "data" / key, params.data.model_dump(include=_SPLITTING)
-            with self.lock(f"data-{key}", wait=True):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
                 if not self.prepared(params, split_seed):
                     source = choose(DATASETS, params.dataset, "dataset")()
                     prepare(source, folder, seed=split_seed, dataset=params.dataset, **settings)
@@ -105,11 +105,6 @@ class Place:
             made_from["images"] = self._seen[root]
         return _digest(made_from)
 
-    def lock(self, name: str, wait: bool = False) -> FileLock:
-        """A lock that the system frees when its holder dies."""
-        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / "locks" / f"{name}.lock", timeout=-1 if wait else 0)
-
     def result(self, mark: str) -> Result | None:
         """The result of the cell, None where it is not finished. Raises ArtifactError for a damaged file."""
         path = self.folder / "cells" / f"{mark}.json"
@@ -119,18 +114,9 @@ class Place:
         return Result(**content["result"]) if content.get("format") == RESULT else None
 
     def keep(self, mark: str, result: Result) -> None:
-        """From here on the cell is done."""
+        """From here on the cell is done, and what an attempt at it has left is not needed any more."""
         artifacts.write_json(self.folder / "cells" / f"{mark}.json", {"format": RESULT, "result": result._asdict()})
-
-    def fail(self, mark: str, reason: str) -> None:
-        """Note that the cell cannot be trained as it is."""
-        artifacts.write_json(self.folder / "failed" / f"{mark}.json", {"at": time.time(), "reason": reason})
-
-    def failure(self, mark: str, since: float) -> str | None:
-        """Why the cell failed, if it did since then; a later session tries it again."""
-        path = self.folder / "failed" / f"{mark}.json"
-        told = artifacts.read_json(path) if path.exists() else {"at": 0}
-        return str(told["reason"]) if told["at"] >= since else None
+        shutil.rmtree(self.folder / "work" / mark, ignore_errors=True)
 
     def parent(self) -> str | None:
         """The id of the study's own run, where it has begun."""
@@ -168,25 +154,22 @@ def _digest(content: Any) -> str:
 # --- which cells ----------------------------------------------------------------------------------------------------
 
 
-class Group(NamedTuple):
-    """Cells that share something, in their order, each with its mark. `key`: what they share, None for a single one."""
+class Marked(NamedTuple):
+    """A cell of a plan. `key`: what it shares with others (`Procedure.shares`), None for nothing."""
 
-    name: str
-    key: Any
-    cells: list[tuple[str, Cell]]
+    cell: Cell
+    key: str | None
+    data: str
 
 
-def groups(plan: Plan, place: Place) -> list[Group]:
-    """All cells, with those that share a scoring together, in the order of the first of each group."""
-    found: dict[str, Group] = {}
+def marked(plan: Plan, place: Place) -> dict[str, Marked]:
+    """Mark -> cell of the plan, in its order, with the digest of its data."""
+    found = {}
     for cell in plan.cells:
-        data = place.data(cell.params, plan.split_seed)
-        own = mark(cell, data)
-        shares = cell.how().shares(cell.params)
+        data, shares = place.data(cell.params, plan.split_seed), cell.how().shares(cell.params)
         key = None if shares is None else _digest([dict(shares), dict(cell.procedure), data.digest])
-        name = key or own
-        found.setdefault(name, Group(name, key, [])).cells.append((own, cell))
-    return list(found.values())
+        found[mark(cell, data)] = Marked(cell, key, data.digest)
+    return found
 
 
 def results(plan: Plan, place: Place) -> Iterator[tuple[Cell, Result]]:
@@ -199,72 +182,37 @@ def results(plan: Plan, place: Place) -> Iterator[tuple[Cell, Result]]:
 # --- the work -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Session:
-    """One `epsd study`. `since`: `time.time()` of its start; `deadline`: begin no cell after this."""
-
-    since: float
-    deadline: float | None = None
+Tell = Callable[..., None]
+Runs = tuple[str, str | None]
 
 
-def work(plan: Plan, place: Place, session: Session, done: Callable[[Cell, Result | str], None] | None = None) -> None:
-    """Every cell that is not done, that has not failed in this session, and that no other process is at.
+def run_cell(plan: Plan, place: Place, own: str, wanted: Marked, cache: Cache, tell: Tell, runs: Runs) -> Result:
+    """Train, evaluate on test once, log. Goes on where an interrupted attempt of the same mark stopped.
 
-    `done` is called for each cell that was worked on here, with its result or the reason why it failed. A cell that
-    fails for a reason that the user can mend does not stop the others.
+    tell : is told `run_id` of the cell's run, and `result` before that run ends; it raises where the cell was given to
+        another worker meanwhile.
+    runs : the study's, and that of an attempt whose worker is gone.
     """
-    for group in groups(plan, place):
-        lock = place.lock(group.name)
-        try:
-            lock.acquire()
-        except Timeout:
-            continue
-        try:
-            cache = Cache()
-            for own, cell in group.cells:
-                if session.deadline is not None and time.time() >= session.deadline:
-                    return
-                if place.result(own) is None and place.failure(own, session.since) is None:
-                    came = _attempt(plan, place, own, cell, cache, group.key)
-                    if done is not None:
-                        done(cell, came)
-        finally:
-            lock.release()
-
-
-def _attempt(plan: Plan, place: Place, own: str, cell: Cell, cache: Cache, key: Any) -> Result | str:
-    try:
-        return run_cell(plan, place, own, cell, cache, key)
-    except Exception as error:
-        reason = one_line(error)
-        if reason is None:
-            raise
-        place.fail(own, reason)
-        return reason
-
-
-def run_cell(plan: Plan, place: Place, own: str, cell: Cell, cache: Cache, key: Any = None) -> Result:
-    """Train, evaluate on test once, log, keep. Goes on where an interrupted attempt of the same mark stopped."""
-    params, data = cell.params, place.data(cell.params, plan.split_seed)
-    folder = place.folder / "work" / own
+    cell, params = wanted.cell, wanted.cell.params
+    data, folder = place.data(params, plan.split_seed), place.folder / "work" / own
     started, clock = time.time(), time.monotonic()
-    with opened(plan, place, cell, data, folder) as tracker:
+    with opened(plan, cell, data, folder, *runs) as tracker:
         artifacts.write_json(folder / "run.json", {"run_id": tracker.run_id})
-        trained = cell.how()(params, data, Desk(folder, own, tracker.epoch, cache, key))
+        tell(run_id=tracker.run_id)
+        trained = cell.how()(params, data, Desk(folder, own, tracker.epoch, cache, wanted.key))
         figures = {**trained.figures, **evaluated(params, data, trained, tracker, keep=plan.study.keep_models)}
         tracker.metrics(figures)
         tracker.dataset(params.dataset["name"], data.digest, str(data.index.get("source", "")), data.sizes)
-    last = {name: value for name, value in trained.history[-1].items() if name != "epoch"}
-    result = Result(
-        run_id=tracker.run_id,
-        began=int(1000 * started),
-        params={name: as_text(value) for name, value in cell.logged().items()},
-        metrics=_finite({**last, **figures}),
-        tags={"data.digest": data.digest, "variant": cell.variant, **_machine()},
-        seconds=time.monotonic() - clock,
-    )
-    place.keep(own, result)
-    shutil.rmtree(folder, ignore_errors=True)
+        last = {name: value for name, value in trained.history[-1].items() if name != "epoch"}
+        result = Result(
+            run_id=tracker.run_id,
+            began=int(1000 * started),
+            params={name: as_text(value) for name, value in cell.logged().items()},
+            metrics=_finite({**last, **figures}),
+            tags={"data.digest": data.digest, "variant": cell.variant, **_machine()},
+            seconds=time.monotonic() - clock,
+        )
+        tell(result=result._asdict())
     return result
 
 
@@ -279,7 +227,7 @@ def _finite(figures: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
-def opened(plan: Plan, place: Place, cell: Cell, data: Prepared, folder: Path) -> Any:
+def opened(plan: Plan, cell: Cell, data: Prepared, folder: Path, parent: str, lost: str | None) -> Any:
     """The cell's run: a new one under the study's, or the one that an interrupted attempt began."""
     begun = artifacts.read_run(folder / "run.json").run_id if (folder / "run.json").exists() else None
     params = cell.params
@@ -291,7 +239,8 @@ def opened(plan: Plan, place: Place, cell: Cell, data: Prepared, folder: Path) -
         experiment=params.tracking.experiment,
         name=describe.run_name(params, cell.method),
         run_id=begun,
-        parent_run_id=place.parent(),
+        parent_run_id=parent,
+        lost_run_id=None if lost == begun else lost,
         params=cell.logged(),
         tags={**describe.tags(params, data, kind="cell"), "study": plan.study.name, **method, **_machine()},
         description=f"{cell.how().story(params, data)} A cell of the study `{plan.study.name}`.",

@@ -210,6 +210,7 @@ def track(
     name: str,
     run_id: str | None = None,
     parent_run_id: str | None = None,
+    lost_run_id: str | None = None,
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, Any] | None = None,
     description: str = "",
@@ -226,6 +227,7 @@ def track(
         not there any more is replaced by a new one, with a warning. If `params` contradict those of the run, the
         session gets a sibling run (tag `derived_from`) that starts with the metrics that still hold.
     parent_run_id : the run that this one is shown under (the study of a trial); for a new run only.
+    lost_run_id : the run of a session whose process is gone, on whatever machine: it is marked KILLED.
     params : flat, dotted names as in params.yaml; numbers are logged as numbers.
     tags : kind, method, dataset, seed ...; who, where, which code and which DVC experiment are added.
     description : shown on the run's page (Markdown).
@@ -239,6 +241,7 @@ def track(
         "local": f"{LOCAL}{uuid.uuid4().hex}",
         "run": run_id,
         "parent": parent_run_id,
+        "lost": lost_run_id,
         "experiment": experiment,
         "name": name,
         "params": texts,

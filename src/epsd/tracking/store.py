@@ -155,6 +155,8 @@ class Store:
         """The id of the run that `opening` asks for, RUNNING: found, a sibling of the one found, or a new one."""
         experiment = self.experiment(opening["experiment"])
         self.bury(experiment)
+        if (lost := opening.get("lost")) and (run := self.find(lost)) and run.info.status == "RUNNING":
+            self.client.set_terminated(run.info.run_id, "KILLED")
         if replayed and (made := self.tagged(_LOCAL_ID, opening["local"])):
             return str(made.info.run_id)
         run = self.find(opening["run"]) if opening["run"] else None

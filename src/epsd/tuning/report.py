@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from epsd.engine.ledger import slot
 from epsd.project import commented, presets
 from epsd.project.artifacts import replacing
-from epsd.project.params import DEFAULT_PATH, Params, flatten, load, parse, read_yaml
+from epsd.project.params import DEFAULT_PATH, Params, at, flatten, load, parse, read_yaml
 from epsd.project.runtime import note
 from epsd.tuning import TuningError
 from epsd.tuning.space import REGISTRIES, SEARCHABLE, Space
-from epsd.tuning.study import slot
 from epsd.tuning.worker import shown_value
 
 COLUMNS = 5
@@ -38,21 +38,14 @@ def best(study: optuna.Study) -> list[FrozenTrial]:
     has few values, and of two networks that err as often the one that is more sure of what is right is the better.
     """
     signs = [1 if direction.name == "MINIMIZE" else -1 for direction in study.directions]
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    ranked = sorted(
-        (tuple(sign * value for sign, value in zip(signs, trial.values, strict=True)), _nll(trial), trial.number, trial)
-        for trial in finished
-        if feasible(trial)
-    )
-    if len(signs) == 1:
-        return [trial for *_, trial in ranked]
-    costs = [cost for cost, *_ in ranked]
-    front: list[tuple[tuple[float, ...], FrozenTrial]] = []
-    for cost, *_, trial in ranked:
-        beaten = any(other != cost and all(a <= b for a, b in zip(other, cost, strict=True)) for other in costs)
-        if not beaten and cost not in [entry[0] for entry in front]:
-            front.append((cost, trial))
-    return [trial for _, trial in front]
+    one = len(signs) == 1
+    known = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if one else study.best_trials
+
+    def cost(trial: FrozenTrial) -> list[float]:
+        return [sign * value for sign, value in zip(signs, trial.values, strict=True)]
+
+    ranked = sorted(filter(feasible, known), key=lambda trial: (cost(trial), _nll(trial), trial.number))
+    return [trial for n, trial in enumerate(ranked) if one or n == 0 or cost(trial) != cost(ranked[n - 1])]
 
 
 def _nll(trial: FrozenTrial) -> float:
@@ -328,7 +321,7 @@ def _changes(present: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str,
     changes: dict[str, Any] = {}
     known = dict(flatten(present))
     for section in REGISTRIES:
-        before, after = _at(present, section), _at(wanted, section)
+        before, after = at(present, section), at(wanted, section)
         if before["name"] != after["name"]:
             changes[section] = after
     for key, value in flatten(wanted):
@@ -339,18 +332,11 @@ def _changes(present: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str,
     return changes
 
 
-def _at(tree: Mapping[str, Any], dotted: str) -> Any:
-    node: Any = tree
-    for part in dotted.split("."):
-        node = node[part]
-    return node
-
-
 def _rewrite(target: Path, changes: Mapping[str, Any]) -> None:
     tree = commented.load(target.read_text(encoding="utf-8"))
     for key, value in changes.items():
         *parents, last = key.split(".")
-        node = _at(tree, ".".join(parents)) if parents else tree
+        node = at(tree, ".".join(parents)) if parents else tree
         if isinstance(value, Mapping):
             _replace_choice(node[last], value)
         else:

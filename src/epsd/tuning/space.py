@@ -1,22 +1,19 @@
 """The search space of params.yaml's `tune` section: checked as a whole, conditional on the chosen variants."""
 
 import copy
-import itertools
-import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from epsd.architectures import ARCHITECTURES
+from epsd.engine.grid import Values, points
+from epsd.engine.ledger import Taken
 from epsd.objectives import OBJECTIVES
 from epsd.pipeline.stage import check
 from epsd.project import code
-from epsd.project.params import Params, RangeParams, TuneParams, flatten, override, parse
+from epsd.project.params import Params, RangeParams, TuneParams, at, flatten, override, parse
 from epsd.registry import ParamsError, choose, settings_of, unknown
 from epsd.scores import SCORES
 from epsd.tuning.judge import FIGURES
-
-Values = dict[str, Any]
-"""Dotted name -> value."""
 
 REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
     "architecture": ARCHITECTURES,
@@ -25,17 +22,6 @@ REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
 }
 SEARCHABLE = ("architecture.", "objective.", "prune.", "train.", "data.crop_padding", "data.flip")
 """What may differ between trials: they share one prepared data set, the same seeds and one device."""
-
-
-class Suggests(Protocol):
-    """The part of an Optuna trial that the space uses."""
-
-    # ruff: noqa: D102
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float: ...
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
-
-    def suggest_categorical(self, name: str, choices: list[Any]) -> Any: ...
 
 
 class Space:
@@ -55,7 +41,7 @@ class Space:
 
     # --- what a trial is ---
 
-    def suggest(self, trial: Suggests) -> Values:
+    def suggest(self, trial: Taken) -> Values:
         """Every searched value of one trial, the inactive ones left out."""
         chosen: Values = {}
         for key in self._order:
@@ -82,7 +68,7 @@ class Space:
         values = {**self.fixed, **chosen}
         for section in REGISTRIES:
             name = values.get(f"{section}.name")
-            if name is not None and name != _leaf(tree, f"{section}.name"):
+            if name is not None and name != at(tree, f"{section}.name"):
                 override(tree, section, {"name": name})
         for key, value in values.items():
             override(tree, key, value)
@@ -103,17 +89,7 @@ class Space:
 
     def grid(self) -> Iterator[Values]:
         """Every point, for the sampler `grid`. Raises ParamsError for a range without steps."""
-        axes = {key: list(_steps(key, self.ranges[key])) for key in self._order}
-        seen = set()
-        for point in itertools.product(*axes.values()):
-            whole = dict(zip(axes, point, strict=True))
-            chosen: Values = {}
-            for key in self._order:
-                if self.active(key, chosen):
-                    chosen[key] = whole[key]
-            if (mark := json.dumps(chosen, sort_keys=True)) not in seen:
-                seen.add(mark)
-                yield chosen
+        return points({key: list(_steps(key, self.ranges[key])) for key in self._order}, self.active)
 
     # --- what a study is: two searches with equal signatures may share one ---
 
@@ -194,7 +170,7 @@ class Space:
         """The variants that a trial may choose. Raises ParamsError for one that does not exist."""
         key = f"{section}.name"
         fixed, entry = self.fixed.get(key), self.tune.space.get(key)
-        names = [fixed] if fixed else (entry.ends if entry else [_leaf(self.base, key)])
+        names = [fixed] if fixed else (entry.ends if entry else [at(self.base, key)])
         for name in names:
             if name not in REGISTRIES[section]:
                 raise unknown(f"tune.{'fixed' if fixed else 'space'}.{key}", str(name), REGISTRIES[section])
@@ -226,12 +202,7 @@ class Space:
         axes = {key: self.ranges[key].choice or [] for key in self._order if self.ranges[key].choice is not None}
         whens = {other for entry in self.ranges.values() for other in entry.when}
         axes = {key: values for key, values in axes.items() if _names_a_variant(key) or key in whens}
-        for point in itertools.product(*axes.values()):
-            chosen: Values = {}
-            for key, value in zip(axes, point, strict=True):
-                if self.active(key, chosen):
-                    chosen[key] = value
-            yield chosen
+        return points(axes, self.active)
 
     def _check_current(self) -> None:
         for key, value in self.current().items():
@@ -250,7 +221,7 @@ class Space:
     def _value(self, key: str, chosen: Mapping[str, Any]) -> Any:
         if key in chosen:
             return chosen[key]
-        return self.fixed[key] if key in self.fixed else _leaf(self.base, key)
+        return self.fixed[key] if key in self.fixed else at(self.base, key)
 
 
 def _section(key: str) -> str | None:
@@ -262,19 +233,12 @@ def _names_a_variant(key: str) -> bool:
     return key.removesuffix(".name") in REGISTRIES
 
 
-def _leaf(tree: Mapping[str, Any], key: str) -> Any:
-    node: Any = tree
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
-
-
 def _present(tree: Mapping[str, Any], key: str) -> Any:
     """The value of `key`; of a setting that is not written down, its variant's default."""
     section = _section(key)
     if section is None or _names_a_variant(key):
-        return _leaf(tree, key)
-    return getattr(choose(REGISTRIES[section], _leaf(tree, section)), key.removeprefix(f"{section}."))
+        return at(tree, key)
+    return getattr(choose(REGISTRIES[section], at(tree, section)), key.removeprefix(f"{section}."))
 
 
 def _inside(entry: RangeParams, value: Any) -> bool:
@@ -290,7 +254,7 @@ def _shown(entry: RangeParams) -> str:
     return f"{entry.ends}" if entry.choice is not None else f"[{entry.ends[0]}, {entry.ends[1]}]"
 
 
-def _suggest(trial: Suggests, key: str, entry: RangeParams) -> Any:
+def _suggest(trial: Taken, key: str, entry: RangeParams) -> Any:
     if entry.choice is not None:
         return trial.suggest_categorical(key, entry.choice)
     low, high = entry.ends
