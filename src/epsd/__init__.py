@@ -5,6 +5,7 @@
     mask = prune(model, loader, score=Epsd(steps=3), sparsity=0.95, objective=CsKd())
     history = fit(model, loader, mask=mask, objective=CsKd())
 
+Only what `epsd` itself offers (`epsd.__all__`) is public API: the modules below it move and change without notice.
 Names are loaded when first used: `import epsd` itself costs nothing.
 """
 
