@@ -39,6 +39,12 @@ SCORES: dict[str, dict[str, Any]] = {
     "epsd": {"prune.score": {"name": "epsd"}},
     "epsd shuffled": {"prune.score": {"name": "epsd"}, "prune.control": "shuffled"},
     "epsd reinitialised": {"prune.score": {"name": "epsd"}, "prune.control": "reinitialised"},
+    "epsd spread": {
+        "prune.score": {"name": "epsd"},
+        "prune.rounds": 5,
+        "prune.scope": "erk",
+        "prune.channel_cap": 1.5,
+    },
     "prospr": {"prune.score": {"name": "prospr"}},
     "snip": {"prune.score": {"name": "snip"}},
     "grasp": {"prune.score": {"name": "grasp"}},

@@ -20,7 +20,7 @@ if [ -n "$images" ]; then
   part "a whole run" python benchmarks/gpu.py --parts run --images "$images" --write $out/gpu-run.md
   for sparsity in 0.98 0.95 0.9; do  # several share the card; each stops and goes on by itself
     python benchmarks/comparison.py --preset cifar10-resnet18 --images "$images" --sparsities $sparsity \
-      --scores epsd prospr random "epsd shuffled" --objectives cskd pskd dlb cross_entropy --seeds 3 \
+      --scores epsd "random erk" prospr "epsd spread" "epsd shuffled" --objectives cskd pskd dlb cross_entropy --seeds 3 \
       --set train.epochs=30 --out .epsd/gpu-$sparsity.jsonl --write $out/gpu-scores-$sparsity.md &
   done
   wait
