@@ -3,11 +3,12 @@
     python benchmarks/evidence.py .epsd/studies/high-sparsity-digits --against "random erk" epsd --write table.md
 
 Reads the finished models that `epsd study` keeps under its state folder; several folders are one table, as of a study
-that was gone on with by other code. The p of all comparisons with one baseline are corrected by Holm together. Rows are
-in the order of their mean, the best first.
+that was gone on with by other code. The p of all comparisons are corrected by Holm together. Rows are in the order of
+their mean, the best first.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -60,16 +61,22 @@ def rows(folders: list[Path]) -> list[Row]:
     return [Row(*key, seeds) for key, seeds in grouped.items()]
 
 
-def tests(table: list[Row], baseline: str, metric: str) -> dict[tuple[str, str, float], Difference]:
-    """Each row against `baseline` under the same objective and sparsity, corrected over all that have a p."""
-    known = {(row.objective, row.sparsity): row for row in table if row.method == baseline}
-    pairs = [
-        (row, known[row.objective, row.sparsity])
-        for row in table
-        if row.method != baseline and (row.objective, row.sparsity) in known
-    ]
-    found = corrected([difference(row.values(metric), other.values(metric)) for row, other in pairs])
-    return {row[:3]: one for (row, _), one in zip(pairs, found, strict=True)}
+Tests = dict[tuple[str, tuple[str, str, float]], Difference]
+"""(baseline, row) -> how the row differs from it."""
+
+
+def tests(table: list[Row], baselines: list[str], metric: str) -> Tests:
+    """Each row against each baseline under the same objective and sparsity, corrected over all pairs that have a p."""
+    known = {(row.method, row.objective, row.sparsity): row for row in table}
+    found: Tests = {}
+    for baseline, row in itertools.product(baselines, table):
+        other = known.get((baseline, row.objective, row.sparsity))
+        if other is not None and row.method != baseline:
+            found[baseline, row[:3]] = difference(row.values(metric), other.values(metric))
+    pairs = {key: (frozenset((key[0], key[1][0])), *key[1][1:]) for key in found}  # a baseline may be a row of another
+    once = {pair: found[key] for key, pair in pairs.items()}
+    level = {pair: one.corrected for pair, one in zip(once, corrected(list(once.values())), strict=True)}
+    return {key: one._replace(corrected=level[pairs[key]]) for key, one in found.items()}
 
 
 def shown(one: Difference | None) -> str:
@@ -85,7 +92,7 @@ def shown(one: Difference | None) -> str:
 
 def written(table: list[Row], baselines: list[str], metric: str) -> str:
     """A Markdown table for each objective and sparsity, the best mean first."""
-    known = [tests(table, baseline, metric) for baseline in baselines]
+    known = tests(table, baselines, metric)
     groups = sorted({(row.objective, row.sparsity) for row in table})
     return "\n\n".join(
         group([row for row in table if (row.objective, row.sparsity) == key], baselines, known, metric)
@@ -93,9 +100,7 @@ def written(table: list[Row], baselines: list[str], metric: str) -> str:
     )
 
 
-def group(
-    table: list[Row], baselines: list[str], known: list[dict[tuple[str, str, float], Difference]], metric: str
-) -> str:
+def group(table: list[Row], baselines: list[str], known: Tests, metric: str) -> str:
     """One of these tables."""
     costs = {name: key for name, key in COSTS.items() if any(row.values(key) for row in table)}
     heads = ["method", "seeds", f"{metric}, mean ± sd", *(f"minus {name}" for name in baselines), *costs]
@@ -104,7 +109,7 @@ def group(
     for row in sorted(table, key=lambda row: -statistics.fmean(row.values(metric).values())):
         mean, deviation, count = summarise(list(row.values(metric).values()))
         spread = f" ± {deviation:.4f}" if count > 1 else ""
-        paired = [shown(found.get(row[:3])) for found in known]
+        paired = [shown(known.get((baseline, row[:3]))) for baseline in baselines]
         cells = [row.method, str(count), f"{mean:.4f}{spread}", *paired, *(_mean(row, key) for key in costs.values())]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -133,13 +138,14 @@ def main() -> None:
     table = [row for row in rows(arguments.folders) if row.values(arguments.metric)]
     if not table:
         parser.error(f"no finished model with {arguments.metric} in {', '.join(map(str, arguments.folders))}.")
-    comparisons = ", ".join(f"{len(tests(table, name, arguments.metric))} against {name}" for name in arguments.against)
+    known = tests(table, arguments.against, arguments.metric)
+    count = len({(frozenset((baseline, row[0])), *row[1:]) for baseline, row in known})
     head = [
         f"# {arguments.title}",
         "",
         *arguments.note,
         f"{sum(len(row.seeds) for row in table)} models. Two-sided t-tests paired over seeds; p by Holm's correction "
-        f"over all comparisons with one baseline ({comparisons}). Bold: p below 0.05.",
+        f"over all {count} comparisons of this page. Bold: p below 0.05.",
         "",
     ]
     text = "\n".join([*head, written(table, arguments.against, arguments.metric), ""])

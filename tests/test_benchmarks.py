@@ -69,7 +69,10 @@ def test_the_table_of_evidence_pairs_seeds_and_corrects(tmp_path: Path) -> None:
     assert rows[0][1:3] == ["3", "0.9300 ± 0.0100"]
     # by 0.02, 0.03, 0.01: t = √12, p = 1 − t / √(t² + 2) = 0.0742; by 0.01, 0, 0: t = 1, p = 0.4226; Holm: × 2, × 1
     assert rows[0][3] == "+0.0200 (p 0.148)" and rows[1][3] == "+0.0033 (p 0.423)" and rows[2][3] == ""
-    assert rows[0][4].startswith("1,234") and "9 models" in said and "2 against random erk" in said
+    assert rows[0][4].startswith("1,234") and "9 models" in said and "all 2 comparisons" in said
+    both = run("evidence.py", "part-0", "part-1", "--against", "random erk", "epsd", folder=tmp_path)
+    assert "all 3 comparisons" in both, "epsd and random erk are one pair"
+    assert both.count("0.0200 (p 0.223)") == 2 and "+0.0200 (p 0.223)" in both and "-0.0200 (p 0.223)" in both
 
 
 def test_the_shell_script_is_a_script() -> None:
