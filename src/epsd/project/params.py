@@ -88,8 +88,9 @@ class _Whole(Section):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, content: Any) -> Any:
-        missing = [name for name in cls.model_fields if isinstance(content, Mapping) and name not in content]
-        if missing:
+        given = content if isinstance(content, Mapping) else cls.model_fields
+        missing = [name for name in cls.model_fields if name not in given]
+        if missing and cls.model_fields.keys() >= given.keys():  # of a misspelt key that alone is told
             told: list[Any] = [{"type": "missing", "loc": (key,), "input": content} for key in missing]
             raise ValidationError.from_exception_data(cls.__name__, told)
         return content
