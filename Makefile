@@ -11,13 +11,13 @@ export DO_NOT_TRACK := true
 .PHONY: repro test ui serve tune check
 
 repro: .venv/complete  ## run what is stale of prepare, prune, train, evaluate, detect
-	$(BIN)/python -m epsd.pipeline.stage --reread && $(BIN)/dvc repro
+	$(BIN)/epsd check --reread && $(BIN)/dvc repro
 
 test: .venv/complete  ## every test, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 tune: .venv/complete  ## search for better parameters (section tune of params.yaml); TUNE="--trials 40 --workers 2 --resume"
-	$(BIN)/python -m epsd.pipeline.stage --reread && $(BIN)/dvc repro prepare && $(BIN)/epsd tune $(TUNE)
+	$(BIN)/epsd check --reread && $(BIN)/dvc repro prepare && $(BIN)/epsd tune $(TUNE)
 
 check: .venv/complete  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

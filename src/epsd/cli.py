@@ -45,6 +45,23 @@ def tune(arguments: argparse.Namespace) -> int:
     return command(Request(arguments.trials, arguments.workers, arguments.resume, arguments.apply, export))
 
 
+def check(arguments: argparse.Namespace) -> int:
+    """Check params.yaml, the section tune included, and study files."""
+    from epsd.pipeline import stage
+    from epsd.project.params import load
+    from epsd.tuning.space import Space
+
+    params = load()
+    stage.check(params)
+    Space(params, alone=True)
+    if arguments.studies:
+        from epsd.studies import plan
+
+        for name in arguments.studies:
+            plan.load(plan.find(name))
+    return stage.reread(params) if arguments.reread else 0
+
+
 def compare(arguments: argparse.Namespace) -> None:
     """A table over recorded runs."""
     from pathlib import Path
@@ -135,6 +152,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--list", action="store_true", help="one line for each (also without NAME)")
     one.add_argument("--apply", action="store_true", help="make it the current params.yaml; a copy is kept")
     one.set_defaults(command=preset)
+
+    one = commands.add_parser(
+        "check", help="params.yaml, its section tune, and study files: every name, type and range"
+    )
+    one.add_argument("studies", nargs="*", metavar="STUDY", help="study files, or names of shipped ones")
+    one.add_argument("--reread", action="store_true", help="then run prepare again where its images have changed")
+    one.set_defaults(command=check)
 
     one = commands.add_parser("tune", help="search for better parameters, as the section tune of params.yaml says")
     one.add_argument("--trials", type=_count, metavar="N", help="trials in all, instead of tune.trials")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import ROOT
+from epsd.cli import main
 from epsd.compute.devices import determinism
 from epsd.pipeline import changes, stage
 from epsd.project import artifacts, processes, runtime
@@ -234,12 +235,12 @@ def test_a_mistake_in_any_section_stops_any_stage_before_work(folder, run_here, 
 
 
 def test_check_as_a_command(folder):
-    command = [sys.executable, "-m", "epsd.pipeline.stage"]
+    command = [sys.executable, "-m", "epsd.cli", "check"]
     assert subprocess.run(command, cwd=folder, check=True, capture_output=True).stdout == b""
     (folder / "params.yaml").unlink()
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("params.yaml: no such file.")
+    assert done.stderr.startswith("epsd: params.yaml: no such file.")
 
 
 def test_changed_images_are_read_again(folder, monkeypatch, capsys):
@@ -251,20 +252,18 @@ def test_changed_images_are_read_again(folder, monkeypatch, capsys):
     (folder / "photos/1.png").touch()
     asked = []
     monkeypatch.setattr(subprocess, "run", lambda command, **_: asked.append(command) or SimpleNamespace(returncode=3))
-    monkeypatch.setattr(sys, "argv", ["epsd.pipeline.stage", "--reread"])
-    assert stage._check_only() == 0
+    assert main(["check", "--reread"]) == 0
     artifacts.write_json(folder / artifacts.DATA_INDEX, {"digest": "d"})
-    assert stage._check_only() == 0
+    assert main(["check", "--reread"]) == 0
     changes.remember(stage.images_read(load(folder / "params.yaml")))
-    assert stage._check_only() == 0
+    assert main(["check", "--reread"]) == 0
     (folder / "photos/2.png").touch()
-    assert stage._check_only() == 3
+    assert main(["check", "--reread"]) == 3
     assert asked == [[sys.executable, "-m", "dvc", "repro", "-s", "-f", "prepare"]]
     assert capsys.readouterr().err.endswith(
         f"changed since the last reading, so it is read again: {folder / 'photos'}\n"
     )
-    monkeypatch.setattr(sys, "argv", ["epsd.pipeline.stage"])
-    assert stage._check_only() == 0
+    assert main(["check"]) == 0
 
 
 # --- one at a time --------------------------------------------------------------------------------------------------

@@ -1,9 +1,6 @@
 """Runs one stage of dvc.yaml: checks params.yaml, locks the folder, ends cleanly, says what happened in two lines.
 
 `python stages/NAME.py --quiet` (or EPSD_QUIET=1): only the second line, no progress bar.
-
-Also `python -m epsd.pipeline.stage`: check params.yaml and every name chosen in it, and do nothing else; with
-`--reread`, have DVC run `prepare` again where the images that it read have changed since.
 """
 
 import argparse
@@ -273,22 +270,10 @@ def _read(path: Path) -> str:
     return "PID unknown"
 
 
-def _check_only() -> int:
-    parser = argparse.ArgumentParser(description="Check params.yaml and every name chosen in it.")
-    parser.add_argument("--reread", action="store_true", help="run prepare again where its images have changed")
-    reread = parser.parse_args().reread
-    try:
-        params = load(DEFAULT_PATH)
-        check(params)
-        found = changes.changed(images_read(params)) if reread else []
-    except EpsdError as error:
-        note(str(error))
-        return 1
+def reread(params: Params) -> int:
+    """Have DVC run `prepare` again where the images that it read have changed since; its status."""
+    found = changes.changed(images_read(params))
     if not found:
         return 0
     note(f"prepare: changed since the last reading, so it is read again: {', '.join(map(str, found))}")
     return subprocess.run([sys.executable, "-m", "dvc", "repro", "-s", "-f", "prepare"], check=False).returncode
-
-
-if __name__ == "__main__":
-    sys.exit(_check_only())

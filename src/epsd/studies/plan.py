@@ -6,7 +6,8 @@ each parameter under `vary`. Every cell is a whole, checked `Params` before any 
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,6 +28,8 @@ from epsd.types import EpsdError
 
 CHOICES: dict[str, Mapping[str, type[Any]]] = {"prune.score": SCORES, "objective": OBJECTIVES}
 """What the grid itself chooses; a setting under `set` or `vary` holds for every choice that has it."""
+
+MOST_MODELS = 100_000
 
 
 def _mapping(choice: Any) -> Any:
@@ -213,17 +216,22 @@ class _Grid:
         """Seed by seed; the sparsities of a method next to each other, as they share its scores."""
         study = self.study
         own = {section: {"name": at(self.base, section)["name"]} for section in CHOICES}
-        seeds = list(range(study.seeds)) if isinstance(study.seeds, int) else study.seeds
+        seeds = range(study.seeds) if isinstance(study.seeds, int) else study.seeds
         scores = [own["prune.score"]] if study.scores is None and not study.variants else study.scores or []
         methods: list[dict[str, Any] | VariantParams] = [*scores, *study.variants]
         sparsities = study.sparsities or [self.base["prune"]["sparsity"]]
-        axes: dict[str, list[Any]] = {
+        axes: dict[str, Sequence[Any]] = {
             "seeds": seeds,
             "objectives": study.objectives or [own["objective"]],
             "methods": methods,
         }
-        for point in points({**axes, **study.vary, "sparsities": sparsities}):
-            seed, objective, way, sparsity = (point.pop(axis) for axis in (*axes, "sparsities"))
+        axes |= {**study.vary, "sparsities": sparsities}
+        if (models := math.prod(map(len, axes.values()))) > MOST_MODELS:
+            raise ParamsError(f"{models:,} models: at most {MOST_MODELS:,} in a study.")
+        for point in points({name: list(values) for name, values in axes.items()}):
+            seed, objective, way, sparsity = (
+                point.pop(axis) for axis in ("seeds", "objectives", "methods", "sparsities")
+            )
             yield self.cell(way, objective, sparsity, seed, point)
 
     def cell(

@@ -11,7 +11,7 @@ from epsd.objectives import OBJECTIVES
 from epsd.pipeline.stage import check
 from epsd.project import code
 from epsd.project.params import Params, RangeParams, TuneParams, at, flatten, override, parse
-from epsd.registry import ParamsError, choose, settings_of, unknown
+from epsd.registry import ParamsError, choose, settings_of, shown, unknown
 from epsd.scores import SCORES
 from epsd.tuning.judge import FIGURES
 
@@ -28,15 +28,18 @@ class Space:
     """What each trial may be: the parameters of the study (`base`), the fixed values, the ranges.
 
     Raises ParamsError on construction, before any work: an unknown dotted key, an end of a range that the parameter
-    cannot take, a fixed or current value outside its range, a `when` that never holds.
+    cannot take, a fixed or current value outside its range, a `when` that never holds. `alone`: the section is looked
+    at by itself, with no search in mind: a setting may be that of a variant which is not chosen at present.
     """
 
-    def __init__(self, params: Params, tune: TuneParams | None = None) -> None:
-        self.tune = tune or params.tune
+    def __init__(self, params: Params, tune: TuneParams | None = None, *, alone: bool = False) -> None:
+        self.tune, self._alone = tune or params.tune, alone
         self.base: dict[str, Any] = params.model_dump()
         self.fixed: Values = dict(self.tune.fixed)
         self.ranges = {key: entry for key, entry in self.tune.space.items() if key not in self.fixed}
         self._order = sorted(self.ranges, key=lambda key: (not _names_a_variant(key), bool(self.ranges[key].when)))
+        if alone:
+            self.fixed = {key: value for key, value in self.fixed.items() if self.active(key, {})}
         self._check()
 
     # --- what a trial is ---
@@ -125,19 +128,20 @@ class Space:
 
     def _check(self) -> None:
         self._check_figures()
-        for where, keys in (("tune.fixed", self.fixed), ("tune.space", self.tune.space)):
+        for where, keys in (("tune.fixed", self.tune.fixed), ("tune.space", self.tune.space)):
             for key in keys:
                 self._check_key(where, key)
-        for key, value in self.fixed.items():
+        for key, value in self.tune.fixed.items():
             if key in self.tune.space and not _inside(self.tune.space[key], value):
                 raise ParamsError(
-                    f"tune.fixed.{key}: {value!r} is outside its range in tune.space, {_shown(self.tune.space[key])}."
+                    f"tune.fixed.{key}: {shown(value)} is outside its range in tune.space, "
+                    f"{_shown(self.tune.space[key])}."
                 )
         check(self.params({}))
         for key, entry in self.ranges.items():
             self._check_when(key, entry)
             self._check_ends(key, entry)
-        if self.tune.current_first:
+        if self.tune.current_first and not self._alone:
             self._check_current()
 
     def _check_figures(self) -> None:
@@ -156,7 +160,7 @@ class Space:
     def _check_key(self, where: str, key: str) -> None:
         known = {name for name, _ in flatten(self.base)}
         for section in REGISTRIES:
-            for variant in self._variants(section):
+            for variant in [*self._variants(section), *(REGISTRIES[section] if self._alone else ())]:
                 known |= {f"{section}.{setting}" for setting in settings_of(REGISTRIES[section][variant])}
         if key not in known:
             raise unknown(where, key, sorted(name for name in known if name.startswith(SEARCHABLE)))
@@ -172,8 +176,8 @@ class Space:
         fixed, entry = self.fixed.get(key), self.tune.space.get(key)
         names = [fixed] if fixed else (entry.ends if entry else [at(self.base, key)])
         for name in names:
-            if name not in REGISTRIES[section]:
-                raise unknown(f"tune.{'fixed' if fixed else 'space'}.{key}", str(name), REGISTRIES[section])
+            if not isinstance(name, str) or name not in REGISTRIES[section]:
+                raise unknown(f"tune.{'fixed' if fixed else 'space'}.{key}", name, REGISTRIES[section])
         return [str(name) for name in names]
 
     def _check_when(self, key: str, entry: RangeParams) -> None:
@@ -189,13 +193,15 @@ class Space:
     def _check_ends(self, key: str, entry: RangeParams) -> None:
         """Both ends of the range are values that the parameter takes, in some trial in which it is active."""
         beside = next((chosen for chosen in self._surroundings() if self.active(key, chosen)), None)
+        if beside is None and self._alone:
+            return
         if beside is None:
             raise ParamsError(f"tune.space.{key}: no trial would ever use it: no variant that may be chosen has it.")
         for value in entry.ends:
             try:
                 check(self.params({**beside, key: value}))
             except ParamsError as error:
-                raise ParamsError(f"tune.space.{key}: {value!r} is no valid value. {error}") from None
+                raise ParamsError(f"tune.space.{key}: {shown(value)} is no valid value. {error}") from None
 
     def _surroundings(self) -> Iterator[Values]:
         """Every combination of choices, beside which a conditional parameter may exist."""
