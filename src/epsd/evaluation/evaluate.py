@@ -83,17 +83,25 @@ def evaluate(
     return measure(logits, labels, ece_bins)
 
 
-def cost(model: nn.Module, prunable: Mapping[str, nn.Parameter], image_shape: tuple[int, int, int]) -> dict[str, float]:
+def cost(
+    model: nn.Module,
+    prunable: Mapping[str, nn.Parameter],
+    image_shape: tuple[int, int, int],
+    whole: nn.Module | None = None,
+) -> dict[str, float]:
     """What `model` costs, recounted from its weights. `prunable`: `epsd.masks.prunable(model)`.
 
     sparsity and density (of prunable weights), compression (all parameters / nonzero ones), parameters of four kinds,
-    gflops_dense and gflops_sparse of one image's forward pass (10^9; 2 per multiply-accumulate).
+    gflops_dense and gflops_sparse of one image's forward pass (10^9; 2 per multiply-accumulate). `whole`: of a network
+    that channels were cut from, as wide as it was: compression and `macs` (share of multiply-adds) are against it.
     """
     count, work = metrics.count_parameters(model, prunable), metrics.flops(model, image_shape)
-    return {
+    before = count.total if whole is None else sum(p.numel() for p in whole.parameters())
+    cut = {} if whole is None else {"macs": work.dense / metrics.flops(whole, image_shape).dense}
+    return cut | {
         "sparsity": count.sparsity,
         "density": 1 - count.sparsity,
-        "compression": count.compression,
+        "compression": before / count.total * count.compression,
         "parameters": count.total,
         "parameters_nonzero": count.nonzero,
         "prunable": count.prunable,

@@ -51,7 +51,9 @@ def measured(model: nn.Module, card: Mapping[str, Any], *, dense: Path, compact:
     its weights; `compact`, with the nonzero ones, is written here.
     """
     written = compact_file.save(model.state_dict(), compact, card)
-    costs = evaluation.cost(model, prunable(model), tuple(card["image_shape"]))
+    shape = tuple(card["image_shape"])
+    whole = built(card["architecture"], card["num_classes"], shape) if card.get("shapes") else None
+    costs = evaluation.cost(model, prunable(model), shape, whole)
     return {**costs, "bytes_dense": dense.stat().st_size, "bytes_sparse": written.file}
 
 

@@ -202,6 +202,7 @@ class _Grid:
     def __init__(self, study: StudyParams, base: Mapping[str, Any]) -> None:
         self.study = study
         self.base: dict[str, Any] = copy.deepcopy(dict(base))
+        override(self.base, "evaluate.export.onnx", False)  # seconds for each cell: a study that wants it says so
         self.soft = {key: value for key, value in study.set.items() if _section(key)}
         for key, value in study.set.items():
             if key not in self.soft:
