@@ -102,10 +102,10 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(full_disk: Path) -> No
         assert {path.name: path.read_bytes() for path in full_disk.iterdir()} == before
 
 
-@pytest.mark.parametrize(("text", "words"), [("[1]", "expected a JSON mapping"), ("{", "cannot be read")])
+@pytest.mark.parametrize(("text", "words"), [("[1]", "carries no digest"), ("{", "cannot be read")])
 def test_other_json_is_refused(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ArtifactError, match=words):
+    with pytest.raises(DamagedFile, match=words):
         artifacts.read_json(tmp_path / "a.json")
 
 

@@ -5,6 +5,7 @@ digests-cpu.md): it is meant for accidents, and no signature. The bytes of a fil
 """
 
 import json
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ _KEY = "epsd"
 """The only key of a safetensors file's metadata: of several, their order would differ from run to run."""
 _SEAL = "checksum"
 """Key of a JSON file's digest. Its value is a list, which DVC takes for no metric."""
+_SEALED = re.compile(rb',?\n  "checksum": \["crc32", "([0-9a-f]{8})"\]\n\}\n\Z')
+_LONGEST_SEAL = 80
 _AT_ONCE = 1 << 20
 
 
@@ -51,24 +54,28 @@ def check(path: Path, wanted: str) -> None:
         raise DamagedFile(f"{path}: damaged or replaced: its digest is {found}, {wanted} was written.")
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping with the digest of its JSON as a last entry."""
-    return {**content, _SEAL: ["crc32", _json_digest(content)]}
+def sealed(content: Mapping[str, Any]) -> str:
+    """The mapping as indented JSON, with the digest of what stands before it as a last entry.
+
+    Raises ValueError for NaN and infinity, which are not JSON.
+    """
+    body = json.dumps(content, indent=2, allow_nan=False, default=str)[:-1].rstrip()
+    return f'{body}{"," if content else ""}\n  "{_SEAL}": ["crc32", "{digest([body.encode()])}"]\n}}\n'
 
 
-def unsealed(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What `sealed` was given. Raises DamagedFile naming `path` where it is not what was written."""
-    match content.pop(_SEAL, None):
-        case ["crc32", str(wanted)]:
-            if (found := _json_digest(content)) == wanted:
-                return content
-            raise DamagedFile(f"{path}: damaged or edited: its digest is {found}, {wanted} was written.")
-        case _:
-            raise DamagedFile(f"{path}: carries no digest: damaged, or not written by this version.")
-
-
-def _json_digest(content: Mapping[str, Any]) -> str:
-    return digest([json.dumps(content, default=str).encode("utf-8", "surrogateescape")])
+def unsealed(text: bytes, path: Path) -> dict[str, Any]:
+    """The mapping that `sealed` was given. Raises DamagedFile naming `path` where it is not what was written."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path}: cannot be read ({error}).") from None
+    seal = _SEALED.search(text, max(0, len(text) - _LONGEST_SEAL))
+    if not (isinstance(content, dict) and seal):
+        raise DamagedFile(f"{path}: carries no digest: damaged, edited, or not written by this version.")
+    if (found := digest([memoryview(text)[: seal.start()]])) != (wanted := seal[1].decode()):
+        raise DamagedFile(f"{path}: damaged or edited: its digest is {found}, {wanted} was written.")
+    del content[_SEAL]
+    return content
 
 
 def save_tensors(path: Path, kind: str, tensors: Mapping[str, "Tensor"], about: Mapping[str, Any]) -> None:

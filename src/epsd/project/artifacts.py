@@ -4,7 +4,6 @@ import contextlib
 import csv
 import errno
 import io
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -184,7 +183,7 @@ def check_writable(folder: Path) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """`content` as indented JSON, with a digest as its last entry. NaN and infinity are refused: they are not JSON."""
-    text = json.dumps(digests.sealed(content), indent=2, allow_nan=False, default=str) + "\n"
+    text = digests.sealed(content)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -196,16 +195,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote. Raises ArtifactError (missing, no JSON mapping), DamagedFile (not what was written)."""
+    """What `write_json` wrote. Raises ArtifactError (missing, unreadable), DamagedFile (not what was written)."""
     try:
-        content = json.loads(read_bytes(path))
+        text = read_bytes(path)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: {_MISSING}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({error}).") from None
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path}: expected a JSON mapping.")
-    return digests.unsealed(content, path)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error}).") from None
+    return digests.unsealed(text, path)
 
 
 def read_card(path: Path) -> dict[str, Any]:
