@@ -212,13 +212,9 @@ def test_mistakes_are_one_line_before_any_work(
 
 
 def test_an_unknown_study_lists_the_shipped_ones(project: Path) -> None:
-    with pytest.raises(
-        ParamsError, match=r"Did you mean 'digits'. Valid: cifar10-quick, cost-cifar10-quick, cost-digits, digits"
-    ):
+    with pytest.raises(ParamsError, match=r"Did you mean 'digits'\? Valid: .*cost-digits, digits"):
         plan.find("digit")
-    with pytest.raises(
-        ParamsError, match=r"no such file. Shipped studies: cifar10-quick, cost-cifar10-quick, cost-digits, digits"
-    ):
+    with pytest.raises(ParamsError, match=r"no such file\. Shipped studies: .*cost-digits, digits"):
         plan.find("studies/digits.yaml")
 
 
@@ -448,9 +444,10 @@ def test_a_cell_that_cannot_be_trained_stops_no_other(
     assert len(read_runs(["epsd"], ["kind=cell"])) == 1
 
 
-def test_scores_over_rounds_are_not_shared(project: Path) -> None:
+def test_scores_over_rounds_are_not_shared_over_sparsities(project: Path) -> None:
     made = plan.load(write(project / "grid.yaml", sparsities=[0.5, 0.8], seeds=1, set={**QUICK, "prune.rounds": 2}))
-    assert [wanted.key for wanted in work.marked(made, Place("grid")).values()] == [None] * 4
+    keys = [wanted.key for wanted in work.marked(made, Place("grid")).values()]
+    assert len(keys) == len(set(keys)) == 4
 
 
 # --- another procedure ---------------------------------------------------------------------------------------------
