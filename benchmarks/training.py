@@ -34,7 +34,7 @@ from epsd.compute.devices import pick_precision
 from epsd.compute.speed import keep_freed_memory, pick_update, sgd
 from epsd.data.in_memory import MemoryBatches, Pixels
 from epsd.evaluation.metrics import flops
-from epsd.masks import Mask, MaskHolder, prunable
+from epsd.masks import Mask, prunable
 from epsd.objectives import OBJECTIVES
 from epsd.project.recipes import Recipe
 from epsd.project.runtime import versions
@@ -42,6 +42,7 @@ from epsd.registry import choose
 from epsd.training import checkpoints
 from epsd.training.fit import fit
 from epsd.training.record import Record
+from epsd.training.updates import MaskHolder
 from epsd.types import Batch, BatchNeeds, Objective
 
 SHAPE = (3, 32, 32)

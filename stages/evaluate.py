@@ -12,7 +12,6 @@ from epsd.evaluation import evaluate as evaluation
 from epsd.evaluation import metrics, model_card
 from epsd.figures import style as figures
 from epsd.files.onnx_file import FOLDER
-from epsd.masks import prunable
 from epsd.pipeline import deploy
 from epsd.pipeline.describe import reopened, story
 from epsd.pipeline.export import exported, trained_network
@@ -40,7 +39,7 @@ def main(params: Params, machine: Machine) -> str:
         report = {"test": result.metrics, "model": costs, **files.figures}
         artifacts.write_json(artifacts.METRICS, report)
         save_tables(result, data.class_names)
-        save_figures(result, model, data.class_names, history)
+        save_figures(result, model, deploy.masked(model, card), data.class_names, history)
         about = subject(params, data, run, result, report)._replace(deployed=files.said)
         artifacts.write_text(artifacts.MODEL_README, model_card.model_card(about))
         exported(model, card, test, folder)
@@ -58,10 +57,16 @@ def save_tables(result: evaluation.Evaluation, names: list[str]) -> None:
     artifacts.write_csv(artifacts.RELIABILITY, result.reliability._fields, evaluation.reliability_rows(result))
 
 
-def save_figures(result: evaluation.Evaluation, model: nn.Module, names: list[str], history: artifacts.Columns) -> None:
+def save_figures(
+    result: evaluation.Evaluation,
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    names: list[str],
+    history: artifacts.Columns,
+) -> None:
     """Confusion, reliability, density by layer and training curves, as PNG."""
-    densities = metrics.densities(prunable(model))
-    overall = metrics.count_parameters(model, prunable(model))
+    densities = metrics.densities(weights)
+    overall = metrics.count_parameters(model, weights)
     figures.save(figures.confusion(result.confusion, names), artifacts.CONFUSION_FIGURE)
     figures.save(figures.reliability(result.reliability), artifacts.RELIABILITY_FIGURE)
     figures.save(figures.density_per_layer(densities, 1 - overall.sparsity), artifacts.DENSITY_FIGURE)

@@ -10,7 +10,8 @@ from torch import nn
 from epsd import masks
 from epsd.files import digests
 from epsd.files.digests import DamagedFile
-from epsd.masks import Mask, MaskError, MaskHolder, Scope, check_fits, erk_ranked, hidden, prunable
+from epsd.masks import Mask, MaskError, Scope, check_fits, erk_ranked, hidden, prunable
+from epsd.training.updates import MaskHolder
 from toys import convnet
 
 

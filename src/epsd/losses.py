@@ -1,7 +1,7 @@
 """Pure tensor maths of the objectives. One KL, one soft cross entropy; twice differentiable."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,52 @@ from epsd.types import Batch, BatchNeeds, EpsdError, Forward, Loss, Objective, P
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy over the batch. `logits` (B, K), `labels` (B,) int64 -> scalar."""
+    """Mean cross entropy over the batch. `logits` (B, K), `labels` (B,) int64 -> scalar. EpsdError unless K ≥ 2."""
+    if logits_of(logits).dim() != 2 or logits.shape[1] == 1:
+        raise EpsdError(
+            f"the network gives {_shape(logits)} for {len(labels)} images: cross entropy needs logits (B, K), an "
+            "output for each class. For one output pass a loss of your own, such as binary cross entropy."
+        )
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+
+def class_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, K) logits, K ≥ 2, of what a network gives for images with `labels` (B,).
+
+    One output z per image, (B, 1) or (B,), is that of a binary task: it becomes (0, z), whose softmax is the sigmoid of
+    z, so that class 1 is predicted above 0. EpsdError: one output and labels beyond 0 and 1 (accuracy says nothing of a
+    regression); other shapes.
+    """
+    if logits.dim() == 2 and logits.shape[1] > 1:
+        return logits
+    if logits.numel() != len(labels):
+        raise EpsdError(f"the network gives {_shape(logits)} for {len(labels)} images, not logits (B, K).")
+    if len(labels) and int(labels.max()) > 1:
+        raise EpsdError(
+            f"the network has one output, and a label is {int(labels.max())}: top-1 is that of classes. A binary task "
+            "has labels 0 and 1; a regression is not judged here."
+        )
+    one = logits.reshape(-1, 1)
+    return torch.cat([torch.zeros_like(one), one], dim=1)
+
+
+def named_logits(outputs: object) -> Tensor | None:
+    """`outputs` where it is a tensor, else what of it is called `logits`; None where nothing is."""
+    named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
+    return named if isinstance(named, Tensor) else None
+
+
+def logits_of(outputs: object, named: bool = False) -> Tensor:
+    """`outputs` itself where it is one tensor; with `named` also what of several is called `logits`. Else EpsdError."""
+    logits = named_logits(outputs) if named else outputs
+    if isinstance(logits, Tensor):
+        return logits
+    given = type(outputs).__name__
+    raise EpsdError(f"the network gives {given}, not logits (B, K): wrap it in a module that returns them alone.")
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "one number"
 
 
 def kl_divergence(target_logits: Tensor, logits: Tensor, temperature: float) -> Tensor:
@@ -62,12 +106,14 @@ def supervised(forward: Forward, batch: Batch) -> Loss:
 class PlainLoss:
     """A user's own `loss(logits, labels) -> scalar` as an objective: nothing is distilled, nothing remembered.
 
+    In training it gets what the network gives, several tensors, too. Of those, what is named `logits` is judged.
+
     `needs`: what its batches shall carry all the same, so that it can be compared with another objective on the same
     images.
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], needs: BatchNeeds = BatchNeeds()) -> None:
-        self._function = function
+        self.function = function
         self.needs = needs
 
     def averages(self, labels: Tensor, classes: int) -> bool:
@@ -76,18 +122,23 @@ class PlainLoss:
         logits = torch.randn(len(labels), classes, generator=generator).to(labels.device)
         half = len(labels) // 2
         with torch.no_grad():
-            first, second = (self._function(logits[part], labels[part]) for part in (slice(half), slice(half, None)))
+            first, second = (self.function(logits[part], labels[part]) for part in (slice(half), slice(half, None)))
             mean = (half * first + (len(labels) - half) * second) / len(labels)
-            return bool(torch.isclose(self._function(logits, labels), mean, rtol=1e-4))
+            return bool(torch.isclose(self.function(logits, labels), mean, rtol=1e-4))
 
     def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
         """Nothing to forget."""
 
     def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
         """One forward pass."""
-        logits = forward(batch.images)
-        total = self._function(logits, batch.labels)
-        return Loss(total, {"loss": total.detach()}, logits.detach(), {"supervised": total})
+        outputs = forward(batch.images)
+        total = self.function(outputs, batch.labels)
+        if not isinstance(total, Tensor) or total.dim():
+            given = f"a tensor {_shape(total)}" if isinstance(total, Tensor) else type(total).__name__
+            raise EpsdError(f"the loss function gives {given}, not one number in a tensor: take a mean over the batch.")
+        logits = named_logits(outputs)
+        judged = None if logits is None else logits.detach()
+        return Loss(total, {"loss": total.detach()}, judged, {"supervised": total})
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to remember."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ Scope = Literal["global", "layer", "erk", "lamp"]
 layer, of Erdős-Rényi-Kernel density (`erk_factor`). lamp : in the whole net, each score divided by the sum of those of
 its layer that are not smaller, so that no layer is emptied (Lee et al., ICLR 2021, there for magnitudes)."""
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+W = TypeVar("W")
 
 
 class MaskError(EpsdError):
@@ -47,6 +48,36 @@ def hidden(model: nn.Module) -> list[str]:
     """Layers whose weight is no parameter: weight_norm, spectral_norm and other parametrisations compute it."""
     layers = [name for name, module in model.named_modules() if isinstance(module, _ConvNd | nn.Linear)]
     return [name for name in layers if model.get_submodule(name)._parameters.get("weight") is None]
+
+
+def covered(
+    weights: Mapping[str, W], include: str | Iterable[str] | None = None, exclude: str | Iterable[str] = ()
+) -> dict[str, W]:
+    """Those of `weights` (by parameter name) that a mask shall cover: all, or those in `include`, without `exclude`.
+
+    Both name a parameter ("fc.weight"), a module and all within it ("fc", "layer4"), or several at once by `*`, `?` and
+    `[...]` ("*.downsample.*"). MaskError: a name that meets no weight; nothing left.
+    """
+    chosen, out = (
+        {name for pattern in ([given] if isinstance(given, str) else given) for name in _named(weights, pattern, which)}
+        for which, given in (("include", weights if include is None else include), ("exclude", exclude))
+    )
+    found = {name: weight for name, weight in weights.items() if name in chosen and name not in out}
+    if weights and not found:
+        raise MaskError("exclude: no prunable weight is left.")
+    return found
+
+
+def _named(names: Iterable[str], pattern: str, which: str) -> list[str]:
+    """Parameters that fit `pattern`, or that a module which fits it holds."""
+
+    def fits(name: str) -> bool:
+        parts = name.split(".")
+        return any(fnmatchcase(".".join(parts[:depth]), pattern) for depth in range(1, len(parts) + 1))
+
+    if found := [name for name in names if fits(name)]:
+        return found
+    raise MaskError(f"{which}: no layer fits '{pattern}'. Layers: {', '.join(names)}.")
 
 
 def check_fits(weights: Mapping[str, Tensor], sparsity: float, scope: Scope = "global", **options: Any) -> None:
@@ -121,13 +152,12 @@ def _budgets(
 
 def _given(sizes: Mapping[str, int], sparsity: float, densities: Mapping[str, float]) -> dict[str, int]:
     """Weights that stay in each layer whose density is given; of several patterns that fit a layer the first counts."""
+    found: dict[str, int] = {}
     for pattern, density in densities.items():
-        if not any(fnmatchcase(name, pattern) for name in sizes):
-            raise MaskError(f"densities: no layer fits '{pattern}'. Layers: {', '.join(sizes)}.")
         if not 0 < density <= 1:
             raise MaskError(f"densities: {density} of '{pattern}' is outside (0, 1].")
-    first = {name: next((d for p, d in densities.items() if fnmatchcase(name, p)), None) for name in sizes}
-    found = {name: max(1, round(d * sizes[name])) for name, d in first.items() if d is not None}
+        for name in _named(sizes, pattern, "densities"):
+            found.setdefault(name, max(1, round(density * sizes[name])))
     over = sum(found.values()) - _kept(sum(sizes.values()), sparsity)
     if len(found) == len(sizes) and abs(over) <= len(sizes):  # they were rounded each by itself
         found[max(found, key=lambda name: sizes[name])] -= over
@@ -329,9 +359,10 @@ class Mask:
         return cls({name: keep[name].cpu() for name in scores})
 
     @classmethod
-    def dense(cls, model: nn.Module) -> Self:
-        """The mask that keeps everything prunable."""
-        return cls({name: torch.ones(p.shape, dtype=torch.bool) for name, p in prunable(model).items()})
+    def dense(cls, model: nn.Module, exclude: str | Iterable[str] = ()) -> Self:
+        """The mask that keeps everything prunable; it covers no layer of `exclude`."""
+        weights = covered(prunable(model), exclude=exclude)
+        return cls({name: torch.ones(p.shape, dtype=torch.bool) for name, p in weights.items()})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mask) and self.digest() == other.digest()
@@ -381,8 +412,8 @@ class Mask:
 
     def jaccard(self, other: "Mask") -> float:
         """Overlap |A ∩ B| / |A ∪ B| of the surviving weights of two masks of one model, [0, 1]."""
-        self._same_layers(other.keep)
-        other._same_layers(self.keep)
+        self.check_layers(other.keep)
+        other.check_layers(self.keep)
         both = sum(int((keep & other.keep[name]).sum()) for name, keep in self.keep.items())
         either = sum(int((keep | other.keep[name]).sum()) for name, keep in self.keep.items())
         return both / either if either else 1.0
@@ -408,7 +439,7 @@ class Mask:
 
     def check(self, model: nn.Module) -> None:
         """Raises MaskError where the model has no such parameter, or one of another shape."""
-        self._same_layers(dict(model.named_parameters(remove_duplicate=False)))
+        self.check_layers(dict(model.named_parameters(remove_duplicate=False)))
 
     def apply_(self, model: nn.Module) -> None:
         """Set the removed weights of `model` to exactly +0, in place. MaskError when names or shapes differ.
@@ -416,7 +447,7 @@ class Mask:
         Filled, not multiplied: a negative weight times 0 is −0, which a bit-exact file would store as a value.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._same_layers(parameters)
+        self.check_layers(parameters)
         with torch.no_grad():
             for name, keep in self.keep.items():
                 parameters[name].masked_fill_(~keep.to(parameters[name].device), 0.0)
@@ -438,7 +469,8 @@ class Mask:
             raise MaskError(f"{path}: it keeps no weight at all.")
         return mask
 
-    def _same_layers(self, shapes: Mapping[str, Tensor]) -> None:
+    def check_layers(self, shapes: Mapping[str, Tensor]) -> None:
+        """Raises MaskError where one of the mask's layers is not in `shapes`, or of another shape there."""
         for name, keep in self.keep.items():
             if name not in shapes:
                 raise MaskError(f"mask: the model has no parameter '{name}'. It has: {', '.join(list(shapes)[:8])} ...")
@@ -446,37 +478,3 @@ class Mask:
                 raise MaskError(
                     f"mask of '{name}': shape {tuple(keep.shape)}, the model's is {tuple(shapes[name].shape)}."
                 )
-
-
-def _multiply_each(tensors: list[Tensor], factors: list[Tensor]) -> None:
-    for tensor, factor in zip(tensors, factors, strict=True):
-        tensor.mul_(factor)
-
-
-class MaskHolder:
-    """A mask bound to the parameters of one model, for a training loop.
-
-    The gradient is masked before the optimiser sees it, so that neither momentum nor gradient clipping feels removed
-    weights. SGD then leaves them at +0 by itself: their momentum stays ±0, weight decay of 0 is 0, and +0 minus ±0 is
-    +0. Other optimisers, and whoever wants to be sure, mask the weights too.
-    """
-
-    def __init__(self, mask: Mask, model: nn.Module, *, foreach: bool = True) -> None:
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        mask._same_layers(parameters)
-        self._weights: list[Tensor] = [parameters[name] for name in mask.keep]
-        # laid out in memory as the weights are: other strides would cost a fused multiplication its speed
-        self._factors = [torch.empty_like(p).copy_(k) for k, p in zip(mask.keep.values(), self._weights, strict=True)]
-        self._multiply = torch._foreach_mul_ if foreach else _multiply_each
-
-    @torch.no_grad()
-    def gradients_(self) -> None:
-        """Zero the gradients of removed weights, in place. Parameters without a gradient are passed over."""
-        pairs = [(p.grad, f) for p, f in zip(self._weights, self._factors, strict=True) if p.grad is not None]
-        if pairs:
-            self._multiply([g for g, _ in pairs], [f for _, f in pairs])
-
-    @torch.no_grad()
-    def weights_(self) -> None:
-        """Zero the removed weights, in place. After `Mask.apply_` no −0 appears: +0 times 0 and +0 minus ±0 are +0."""
-        self._multiply(self._weights, self._factors)

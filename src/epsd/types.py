@@ -44,13 +44,13 @@ class BatchNeeds(NamedTuple):
 
 class Loss(NamedTuple):
     """`total`: scalar, twice differentiable. `terms`: detached scalars by name, logged as `train/<name>`.
-    `logits`: (B, K) of `batch.images`, detached. `parts`: the differentiable summands of `total` by name,
-    ("supervised", "distillation"), from which the prune report takes their gradient norms.
+    `logits`: (B, K) of `batch.images`, detached, None where a network gives no such thing. `parts`: the differentiable
+    summands of `total` by name, ("supervised", "distillation"), from which the prune report takes their gradient norms.
     """
 
     total: "Tensor"
     terms: "dict[str, Tensor]"
-    logits: "Tensor"
+    logits: "Tensor | None"
     parts: "Mapping[str, Tensor]" = MappingProxyType({})
 
 

@@ -12,8 +12,11 @@ from torch import nn
 from epsd.architectures import ARCHITECTURES, Architecture, _features
 from epsd.architectures._features import ArchitectureError
 from epsd.masks import Mask, prunable
+from epsd.pruning.prune import prune
 from epsd.registry import ParamsError, choose
+from epsd.scores import SCORES
 from epsd.types import EpsdError
+from toys import ToyBatches
 
 Shape = tuple[int, int, int]
 
@@ -152,13 +155,29 @@ def test_networks_that_standardise_their_weights_are_refused() -> None:
         build({"name": "timm_zoo", "model": "nf_regnet_b0"}, (3, 64, 64))
 
 
-@without_maps
-def test_no_layer_starts_at_zero(choice: dict[str, Any], shape: Shape) -> None:
-    """A score could not rank its weights; vision transformers come with such a classifier."""
+@pytest.mark.parametrize(
+    ("choice", "shape"),
+    [
+        *(TOKENS + TIMM_TOKENS + TIMM_CONVOLUTIONAL),
+        pytest.param({"name": "timm_zoo", "model": "swinv2_cr_tiny_ns_224"}, (3, 64, 64), marks=pytest.mark.slow),
+    ],
+    ids=label,
+)
+def test_no_layer_starts_at_zero_nor_scales_by_it(choice: dict[str, Any], shape: Shape) -> None:
+    """A score could not rank its weights; vision transformers come with such a classifier, ResNets with such norms."""
     _, net = build(choice, shape)
-    assert all(weight.any() for weight in prunable(net).values())
+    assert all(weight.any() for name, weight in net.named_parameters() if name.endswith("weight"))
     other = build(choice, shape)[1]
     assert all(torch.equal(weight, other.get_parameter(name)) for name, weight in net.named_parameters())
+
+
+def test_the_branches_of_timms_resnets_take_part() -> None:
+    """There the last norm of every block starts at zero: all scores before it would be 0, and its weights go."""
+    _, net = build({"name": "timm_zoo", "model": "resnet10t"}, (1, 64, 64))
+    mask = prune(net, ToyBatches(16, 8, 4, (1, 64, 64)), score=SCORES["snip"](), sparsity=0.95)
+    assert not mask.dead_layers()
+    counts = [count for name, count in mask.per_layer().items() if ".conv" in name]
+    assert sum(kept for kept, _ in counts) > 0.03 * sum(total for _, total in counts)
 
 
 def test_fused_attention_weights_are_prunable() -> None:

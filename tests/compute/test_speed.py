@@ -13,11 +13,12 @@ from torch import nn
 
 from epsd.compute import speed
 from epsd.compute.speed import AccelerationError, align_, compiled, pick_update, sgd
-from epsd.masks import Mask, MaskHolder, prunable
+from epsd.masks import Mask, prunable
 from epsd.objectives import OBJECTIVES
 from epsd.project.recipes import Recipe
 from epsd.training.fit import fit
 from epsd.training.record import Record
+from epsd.training.updates import MaskHolder
 from toys import ToyBatches, convnet
 
 CPU = torch.device("cpu")

@@ -355,3 +355,28 @@ def test_what_cannot_be_wrapped_is_named() -> None:
         epochs(DataLoader(TensorDataset(torch.rand(4, 3, 4, 4), torch.tensor([[0], [1], [0], [1]])), batch_size=2))
     with pytest.raises(TooFewImages, match="the split has 3, the batch size is 4"):
         as_batches(DataLoader(Photos(3), batch_size=4, drop_last=True))
+
+
+class Noisy(Counted):
+    """Draws from all three generators, and shuffles."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        for i in random.sample(range(self.count or 0), self.count or 0):
+            yield torch.full((1, 2, 2), float(i)) + torch.rand(1) + float(np.random.rand()), i % 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_seed_decides_what_an_iterable_dataset_draws(workers: int) -> None:
+    """With the epoch; the loader's own generator is mixed in. The global random state is left alone."""
+
+    def images(seed: int, epoch: int, own: int | None = None) -> Tensor:
+        generator = None if own is None else torch.Generator().manual_seed(own)
+        loader: DataLoader[Any] = DataLoader(Noisy(), batch_size=4, num_workers=workers, generator=generator)
+        return torch.cat([batch.images for batch in as_batches(loader, seed=seed).epoch(epoch)])
+
+    state, numpy, python = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    first = images(0, 0)
+    assert torch.equal(first, images(0, 0))
+    assert not any(torch.equal(first, other) for other in (images(1, 0), images(0, 1), images(0, 0, own=5)))
+    assert torch.equal(state, torch.get_rng_state())
+    assert (numpy == np.random.get_state()[1]).all() and python == random.getstate()

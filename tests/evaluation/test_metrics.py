@@ -1,6 +1,7 @@
 """Accuracy and calibration against figures worked out by hand; parameters and FLOPs against published ones."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +174,24 @@ def test_flops_of_a_vit_include_its_attention() -> None:
             parameter.zero_()
     assert metrics.flops(net, (3, 32, 32)).sparse == 2 * 2 * products
     assert sparse == pytest.approx(dense, rel=0.05)  # its head starts at zero
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}])
+def test_flops_of_recurrent_layers(kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
+    """Every weight meets every step of the sequence, here of the 6 rows."""
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = kind(8, 16, batch_first=True, **options)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.rows(images.flatten(1, 2))[0][:, -1]
+
+    net = Reader()
+    weights = sum(p.numel() for name, p in net.named_parameters() if "weight" in name)
+    assert metrics.flops(net, (1, 6, 8)) == (2 * 6 * weights, 2 * 6 * weights)
 
 
 def test_flops_leave_mode_and_hooks_alone() -> None:

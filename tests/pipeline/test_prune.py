@@ -11,6 +11,9 @@ from conftest import ROOT
 from epsd.architectures import built
 from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
+from epsd.evaluation import metrics
+from epsd.masks import prunable
+from epsd.pipeline.deploy import masked
 from epsd.pipeline.prune import pruned, scored, scoring_key, uncontrolled
 from epsd.pipeline.train import card
 from epsd.preparing.write import prepare
@@ -87,6 +90,22 @@ def test_controls_share_the_mask_in_which_rounds_end(data: Prepared) -> None:
         measured = {"seconds", "peak_memory_mib"}
         for name in apart.report.keys() | shared.report.keys() - measured:
             assert name in measured or apart.report[name] == shared.report[name]
+
+
+def test_excluded_layers_stay_whole_and_are_not_counted_anywhere(data: Prepared) -> None:
+    """In a shared scoring, in the card that goes with the weights, and in what `evaluate` counts by it."""
+    mine = params(**{"prune.exclude": ["fc", "layer3.*"], "prune.compare": False, "prune.sparsity": 0.5})
+    assert scoring_key(mine) != scoring_key(params(**{"prune.compare": False}))
+    apart, shared = pruned(mine, data), pruned(mine, data, scored(mine, data))
+    assert apart.mask == shared.mask
+    assert not any(name.startswith(("fc.", "layer3.")) for name in apart.mask.keep)
+    apart.mask.apply_(apart.model)
+    about = card(mine, data, apart.mask, apart.model)
+    assert set(about["not_covered"]) | set(apart.mask.keep) == set(prunable(apart.model))
+    counted = metrics.count_parameters(apart.model, masked(apart.model, about))
+    assert counted.sparsity == pytest.approx(0.5, abs=1 / apart.mask.total)
+    whole = pruned(params(**{"prune.compare": False}), data)
+    assert "not_covered" not in card(mine, data, whole.mask, whole.model)
 
 
 def test_scores_are_not_shared_over_rounds(data: Prepared) -> None:

@@ -19,7 +19,7 @@ from epsd.objectives import OBJECTIVES
 from epsd.pruning.metagradients import gradient_norms, mask_gradient
 from epsd.pruning.scoring import Following, MetaGradientError, normalised, scoring
 from epsd.pruning.unroll import Unroll
-from epsd.types import Batch, Forward, Loss
+from epsd.types import Batch, EpsdError, Forward, Loss
 from toys import ToyBatches, convnet, mlp
 
 DOUBLE = torch.float64
@@ -386,7 +386,7 @@ def test_what_is_no_logits_is_named() -> None:
             return {"logits": self.inner(images)}
 
     model = Named()
-    with scoring(model), pytest.raises(MetaGradientError, match=r"gives dict, a score needs logits \(B, K\)"):
+    with scoring(model), pytest.raises(EpsdError, match=r"gives dict, not logits \(B, K\)"):
         mask_gradient(model, supervised, draw(1), ["inner.1.weight"])
 
 

@@ -1,7 +1,9 @@
 """The training loop: the mask holds, a killed run goes on bit for bit, bad losses stop it."""
 
 import copy
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,19 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from epsd.compute.seeds import mix
 from epsd.data.loaders import as_batches
+from epsd.evaluation.evaluate import evaluate
+from epsd.losses import as_objective, cross_entropy
 from epsd.masks import Mask, MaskError, prunable
 from epsd.objectives import OBJECTIVES
 from epsd.project.recipes import Recipe
-from epsd.training.checkpoints import CheckpointError
+from epsd.pruning.prune import prune
+from epsd.scores import SCORES
+from epsd.training.checkpoints import CheckpointError, described
 from epsd.training.fit import fit
 from epsd.training.record import Record, TrainingError
 from epsd.training.schedule import lr_at
-from toys import ToyBatches, convnet
+from epsd.types import EpsdError
+from toys import ToyBatches, convnet, mlp
 
 NAMES = sorted(OBJECTIVES)
 QUICK = {"epochs": 3, "lr": 0.1, "schedule": "cosine"}
@@ -333,3 +340,136 @@ def test_the_memory_format_changes_rounding_only() -> None:
 
     pairs = zip(after("channels_last").parameters(), after("contiguous").parameters(), strict=True)
     assert all(torch.allclose(first, second, rtol=1e-9, atol=1e-12) for first, second in pairs)
+
+
+class Sigmoid(nn.Module):
+    """A network of one output z per image, (B, 1) or (B,), or of the two logits (0, z)."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.net, self.form = convnet(classes=1), form
+
+    def forward(self, images: Tensor) -> Tensor:
+        z = self.net(images)
+        return {"column": z, "flat": z[:, 0], "two": torch.cat([torch.zeros_like(z), z], 1)}[self.form]
+
+
+def binary(z: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(z.flatten(), labels.to(z.dtype))
+
+
+@pytest.mark.parametrize("form", ["column", "flat"])
+def test_one_logit_is_thresholded(form: str) -> None:
+    """In training, validation and evaluation, as the two logits (0, z) under cross entropy: the same network."""
+    data, recipe = ToyBatches(), Recipe(epochs=10, lr=0.05, precision="fp32")
+    data.labels = (data.labels == 0).long()  # of unequal number
+    one, two = Sigmoid(form), Sigmoid("two")
+    ours = fit(one, data, objective=binary, recipe=recipe, validation=data)
+    theirs = fit(two, data, recipe=recipe, validation=data)
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("train/loss", "train/top1", "val/top1", "val/nll"):
+            assert mine[name] == pytest.approx(other[name], abs=1e-5), name
+    with torch.no_grad():
+        right = ((one(data.images).flatten() > 0) == data.labels.bool()).double().mean()
+    assert right > 0.8
+    assert ours[-1]["val/top1"] == pytest.approx(float(right))
+    assert evaluate(one, data).metrics == pytest.approx(evaluate(two, data).metrics, abs=1e-5)
+    assert evaluate(one, data).confusion.shape == (2, 2)
+
+
+def test_one_output_is_refused_where_it_says_nothing() -> None:
+    """Cross entropy over it, which is always 0; integer labels of a regression."""
+
+    def squares(z: Tensor, labels: Tensor) -> Tensor:
+        return (z.flatten() - labels).square().mean()
+
+    for objective in OBJECTIVES.values():
+        with pytest.raises(EpsdError, match=r"x 1 for .* images: cross entropy needs|a label is (1|too large)"):
+            fit(Sigmoid("column"), ToyBatches(num_classes=2), objective=objective(), recipe=Recipe(epochs=1))
+    for form in ("column", "flat"):
+        with pytest.raises(EpsdError, match=r"the network has one output, and a label is 2: .* regression"):
+            fit(Sigmoid(form), ToyBatches(), objective=squares, recipe=Recipe(epochs=1))
+        with pytest.raises(EpsdError, match="the network has one output, and a label is 2"):
+            evaluate(Sigmoid(form), ToyBatches())
+    with pytest.raises(EpsdError, match="evaluate: a label is 2: the network has no output for it"):
+        evaluate(convnet(classes=2), ToyBatches())
+    with pytest.raises(EpsdError, match=r"x 6 x 4 x 4 for .* images: cross entropy needs"):
+        fit(convnet()[:3], ToyBatches(), recipe=Recipe(epochs=1))
+
+
+@pytest.mark.parametrize("name", ["snip", "prospr", "grasp", "epsd"])
+def test_a_network_of_one_output_is_pruned_under_a_loss_of_its_own(name: str) -> None:
+    """By (0, z) under cross entropy, the same mask."""
+    settings = {"samples_per_class": 8} if name == "grasp" else {}
+    data, masks = ToyBatches(num_classes=2), []
+    for form, loss in (("column", binary), ("two", cross_entropy)):
+        masks.append(prune(Sigmoid(form), data, score=SCORES[name](**settings), sparsity=0.6, objective=loss))
+    assert masks[0].jaccard(masks[1]) > 0.99
+    with pytest.raises(EpsdError, match="cross entropy needs logits"):
+        prune(Sigmoid("column"), data, score=SCORES[name](**settings), sparsity=0.6)
+
+
+def test_a_loss_of_ones_own_is_scored_by_every_score_that_has_a_loss() -> None:
+    """SNIP, ProsPr and GraSP leave a self-distillation method aside, by design, but not the loss that is trained."""
+
+    def focal(logits: Tensor, labels: Tensor) -> Tensor:
+        rows = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return ((1 - (-rows).exp()) ** 2 * rows).mean()
+
+    data = ToyBatches(shape=(1, 4, 3))
+    for name in ("snip", "prospr", "grasp", "epsd"):
+        score = SCORES[name](**({"samples_per_class": 2} if name == "grasp" else {}))
+        common = {"score": score, "sparsity": 0.7}
+        plain = prune(mlp(dtype=torch.float32), data, **common)
+        assert prune(mlp(dtype=torch.float32), data, objective=focal, **common) != plain
+        if name != "epsd":
+            assert prune(mlp(dtype=torch.float32), data, objective=OBJECTIVES["pskd"](), **common) == plain
+
+
+def weighted(gamma: float, weights: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        rows = nn.functional.cross_entropy(logits, labels, weights, reduction="none")
+        return ((1 - (-rows).exp()) ** gamma * rows).mean()
+
+    return loss
+
+
+class Tempered(nn.Module):
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits / self.temperature, labels)
+
+
+def test_a_checkpoint_knows_the_loss_of_ones_own(tmp_path: Path) -> None:
+    """By its code, what it closes over, its defaults and its attributes; the same loss made anew goes on."""
+    label_smoothing = partial(nn.functional.cross_entropy, label_smoothing=0.1)
+    losses: list[Callable[[], Callable[[Tensor, Tensor], Tensor]]] = [
+        lambda: cross_entropy,
+        lambda: nn.functional.cross_entropy,
+        lambda: label_smoothing,
+        lambda: partial(nn.functional.cross_entropy, label_smoothing=0.2),
+        lambda: weighted(1.0),
+        lambda: weighted(2.0),
+        lambda: weighted(2.0, torch.tensor([1.0, 2.0, 1.0])),
+        lambda: weighted(2.0, torch.tensor([1.0, 2.0, 2.0])),
+        lambda: lambda logits, labels: nn.functional.cross_entropy(logits, labels) * 2,
+        lambda: lambda logits, labels: nn.functional.cross_entropy(logits, labels) * 3,
+        lambda: Tempered(2.0),
+        lambda: Tempered(3.0),
+        lambda: Tempered(3.0).forward,
+        lambda: nn.CrossEntropyLoss(),
+        lambda: nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 1.0])),
+    ]
+    once = Recipe(epochs=1, precision="fp32")
+    for number, loss in enumerate(losses):
+        checkpoint = tmp_path / f"{number}.safetensors"
+        fit(convnet(), ToyBatches(), recipe=once, objective=loss(), checkpoint=checkpoint)
+        fit(convnet(), ToyBatches(), recipe=once, objective=loss(), checkpoint=checkpoint)
+        with pytest.raises(CheckpointError, match="other parameters"):
+            other = losses[(number + 1) % len(losses)]()
+            fit(convnet(), ToyBatches(), recipe=once, objective=other, checkpoint=checkpoint)
+    marks = [json.dumps(described(as_objective(loss()))) for loss in losses]
+    assert len(set(marks)) == len(marks)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from epsd.compute.devices import to_device
-from epsd.evaluation.metrics import evaluating
+from epsd.compute.networks import in_mode
 from epsd.losses import kl_divergence
 from epsd.types import Batch, Batches, BatchNeeds
 
@@ -40,7 +40,7 @@ class Probe:
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The measures after one more epoch. Mode, buffers and random state of `model` stay as they are."""
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), in_mode(model):
             now, same = self._predictions(model, self._plain, BatchNeeds("same_class"))
             first, second = self._predictions(model, self._augmented, BatchNeeds("view"))
         found = {SAME_CLASS: _kl(same, now), VIEWS: _kl(first, second)}

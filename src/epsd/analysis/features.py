@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from epsd.evaluation.metrics import evaluating
+from epsd.compute.networks import in_mode
 from epsd.types import Batches
 
 MOST = 2000
@@ -49,7 +49,7 @@ def penultimate(model: nn.Module, batches: Batches) -> Features:
     hooks = [module.register_forward_hook(note) for module in layers]
     values, labels, right, drawn = [], [], [], 0
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), in_mode(model):
             for batch in batches.epoch(0):
                 logits = model(batch.images.to(device)).cpu()
                 values.append(_flat(seen[0]).float().cpu())

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from epsd.compute.networks import in_mode
 from epsd.compute.seeds import mix
-from epsd.evaluation.metrics import evaluating
 from epsd.masks import Mask
 from epsd.pruning.scoring import calling
 
@@ -26,7 +26,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     Running statistics belong to the centre alone: away from it they would normalise activations of other weights, and
     the slice would show that mismatch. With the batch's own they follow the weights, as in training.
     """
-    with evaluating(model):
+    with in_mode(model):
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.training = True

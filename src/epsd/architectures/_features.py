@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from epsd.types import EpsdError
 
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 _FIXED = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 TRUNKS = ("features", "trunk_output", "layers", "stages", "blocks")
 
@@ -37,14 +38,18 @@ def try_on(model: nn.Module, image_shape: tuple[int, int, int], name: str, hint:
 
 
 def wake_(model: nn.Module) -> nn.Module:
-    """`model`, its convolution and linear layers that start at zero drawn as torch draws such layers by default.
+    """`model`, its convolution and linear layers that start at zero drawn as torch draws such layers by default, and
+    its normalisations that scale by zero at the start at 1.
 
-    Vision transformers start with a classifier of zeros. Nothing that is pruned at initialisation may: scores multiply
-    by the initial weights, so that such a layer would lose all of them.
+    Vision transformers start with a classifier of zeros, timm's ResNets with the last norm of every block at zero.
+    Nothing that is pruned at initialisation may: scores multiply by the initial weights and by the gradients that come
+    through the norms, so that such a layer, or the branch before such a norm, would lose all its weights.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and not module.weight.any():
             module.reset_parameters()
+        elif isinstance(module, _NORMS) and module.weight is not None and not module.weight.any():
+            nn.init.ones_(module.weight)
     return model
 
 

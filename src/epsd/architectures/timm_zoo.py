@@ -41,7 +41,8 @@ _STANDARDISED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv
 @variant
 class TimmZoo:
     """A classifier of timm, built with `pretrained=False`: its own initialisation, nothing is downloaded.
-    Layers that it starts at zero (the classifier of vision transformers) are drawn instead: no score could rank them.
+    Layers that it starts at zero (the classifier of vision transformers) are drawn instead, and norms that scale by
+    zero (the last one in the blocks of a ResNet of timm) start at 1: no score could rank what they silence.
 
     Settings
     --------

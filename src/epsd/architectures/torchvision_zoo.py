@@ -36,7 +36,8 @@ def _arguments(model: str, image_shape: tuple[int, int, int]) -> dict[str, Any]:
 @variant
 class TorchvisionZoo:
     """A classifier of torchvision, built with `weights=None`; its own initialisation, as its authors wrote it there.
-    Layers that it starts at zero (the classifier of vision transformers) are drawn instead: no score could rank them.
+    Layers that it starts at zero (the classifier of vision transformers) are drawn instead, and norms that scale by
+    zero start at 1: no score could rank what they silence.
 
     Settings
     --------

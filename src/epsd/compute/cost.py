@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves
 
 from epsd.compute import distributed
 from epsd.types import Forward
@@ -83,8 +85,8 @@ class Meter:
     def watching(self, model: nn.Module) -> Iterator["Meter"]:
         """Count every call of `model` meanwhile, also with other weights (`functional_call`) and of its deep copies."""
 
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
-            self._count(len(inputs[0]), logits)
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], outputs: object) -> None:
+            self._count(len(inputs[0]), outputs)
 
         handle = model.register_forward_hook(hook)  # a plain function: a deep copy of the model shares it
         try:
@@ -92,11 +94,14 @@ class Meter:
         finally:
             handle.remove()
 
-    def _count(self, images: int, logits: Tensor) -> None:
+    def _count(self, images: int, outputs: object) -> None:
         images *= distributed.world()
         self.images_forward += images
-        if logits.requires_grad:
-            logits.register_hook(self._arriving(images))  # type: ignore[no-untyped-call]
+        live = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if len(live) == 1:
+            live[0].register_hook(self._arriving(images))  # type: ignore[no-untyped-call]
+        elif live:
+            register_multi_grad_hook(live, self._arriving(images), mode="any")
 
     def _arriving(self, images: int) -> Callable[[Tensor], None]:
         """Called whenever a gradient reaches the logits of one forward pass.

@@ -1,6 +1,7 @@
 """Your own DataLoader as `Batches`: what an objective needs beyond images and labels is added around it."""
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import cached_property
@@ -52,18 +53,23 @@ def as_batches(source: Batches | DataLoader[Any], *, num_classes: int | None = N
     if not isinstance(source, DataLoader):
         raise LoaderError(f"expected prepared batches or a torch DataLoader, got {type(source).__name__}.")
     if isinstance(source.dataset, IterableDataset):
-        return StreamBatches(source, num_classes)
+        return StreamBatches(source, num_classes, seed)
     if source.batch_sampler is None:
         raise LoaderError("the DataLoader has batch_size=None: give it a batch size, its dataset single samples.")
     return LoaderBatches(source, num_classes, seed)
+
+
+def _mixed(loader: DataLoader[Any], seed: int) -> int:
+    """`seed`, and that of the generator that the user gave to the loader or to its sampler."""
+    own = loader.generator or getattr(loader.sampler, "generator", None)
+    return seed if own is None else mix(seed, own.initial_seed())
 
 
 class LoaderBatches:
     """Batches of a DataLoader over a dataset that can be asked for any sample."""
 
     def __init__(self, loader: DataLoader[Any], num_classes: int | None, seed: int) -> None:
-        own = loader.generator or getattr(loader.sampler, "generator", None)
-        self._loader, self._seed = loader, seed if own is None else mix(seed, own.initial_seed())
+        self._loader, self._seed = loader, _mixed(loader, seed)
         self._dataset = loader.dataset
         self.size = len(cast(Sized, loader.dataset))
         self._requests = Requests(self._dataset.__getitem__, loader.collate_fn, self._seed)
@@ -227,10 +233,13 @@ def _shape_of(value: Any) -> str:
 
 
 class StreamBatches:
-    """Batches of a DataLoader over an IterableDataset: images and labels as they come, nothing can be asked again."""
+    """Batches of a DataLoader over an IterableDataset: images and labels as they come, nothing can be asked again.
 
-    def __init__(self, loader: DataLoader[Any], num_classes: int | None) -> None:
-        self._loader = loader
+    What is drawn on the way, here or in the loader's workers, comes from (seed, epoch, position of the batch).
+    """
+
+    def __init__(self, loader: DataLoader[Any], num_classes: int | None, seed: int) -> None:
+        self._loader, self._seed = loader, _mixed(loader, seed)
         self.size = len(loader.dataset) if hasattr(loader.dataset, "__len__") else 0
         self.num_classes = num_classes or len(getattr(loader.dataset, "classes", ()))
 
@@ -248,9 +257,15 @@ class StreamBatches:
                 "give: use a dataset with __getitem__ and __len__, or objective.name: cross_entropy."
             )
         loader = copy.copy(self._loader)
-        loader.generator = torch.Generator().manual_seed(mix("stream", number))
+        loader.generator = torch.Generator().manual_seed(mix(self._seed, "stream", number))
+        with drawing_from(self._seed, "stream", number):
+            drawn = iter(loader)
         start = 0
-        for batch in loader:
+        for position in itertools.count():
+            with drawing_from(self._seed, "stream", number, position):
+                batch = next(drawn, None)
+            if batch is None:
+                return
             images, labels = _pair(batch)
             yield Batch(images, labels, torch.arange(start, start + len(labels)))
             start += len(labels)

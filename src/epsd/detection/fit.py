@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from epsd.compute import distributed, joint_layers
+from epsd.compute import distributed, joint_layers, networks
 from epsd.compute.devices import pick_precision
 from epsd.compute.seeds import mix
 from epsd.detection.backbone import DetectionError
@@ -22,8 +22,6 @@ from epsd.project.recipes import DetectorRecipe
 from epsd.training import checkpoints
 from epsd.training.updates import Updates
 from epsd.voc.scenes import Scene
-
-_LONELY = "Expected more than 1 value per channel when training"
 
 OnEpoch = Callable[[dict[str, float]], None]
 
@@ -185,7 +183,7 @@ def _losses(run: _Run, whole: Whole, samples: Sequence[Sample]) -> dict[str, Ten
         try:
             return whole.weighed(run.net(images, targets))
         except ValueError as error:
-            if _LONELY not in str(error):
+            if not networks.is_lonely(error):
                 raise
             raise DetectionError(
                 f"detect.batch_size: batch normalisation sees a single value of a map of one cell ({error}). Take "

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from epsd.compute import networks
 from epsd.data.loaders import as_batches
 from epsd.evaluation import metrics
+from epsd.losses import class_logits, logits_of
 from epsd.types import Batches, EpsdError
 
 
@@ -33,17 +35,20 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """Logits (N, K) float32 and labels (N,), both on the CPU, of one pass in evaluation mode.
 
-    `batches`: prepared ones, or a `DataLoader` of (image, label) pairs.
+    `batches`: prepared ones, or a `DataLoader` of (image, label) pairs. A network of one output z per image gives the
+    logits (0, z), see `losses.class_logits`.
 
     The network is moved to `device` (None: stays where it is); its mode is what it was, afterwards.
     """
     if device is not None:
         model.to(device)
+    networks.check(model)
     place = next(model.parameters()).device
     logits, labels = [], []
-    with metrics.evaluating(model), torch.no_grad():
+    with networks.in_mode(model), torch.no_grad():
         for batch in as_batches(batches).epoch(0):
-            logits.append(model(batch.images.to(place)).float().cpu())
+            given = logits_of(model(networks.as_weights(batch.images.to(place), model)), named=True).float()
+            logits.append(class_logits(given, batch.labels.to(place)).cpu())
             labels.append(batch.labels.cpu())
     if not sum(map(len, labels)):
         raise EvaluationError("evaluate: the split has no images.")
@@ -52,6 +57,8 @@ def predict(
 
 def measure(logits: Tensor, labels: Tensor, ece_bins: int = 15) -> Evaluation:
     """Every figure from logits (N, K) and labels (N,). top5 means the K best where K < 5."""
+    if len(labels) and int(labels.max()) >= logits.shape[1]:
+        raise EvaluationError(f"evaluate: a label is {int(labels.max())}: the network has no output for it.")
     broken = int((~torch.isfinite(logits)).any(dim=1).sum())
     if broken:
         raise EvaluationError(
@@ -77,7 +84,8 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy and calibration of `model` over `batches` (epoch 0), in evaluation mode and full precision.
 
-    Raises EvaluationError: no images, or outputs that are NaN or infinite.
+    Raises EvaluationError: no images; outputs that are NaN or infinite; a label for which there is no output.
+    EpsdError: one output and labels beyond 0 and 1; layers without weights yet; outputs that are no logits.
     """
     logits, labels = predict(model, batches, device)
     return measure(logits, labels, ece_bins)

@@ -4,6 +4,7 @@ One multiply-accumulate counts as two FLOPs (a product and a sum); many papers p
 our figure, under the name FLOPs: torchvision's ResNet-50 at 224 px is 4.09 G of those and 8.18 GFLOPs here.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from epsd.compute import networks
 
 
 class ReliabilityTable(NamedTuple):
@@ -169,18 +172,6 @@ _PLACES = (0, "input"), (1, "weight")
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; each module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextmanager
 def _hooked(model: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], Any], None]) -> Iterator[None]:
     """`hook` after the forward pass of each submodule, inside the block only."""
     with ExitStack() as stack:
@@ -202,10 +193,23 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def _recurrent_in_parts(model: nn.Module) -> Iterator[None]:
+    """The counter does not see into the kernels of whole LSTMs, only into the products that they consist of."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of Intel GPUs that are not there
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            yield
+
+
 def flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
     """FLOPs of the forward pass of one image (C, H, W): matrix products and convolutions, attention included.
 
-    Normalisation, activation, pooling and biases are not counted (about 1 % of a ResNet). `sparse` leaves out the
+    Recurrent layers are counted, too. Normalisation, activation, pooling and biases are not (about 1 % of a ResNet),
+    nor are products inside kernels of other libraries (deformable convolutions). `sparse` leaves out the
     products by weights that are exactly zero, of every convolution, linear map and MultiheadAttention: what a kernel
     that skips every zero would do, not what a dense one does.
     """
@@ -213,7 +217,7 @@ def flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
     from torch.utils.flop_counter import FlopCounterMode
 
     skippable = _Skippable(model.parameters())
-    image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
+    image = networks.as_weights(torch.zeros(1, *image_shape, device=next(model.parameters()).device), model)
     counter = FlopCounterMode(display=False)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(
@@ -221,10 +225,11 @@ def flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
     )  # the counter does not see into this kernel, nor into fused attention
     try:
         with (
-            evaluating(model),
+            networks.in_mode(model),
             _hooked(model, skippable.attention),
             _without_gradients(model),
             sdpa_kernel(SDPBackend.MATH),
+            _recurrent_in_parts(model),
             torch.no_grad(),
             counter,
             skippable,

@@ -53,8 +53,14 @@ def measured(model: nn.Module, card: Mapping[str, Any], *, dense: Path, compact:
     written = compact_file.save(model.state_dict(), compact, card)
     shape = tuple(card["image_shape"])
     whole = built(card["architecture"], card["num_classes"], shape) if card.get("shapes") else None
-    costs = evaluation.cost(model, prunable(model), shape, whole)
+    costs = evaluation.cost(model, masked(model, card), shape, whole)
     return {**costs, "bytes_dense": dense.stat().st_size, "bytes_sparse": written.file}
+
+
+def masked(model: nn.Module, card: Mapping[str, Any]) -> dict[str, nn.Parameter]:
+    """The weights of which the sparsity is a share: all that are prunable but those that the mask did not cover."""
+    whole = card.get("not_covered", ())
+    return {name: weight for name, weight in prunable(model).items() if name not in whole}
 
 
 class Subject(NamedTuple):

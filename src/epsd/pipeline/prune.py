@@ -86,7 +86,8 @@ def pruned(params: Params, data: Prepared, known: Scored | Pruned | None = None)
     elif isinstance(known, Pruned):
         mask, report = known.mask, known.report
     elif known is None:
-        how: dict[str, Any] = {"rounds": params.prune.rounds, **selection(params), **_draws(params)}
+        how: dict[str, Any] = {**params.prune.model_dump(include={"rounds", "exclude"}), **selection(params)}
+        how |= _draws(params)
         with within(work.means):
             with _measured(work) as spent:
                 mask = pruning.prune(work.model, work.batches, score=work.score, objective=work.objective, **how)
@@ -111,13 +112,14 @@ def scored(params: Params, data: Prepared) -> Scored:
     model, batches, score, objective, means, _ = work
     with within(means):
         with _measured(work) as report:
-            scores = pruning.scored(model, batches, score=score, objective=objective, **_draws(params))
+            how = {**_draws(params), "exclude": params.prune.exclude}
+            scores = pruning.scored(model, batches, score=score, objective=objective, **how)
         if not params.prune.compare:
             return Scored(scores, None, report)
         plain = scores
         if pruning.follows_objective(score):
             alone = PlainLoss(cross_entropy, objective.needs)
-            plain = pruning.scored(model, batches, score=score, objective=alone, **_draws(params))
+            plain = pruning.scored(model, batches, score=score, objective=alone, **how)
         return Scored(scores, plain, report | pruning.signal(model, batches, score, objective))
 
 
@@ -125,7 +127,7 @@ def scoring_key(params: Params) -> dict[str, Any]:
     """All parameters that `scored` depends on, beside the data: those with equal keys share one scoring."""
     sections = params.model_dump(include={"seed", "device", "architecture", "objective"})
     augmentation = params.data.model_dump(include={"crop_padding", "flip"})
-    own = params.prune.model_dump(include={"score", "batch_size", "compare", "precision"})
+    own = params.prune.model_dump(include={"score", "batch_size", "compare", "precision", "exclude"})
     return {**sections, **augmentation, **own, **_draws(params)}
 
 

@@ -13,7 +13,7 @@ from epsd.compute.speed import keep_freed_memory
 from epsd.data.prepared import Prepared
 from epsd.data.sampling import naming
 from epsd.data.streaming import Augmentation
-from epsd.masks import Mask
+from epsd.masks import Mask, prunable
 from epsd.objectives import OBJECTIVES
 from epsd.project.params import Params
 from epsd.registry import choose
@@ -80,6 +80,7 @@ def card(params: Params, data: Prepared, mask: Mask, model: nn.Module) -> dict[s
     """
     made = (params.architecture, data.num_classes, data.image_shape)
     narrow = {"shapes": narrowed(model, *made)} if params.prune.structure == "channels" else {}
+    whole = [name for name in prunable(model) if name not in mask.keep]
     return narrow | {
         "architecture": params.architecture,
         "num_classes": data.num_classes,
@@ -90,4 +91,5 @@ def card(params: Params, data: Prepared, mask: Mask, model: nn.Module) -> dict[s
         "reading": data.index.get("reading", {}),
         "mask": mask.summary(),
         "seed": params.seed,
+        **({"not_covered": whole} if whole else {}),
     }

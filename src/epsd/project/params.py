@@ -69,6 +69,7 @@ class PruneParams(Section):
     round_to: Count = 8
     floor: Annotated[float, Field(gt=0, le=1)] = 0.5
     scope: Literal["global", "layer", "erk", "lamp"]
+    exclude: Annotated[list[str], Bearing(neutral="[]")] = Field(default_factory=list)
     densities: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     channel_cap: Annotated[Annotated[float, Field(ge=1, le=LARGEST)] | None, Bearing(neutral="null")] = None
     rounds: Count
@@ -80,6 +81,12 @@ class PruneParams(Section):
     compare: Annotated[bool, Bearing(only_timing=True)]
     memory: Literal["auto"] | Positive
     precision: Literal["fp32", "bf16"]
+
+    @model_validator(mode="after")
+    def _of_weights(self) -> Self:
+        if self.exclude and self.structure == "channels":
+            raise ValueError("exclude: names layers whose weights stay; structure: channels goes by groups")
+        return self
 
 
 class _Whole(Section):

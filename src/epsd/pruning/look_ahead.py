@@ -171,7 +171,7 @@ def _fewer_at_once(changed: str, need: Need, images: int, at_once: int, budget: 
 
 
 def _what_parts_change(model: nn.Module, loss: LossFunction, batch: Batch) -> str:
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules()):
         return "BatchNorm normalises each part by itself"
     if isinstance(loss, Following) and isinstance(loss.objective, PlainLoss):
         with torch.no_grad():

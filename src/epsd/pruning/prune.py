@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from epsd.compute import distributed
+from epsd.compute import distributed, networks
 from epsd.compute.random_state import keeping_random_state
 from epsd.data.loaders import as_batches
 from epsd.losses import PlainLoss, as_objective, cross_entropy
-from epsd.masks import Mask, MaskError, Scope, check_fits, hidden, prunable
+from epsd.masks import Mask, MaskError, Scope, check_fits, covered, hidden, prunable
 from epsd.project.progress import Progress
+from epsd.pruning.blind_spots import BlindSpots, blind_spots, uncovered
 from epsd.pruning.channels import Structure
 from epsd.pruning.look_ahead import LookAhead, planned
 from epsd.pruning.metagradients import gradient_norms
@@ -30,6 +31,7 @@ from epsd.types import Batch, Batches, BatchNeeds, EpsdError, Objective, Score, 
 Source = Batches | Iterable[Batch] | DataLoader[Any]
 LossLike = Objective | Callable[[Tensor, Tensor], Tensor]
 Average = Literal["absolute", "signed"]
+Names = str | Iterable[str]
 
 
 class PruneError(EpsdError):
@@ -39,7 +41,7 @@ class PruneError(EpsdError):
 class Stream(Iterator[Batch]):
     """Batches for scoring, one after the other; with `restart`, from the beginning again when used up.
 
-    `passes` : how often the data was begun.  `image` : (1, C, H, W) of the last batch, None before the first.
+    `passes` : how often the data was begun.  `images` : the first four (B, C, H, W) of the last batch, None before it.
     """
 
     def __init__(self, source: Source, needs: BatchNeeds = BatchNeeds(), restart: bool = True, seed: int = 0) -> None:
@@ -53,7 +55,7 @@ class Stream(Iterator[Batch]):
         self._restart = restart
         self._batches = self._epoch(0)
         self.passes = 1
-        self.image: Tensor | None = None
+        self.images: Tensor | None = None
 
     def __next__(self) -> Batch:
         batch = next(self._batches, None)
@@ -68,7 +70,7 @@ class Stream(Iterator[Batch]):
                 f"scoring needs batches of type epsd.Batch, the data gave {type(batch).__name__}. A DataLoader of "
                 "(image, label) pairs is turned into such."
             )
-        self.image = batch.images[:1].clone()
+        self.images = batch.images[:4].clone()
         return batch
 
 
@@ -97,6 +99,8 @@ def prune(
     batches: int = 1,
     average: Average = "absolute",
     keep_at_least_one: bool = False,
+    include: Names | None = None,
+    exclude: Names = (),
     restart: bool = True,
     seed: int = 0,
 ) -> Mask:
@@ -110,7 +114,8 @@ def prune(
     model : its weights are the ones that will be trained; on any device.
     source : prepared batches, a `DataLoader` of (image, label) pairs, or any iterable of `Batch`.
     score : which weights matter, e.g. `Epsd(steps=3)`.
-    sparsity : share of prunable weights removed, [0, 1); exactly round(sparsity · N) are.
+    sparsity : share of prunable weights removed, [0, 1); exactly round(sparsity · N) are. Weights on which the output
+        does not depend are not of the N: a warning names them, and what else the score cannot see (`blind_spots`).
     objective : what the score differentiates: a self-distillation method, or a plain `loss(logits, labels)`.
     scope, densities, channel_cap : where scores compete, for how many places, and what of them counts: see
         `Mask.from_scores`.
@@ -120,13 +125,15 @@ def prune(
     average : mean of the scores ("absolute", default), each normalised, or score of the mean gradient ("signed"), in
         which what changes its sign from batch to batch cancels. GraSP, whose sign counts, is averaged with it.
     keep_at_least_one : no layer loses its last weight. Otherwise a layer that does is named in a warning.
+    include, exclude : the layers that the mask covers and that it leaves whole, see `masks.covered` ("fc",
+        "*.downsample.*"). The scores of the others are what they are without.
     restart : begin the data again when a score needs more batches than there are.
     seed : of order and augmentation where `batches` is a DataLoader.
 
     Raises
     ------
     MaskError : nothing to prune, scores that are not finite or all zero, a layer whose initial weights are all zero,
-        fewer weights left than layers.
+        fewer weights left than layers; a name in `include` or `exclude` that fits no layer.
     MetaGradientError : too few batches, or a loss that is not differentiable as often as the score needs.
     PruneError : `rounds` or `batches` below 1; an unknown `average`; a model that cannot be pruned as it is
         (DataParallel, TorchScript, no copy of it); something else than a score or an objective.
@@ -137,7 +144,8 @@ def prune(
     objective = copy.deepcopy(as_objective(_checked(model, score, objective)))
     selection: dict[str, Any] = {"scope": scope, "densities": densities, "channel_cap": channel_cap}
     selection["keep_at_least_one"] = keep_at_least_one
-    check_fits(prunable(model), sparsity, **selection)
+    wanted = covered(prunable(model), include, exclude)
+    check_fits(wanted, sparsity, **selection)
     work = _copied(model)
     repeated = _Repeated(score, batches, average)
     drawn = Stream(source, objective.needs, restart, seed)
@@ -145,15 +153,20 @@ def prune(
     with Progress("prune", rounds) if rounds > 1 else contextlib.nullcontext() as bar:
         for done in range(1, rounds + 1):
             scores = repeated(work, drawn, objective, _sizes(source))
-            if mask is None and sparsity:
-                _refuse_zeros(model, scores)
-            mask = Mask.from_scores(scores, sparsity, **selection, within=mask, progress=done / rounds)
+            if mask is None:
+                first = _only(wanted, scores)
+                first = _seen(work, first, drawn, score) if sparsity else first
+            mask = Mask.from_scores(_only(first, scores), sparsity, **selection, within=mask, progress=done / rounds)
             mask.apply_(work)
             if bar is not None:
                 bar.step()
     assert mask is not None
-    _warn_of_dead_layers(mask)
+    _warn_of_dead_layers(mask, first)
     return mask
+
+
+def _only(names: Iterable[str], scores: Scores) -> Scores:
+    return {name: scores[name] for name in names if name in scores}
 
 
 def scored(
@@ -164,16 +177,16 @@ def scored(
     objective: LossLike = cross_entropy,
     batches: int = 1,
     average: Average = "absolute",
+    exclude: Names = (),
 ) -> Scores:
     """The scores that `prune` ranks in its first round; `selected` makes a mask of them at any sparsity.
 
     `model` and `objective` are left as they are. Raises MetaGradientError, MaskError and PruneError as `prune` does.
     """
     objective = copy.deepcopy(as_objective(_checked(model, score, objective)))
-    stream = Stream(source, objective.needs)
-    scores = _Repeated(score, batches, average)(_copied(model), stream, objective, _sizes(source))
-    _refuse_zeros(model, scores)
-    return scores
+    wanted, work, drawn = covered(prunable(model), exclude=exclude), _copied(model), Stream(source, objective.needs)
+    scores = _Repeated(score, batches, average)(work, drawn, objective, _sizes(source))
+    return _seen(work, _only(wanted, scores), drawn, score)
 
 
 def gates(
@@ -239,6 +252,7 @@ def _checked(model: nn.Module, score: object, objective: LossLike) -> LossLike:
         raise PruneError(
             "the model is a TorchScript module, which has no layers to look at: prune it before scripting."
         )
+    networks.check(model)
     if isinstance(score, type):
         raise PruneError(f"score: got the class {score.__name__}: make one, {score.__name__}().")
     if not callable(score):
@@ -252,14 +266,35 @@ def _checked(model: nn.Module, score: object, objective: LossLike) -> LossLike:
     return objective
 
 
-def _refuse_zeros(model: nn.Module, scores: Scores) -> None:
-    """A layer that starts at zero would be taken whole by every score that multiplies by the initial weights."""
-    for name, weight in prunable(model).items():
-        if not scores[name].any() and not weight.any():
+def _seen(model: nn.Module, scores: Scores, drawn: Stream, score: Score) -> Scores:
+    """`scores` of the weights that the output depends on. What else a score cannot see is named (`blind_spots`).
+
+    Raises MaskError: a layer that starts at zero, which every score that multiplies by the initial weights would take.
+    """
+    spots = _spots(model, drawn)
+    seen = {name: given for name, given in scores.items() if name not in spots.unused}
+    weights = prunable(model)
+    for name, given in seen.items():
+        if not given.any() and not weights[name].any():
             raise MaskError(
                 f"every weight of '{name}' is zero, so that no score can rank them and all would be removed. "
-                "Initialise the layer, or leave it out by freezing it (requires_grad_(False))."
+                f"Initialise the layer, or leave it out: exclude '{name}'."
             )
+    ahead = isinstance(score, LookAhead) and bool(spots.zeros)  # a few steps ahead a little of them is seen
+    silent = [name for name in spots.silent if name in seen and (ahead or not seen[name].any())]
+    unused = [name for name in scores if name not in seen]
+    for told in (*BlindSpots(unused, silent, spots.zeros).told(), *uncovered(model)):
+        warnings.warn(told, stacklevel=3)
+    return seen
+
+
+def _spots(model: nn.Module, drawn: Stream) -> BlindSpots:
+    """By the images that the score drew last, or else by the first ones. Without any there is nothing to try."""
+    if drawn.images is None:
+        next(drawn, None)
+    if drawn.images is None:
+        return BlindSpots([], [], [])
+    return blind_spots(model, drawn.images.to(next(model.parameters()).device))
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -285,12 +320,13 @@ def selected(scores: Scores, *, sparsity: float, **selection: Any) -> Mask:
     `selection`: `scope`, `densities`, `channel_cap`, `keep_at_least_one`. Raises MaskError.
     """
     mask = Mask.from_scores(scores, sparsity, **selection)
-    _warn_of_dead_layers(mask)
+    _warn_of_dead_layers(mask, scores)
     return mask
 
 
-def _warn_of_dead_layers(mask: Mask) -> None:
-    if dead := mask.dead_layers():
+def _warn_of_dead_layers(mask: Mask, scores: Scores) -> None:
+    """Those that the sparsity is to blame for: of a layer without any score was told before."""
+    if dead := [name for name in mask.dead_layers() if scores[name].any()]:
         warnings.warn(
             f"no weight survives in {', '.join(dead)}: nothing flows through there. "
             "Lower prune.sparsity, or set prune.keep_at_least_one.",

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from epsd.compute import networks
 from epsd.compute.devices import to_device
 from epsd.compute.joint_layers import together
 from epsd.compute.random_state import keeping_random_state
 from epsd.compute.second_order import TwiceDifferentiable
+from epsd.losses import PlainLoss, logits_of, supervised
 from epsd.types import Batch, EpsdError, Forward, Loss, Objective, Scores
 
 LossFunction = Callable[[Forward, Batch], Loss]
@@ -42,6 +44,11 @@ class Following:
 
     def __copy__(self) -> "Following":
         return Following(self.objective)
+
+
+def of_labels(objective: Objective) -> LossFunction:
+    """What SNIP, GraSP and ProsPr differentiate: cross entropy, whatever distils; a user's own plain loss itself."""
+    return Following(objective) if isinstance(objective, PlainLoss) else supervised
 
 
 @dataclass(frozen=True)
@@ -77,17 +84,17 @@ def within(allowed: Means) -> Iterator[None]:
 def scoring(model: nn.Module, train: bool = True) -> Iterator[None]:
     """Put `model` in train or eval mode for a score; restore every module's mode and the random states afterwards.
 
+    In train mode what is frozen in eval mode stays so (`networks.resting`).
     Meanwhile gradients are on, layers run in a form that is cheap to differentiate twice (`epsd.compute.second_order`),
     attention in its plain one, and what is compiled as it was written: compiled code has no second derivative.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    modes = {module: module.training for module in model.modules()}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        model.train(train)
         with (
+            networks.in_mode(model, train=train),
             torch.inference_mode(False),
             torch.enable_grad(),
             _uncompiled(),
@@ -98,8 +105,6 @@ def scoring(model: nn.Module, train: bool = True) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -121,18 +126,20 @@ _HOOKED = (
 def calling(model: nn.Module, weights: Vector, counted: bool = False) -> Forward:
     """`model` called with `weights` (or buffers) in place of its own; other buffers are copied, never changed.
 
-    In the precision of `Means`; logits are in that of the weights, so that losses are exact. `counted`: what is saved
-    for the backward pass is being counted (`memory.Saved`), by such hooks as are refused otherwise.
+    In the precision of `Means`; images are taken in that of the weights, and logits given in the wider one of the two,
+    so that losses are exact. `counted`: what is saved for the backward pass is being counted (`memory.Saved`), by such
+    hooks as are refused otherwise.
 
-    MetaGradientError, when called: the network checkpoints activations, or gives something else than logits.
+    When called, MetaGradientError: the network checkpoints activations. EpsdError: it gives no logits.
     """
     lower = means().precision
+    own = next(iter(weights.values()), next(model.parameters())).dtype
 
     def forward(images: Tensor) -> Tensor:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with together(), torch.autocast(images.device.type, dtype=lower, enabled=lower is not None):
-            logits = _called(model, {**buffers, **weights}, images, counted)
-        return logits.to(images.dtype)
+            logits = _called(model, {**buffers, **weights}, images.to(own), counted)
+        return logits.to(torch.promote_types(images.dtype, own))
 
     return forward
 
@@ -145,12 +152,11 @@ def _called(model: nn.Module, weights: Vector, images: Tensor, counted: bool) ->
         if _HOOKED not in str(error):
             raise
         raise MetaGradientError(_HOOKED) from None
-    if not isinstance(logits, Tensor):
-        raise MetaGradientError(
-            f"the network gives {type(logits).__name__}, a score needs logits (B, K): wrap it in a module that "
-            "returns them alone."
-        )
-    return logits
+    except ValueError as error:
+        if not networks.is_lonely(error):
+            raise
+        raise MetaGradientError(f"a scoring batch cannot be used, {networks.LONELY}: use drop_last=True.") from None
+    return logits_of(logits)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """GraSP: keep gradient flow (Wang et al., ICLR 2020; official code alecwangcq/GraSP)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from epsd.compute import distributed
 from epsd.compute.random_state import random_state, set_random_state
 from epsd.compute.second_order import laid_out, weights_laid_out
-from epsd.losses import cross_entropy
 from epsd.masks import prunable
 from epsd.project.settings import Count, Positive
-from epsd.pruning.scoring import MetaGradientError, calling, draw, scoring, wide
+from epsd.pruning.scoring import LossFunction, MetaGradientError, calling, draw, of_labels, scoring, wide
 from epsd.pruning.unroll import contract, gradient_of
 from epsd.registry import variant
 from epsd.types import Batch, Objective, Scores
+
+Group = tuple[Tensor, Tensor]
+"""Images (B, C, H, W) and labels (B,) that are evaluated together."""
 
 
 @variant
@@ -50,7 +52,10 @@ class Grasp:
     signed: ClassVar[bool] = True
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
-        """Draws batches until every class has its samples (or `batches` of them), `repeats` times."""
+        """Draws batches until every class has its samples (or `batches` of them), `repeats` times.
+
+        Of the objective a plain loss alone counts (`scoring.of_labels`).
+        """
         names = list(prunable(model))
         if not names:
             return {}
@@ -60,19 +65,26 @@ class Grasp:
         with scoring(model, self.mode == "train"):
             trained = {name for name, p in model.named_parameters() if p.requires_grad}
             weights = {n: w.requires_grad_() for n, w in weights_laid_out(model).items() if n in trained}
-            curvature = self._curvature(model, weights, groups, names)
+            curvature = self._curvature(self._scaled(of_labels(objective), model, weights), weights, groups, names)
         saliency = {name: wide(weights[name].detach()) * wide(curvature[name]) for name in names}
         return _normalised(saliency)
 
-    def _loss(self, model: nn.Module, weights: dict[str, Tensor], group: tuple[Tensor, Tensor]) -> Tensor:
-        if len(group[1]) % distributed.world():  # cannot be sliced evenly: all of it in each process, to the same end
-            with distributed.alone():
-                return self._loss(model, weights, group)
-        images, labels = (part[distributed.share(len(part))] for part in group)
-        return cross_entropy(calling(model, weights)(laid_out(images, model)) / self.temperature, labels)
+    def _scaled(self, loss: LossFunction, model: nn.Module, weights: dict[str, Tensor]) -> Callable[[Group], Tensor]:
+        """The loss of images and labels with logits divided by the temperature, of this process's slice of them."""
+        forward = calling(model, weights)
+
+        def of(group: Group) -> Tensor:
+            if len(group[1]) % distributed.world():  # cannot be sliced evenly: all of it in each, to the same end
+                with distributed.alone():
+                    return of(group)
+            images, labels = (part[distributed.share(len(part))] for part in group)
+            batch = Batch(images, labels, torch.arange(len(labels)))
+            return loss(lambda x: forward(laid_out(x, model)) / self.temperature, batch).total
+
+        return of
 
     def _curvature(
-        self, model: nn.Module, weights: dict[str, Tensor], groups: list[tuple[Tensor, Tensor]], names: list[str]
+        self, loss: Callable[[Group], Tensor], weights: dict[str, Tensor], groups: list[Group], names: list[str]
     ) -> dict[str, Tensor]:
         """H g over the prunable weights, one group's graph at a time: first all of g, then each H_b g.
 
@@ -84,23 +96,23 @@ class Grasp:
         g = [torch.zeros_like(w) for w in chosen.values()]
         for group in groups:
             states.append(random_state(device))
-            torch._foreach_add_(g, gradient_of(self._loss(model, weights, group), chosen, create_graph=False))
+            torch._foreach_add_(g, gradient_of(loss(group), chosen, create_graph=False))
         distributed.mean_(g)
         product = [torch.zeros_like(w) for w in g]
         for group, state in zip(groups, states, strict=True):
             set_random_state(device, state)
-            part = gradient_of(self._loss(model, weights, group), chosen, create_graph=True)
+            part = gradient_of(loss(group), chosen, create_graph=True)
             torch._foreach_add_(product, contract(part, g, chosen))
         distributed.mean_(product)
         return dict(zip(names, product, strict=True))
 
-    def _groups(self, source: Iterator[Batch], model: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    def _groups(self, source: Iterator[Batch], model: nn.Module, device: torch.device) -> list[Group]:
         if self.samples_per_class is None:
             drawn = draw(source, self.batches, f"score grasp with batches={self.batches}", device)
             return [(batch.images, batch.labels) for batch in drawn]
         first = draw(source, 1, "score grasp", device)[0]
         with scoring(model, False), torch.no_grad():
-            classes = calling(model, {})(first.images[:2]).shape[1]
+            classes = max(2, calling(model, {})(first.images[:2])[0].numel())  # one output tells two classes
         images, labels = self._selected(first, source, classes, device)
         half = len(labels) // 2
         return [(images[:half], labels[:half]), (images[half:], labels[half:])]

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from epsd.losses import supervised
 from epsd.pruning.look_ahead import LookAhead, look_ahead_scores
+from epsd.pruning.scoring import of_labels
 from epsd.registry import variant
 from epsd.types import Batch, Objective, Scores
 
@@ -23,5 +23,5 @@ class ProsPr(LookAhead):
     follows_objective: ClassVar[bool] = False
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
-        """Draws `steps` + 1 batches; the objective is not consulted."""
-        return look_ahead_scores(model, supervised, batches, self, "prospr")
+        """Draws `steps` + 1 batches; of the objective a plain loss alone counts (`scoring.of_labels`)."""
+        return look_ahead_scores(model, of_labels(objective), batches, self, "prospr")

@@ -6,11 +6,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from epsd.losses import supervised
 from epsd.masks import prunable
 from epsd.project.settings import Count
 from epsd.pruning.metagradients import mask_gradient
-from epsd.pruning.scoring import draw, normalised, scoring
+from epsd.pruning.scoring import draw, normalised, of_labels, scoring
 from epsd.registry import variant
 from epsd.types import Batch, Objective, Scores
 
@@ -34,12 +33,12 @@ class Snip:
     derivative: ClassVar[bool] = True
 
     def __call__(self, model: nn.Module, batches: Iterable[Batch], objective: Objective) -> Scores:
-        """Draws `batches` batches; the objective is not consulted."""
+        """Draws `batches` batches; of the objective a plain loss alone counts (`scoring.of_labels`)."""
         names = list(prunable(model))
         if not names:
             return {}
         device = next(model.parameters()).device
         drawn = draw(batches, self.batches, f"score snip with batches={self.batches}", device)
         with scoring(model, self.mode == "train"):
-            each = [mask_gradient(model, supervised, [batch], names).gradient for batch in drawn]
+            each = [mask_gradient(model, of_labels(objective), [batch], names).gradient for batch in drawn]
         return normalised({name: torch.stack([g[name] for g in each]).sum(0) for name in names})

@@ -42,8 +42,8 @@ class SynFlow:
         if not names:
             return {}
         device = next(model.parameters()).device
-        seen: Tensor | None = getattr(batches, "image", None)  # an endless source remembers the last one
-        image = draw(batches, 1, "score synflow", device)[0].images[:1] if seen is None else seen.to(device)
+        seen: Tensor | None = getattr(batches, "images", None)  # an endless source remembers the last ones
+        image = draw(batches, 1, "score synflow", device)[0].images[:1] if seen is None else seen[:1].to(device)
         with within(Means()), scoring(model, train=False):
             dtype = model.get_parameter(names[0]).dtype
             safe = dtype != torch.float64 and device.type != "mps"  # which has no double precision

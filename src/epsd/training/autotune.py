@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
-from epsd.compute import distributed, shortage
+from epsd.compute import distributed, networks, shortage
 from epsd.compute.cost import Meter
 from epsd.compute.devices import MEMORY_FORMATS, PRECISIONS, breaks_channels_last, pick_memory_format, pick_precision
 from epsd.compute.speed import compiled
@@ -58,7 +58,9 @@ def named(text: str) -> Way:
 def ways(recipe: Recipe, model: torch.nn.Module, device: torch.device) -> list[Way]:
     """What the recipe leaves open; first what is taken unmeasured. Raises EpsdError where the device cannot."""
     precisions, layouts = [recipe.precision], [recipe.memory_format]
-    if recipe.precision == "auto":
+    if networks.weight_type(model) == torch.float64:
+        precisions = ["fp32"]  # which is that of the weights
+    elif recipe.precision == "auto":
         precisions += ["fp32", "bf16"]
     if recipe.memory_format == "auto" and (device.type != "cpu" or breaks_channels_last(model) is None):
         layouts += ["contiguous"]
@@ -110,6 +112,7 @@ class _Bench:
     def __init__(self, loop: "_Loop", batch: Batch) -> None:
         self._batch, self._trial = batch, copy.copy(loop)
         self._trial.model = copy.deepcopy(loop.model)
+        self._rest = networks.resting(self._trial.model)
         self._trial.net = compiled(self._trial.model, loop.way.compile, loop.device)
         self._trial.objective = copy.copy(loop.objective)
         self._trial.objective.begin("score", loop.train.size, loop.train.num_classes)
@@ -130,7 +133,7 @@ class _Bench:
 
     def _step(self) -> None:
         trial = self._trial
-        trial.model.train()
+        networks.train_(trial.model, self._rest)
         trial.backward(shortage.parts(self._batch, trial.room.parts), 0.0)
         trial.updates.take(trial.recipe.lr)
 

@@ -8,9 +8,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from epsd.files import digests
@@ -88,3 +91,38 @@ def load(path: Path, mark: str) -> dict[str, Any] | None:
         )
     state: dict[str, Any] = _decode(about["tree"], tensors)
     return state
+
+
+def described(value: Any, inside: tuple[int, ...] = ()) -> Any:
+    """Plain values that tell `value` from another one, the same in every process that runs this code.
+
+    Of a function its code, its defaults and what it closes over; of an object its class and its attributes; of a tensor
+    its content.
+    """
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device):
+        return repr(value)
+    if id(value) in inside:
+        return "..."
+    inside = (*inside, id(value))
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return [repr(value.dtype), list(value.shape), digests.digest([content.numpy().data])]
+    if isinstance(value, Mapping):
+        return [[described(part, inside) for part in pair] for pair in value.items()]
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = [described(part, inside) for part in value]
+        return sorted(parts, key=repr) if isinstance(value, set | frozenset) else parts
+    if isinstance(value, CodeType):
+        return [value.co_code.hex(), value.co_names, described(value.co_consts, inside)]
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [
+            name,
+            *(described(p, inside) for p in (value.__code__, value.__defaults__, value.__kwdefaults__, cells)),
+        ]
+    if isinstance(value, MethodType):
+        return [described(value.__func__, inside), described(value.__self__, inside)]
+    if isinstance(value, partial):
+        return [described(part, inside) for part in (value.func, value.args, value.keywords)]
+    return [name, described(getattr(value, "__dict__", {}), inside) if not isinstance(value, type) else ""]

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from epsd.compute import distributed, joint_layers, shortage
+from epsd.compute import distributed, joint_layers, networks, shortage
 from epsd.compute.cost import Meter
 from epsd.compute.devices import to_device
 from epsd.compute.seeds import mix
 from epsd.compute.speed import compiled, lay_out_
 from epsd.data.loaders import as_batches
-from epsd.losses import as_objective, cross_entropy, no_such_class
+from epsd.losses import PlainLoss, as_objective, class_logits, cross_entropy, logits_of, no_such_class
 from epsd.masks import Mask
 from epsd.project.progress import Progress
 from epsd.project.recipes import Recipe
@@ -57,14 +58,16 @@ def fit(
     Parameters
     ----------
     train : prepared batches, or a `DataLoader` of (image, label) pairs, see `as_batches`.
-    objective : a self-distillation method, or a plain `loss(logits, labels)`. On a CPU it is also called with a few
-        images before the first step, to see whether the step will fit into memory.
+    objective : a self-distillation method, or a plain `loss(logits, labels)`, which gets what the network gives: one
+        logit per image of a binary task, or several tensors, of which the one named `logits` is judged. On a CPU it is
+        also called with a few images before the first step, to see whether the step will fit into memory.
     moving : moves `mask` while training, e.g. `RigL()`; weights that it removes are zero from that step on. The last
         mask is what `on_mask` is told.
     on_mask : called with the mask before the first step, after each move and after a resume.
     validation : judged after every epoch where given.
     seed : of everything random inside the loop (dropout, and of a DataLoader its order and augmentation): epoch n
         draws from (seed, n) alone, so a resumed run draws the same. The global random state is restored afterwards.
+        A batch of one image that BatchNorm cannot normalise is skipped, and that is said.
     checkpoint : file written after every epoch (model, optimiser, objective, history); training goes on from it
         where it exists and carries the same `mark` (`checkpoints.fingerprint`), in any number of processes. None:
         a mark of the network's shapes, the mask, the objective's settings, the recipe and the seed; data and code are
@@ -75,12 +78,14 @@ def fit(
 
     Returns
     -------
-    One record per epoch.
+    One record per epoch. The model is left in eval mode, with or without `validation`. While it trains, modules that
+    were in eval mode and frozen stay so (`networks.resting`): a frozen BatchNorm keeps its running statistics.
 
     Raises
     ------
     TrainingError : a loss that is NaN or infinite (says at which epoch and step; the last good checkpoint stays);
-        a label for which the network has no output; no batch.
+        a label for which the network has no output; no batch; nothing trainable; weights in half precision.
+    EpsdError : layers without weights yet; outputs that are no logits where the objective or validation needs some.
     OutOfMemory : a step does not fit into memory; says which batch would.
     MaskError : the mask does not fit the model.  CheckpointError : a checkpoint of something else.
     """
@@ -103,9 +108,10 @@ class _Loop:
         meter: Meter,
     ) -> None:
         self.model, self.objective, self.recipe, self.seed = model, objective, recipe, seed
-        self.meter = meter
+        self.meter, self.rest = meter, networks.resting(model)
         self.counted_forward = meter.through(self.forward)
         self.train = distributed.shard(as_batches(train, seed=mix(seed, "train")), even=True)
+        _check(model, recipe)
         self.device = next(model.parameters()).device
         self.way = autotune.ways(recipe, model, self.device)[0]
         self.times: dict[str, float] = {}
@@ -114,6 +120,7 @@ class _Loop:
         self.net = compiled(model, recipe.compile, self.device)
         self.mask = mask
         self.moving: Moving | None = None
+        self.skipped = False
         self.on_mask: Callable[[Mask], None] = lambda mask: None
         half = self.way.precision == torch.float16
         self.updates = Updates(model, recipe, recipe.update, self.device, scaled=half)
@@ -176,6 +183,7 @@ class _Loop:
                     self._save(checkpoint, mark)
                 on_epoch(record)
                 bar.say(" ".join(f"{word} {record[key]:.4g}" for word, key in _SHOWN.items() if key in record))
+        self.model.eval()
         return self.history
 
     def _hold(self, mask: Mask | None) -> None:
@@ -218,21 +226,23 @@ class _Loop:
 
     def _epoch(self, epoch: int, bar: Progress) -> Record:
         torch.manual_seed(mix(self.seed, "train", epoch))
-        self.model.train()
+        networks.train_(self.model, self.rest)
         started = time.perf_counter()
         tally = Tally(len(self.train), self.device, epoch)
         progress = (epoch + 1) / self.recipe.epochs
-        step = -1
         for step, drawn in enumerate(self.train.epoch(epoch, self.objective.needs)):
             batch = to_device(drawn, self.device)
-            if not self.room.known:
-                self._settle(batch)
-                torch.manual_seed(mix(self.seed, "train", epoch))
-            self._step(epoch * len(self.train) + step, batch, progress, tally)
+            try:
+                if not self.room.known:
+                    self._settle(batch)
+                    torch.manual_seed(mix(self.seed, "train", epoch))
+                self._step(epoch * len(self.train) + step, batch, progress, tally)
+            except ValueError as error:
+                self._skip(error)
             bar.step()
         self.updates.settle()
-        if step < 0:
-            raise TrainingError("there is no batch to train on: use a smaller train.batch_size.")
+        if not tally.steps:
+            raise TrainingError("there is no batch to train on: use another train.batch_size.")
         distributed.settle_buffers(self.model)
         record = {"epoch": epoch + 1.0, **tally.means()}
         record["train/lr"] = self.updates.optimiser.param_groups[0]["lr"]
@@ -242,16 +252,29 @@ class _Loop:
         return record | self.meter.figures("cost/")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K) in full precision, whatever the network computes in."""
+        """Logits (B, K) in full precision, whatever the network computes in. A plain loss gets what the network gives.
+
+        Raises EpsdError: several outputs, where a self-distillation method needs logits.
+        """
+        images = networks.as_weights(images, self.model)
         if images.dim() == 4:
             images = images.contiguous(memory_format=self.way.layout)
-        with joint_layers.together():
-            if self.way.precision is None:
-                logits: Tensor = self.net(images)
-            else:
-                with torch.autocast(self.device.type, self.way.precision):
-                    logits = self.net(images).float()
-        return logits.clone() if self.recipe.compile == "graphs" else logits  # the next replay writes over them
+        with joint_layers.together(), torch.autocast(self.device.type, self.way.precision, self._lowered):
+            outputs = self.net(images)
+        if not isinstance(self.objective, PlainLoss):
+            logits_of(outputs)
+        logits: Tensor = tree_map(self._kept, outputs)
+        return logits
+
+    @property
+    def _lowered(self) -> bool:
+        return self.way.precision is not None
+
+    def _kept(self, output: object) -> object:
+        if not isinstance(output, Tensor):
+            return output
+        full = output.float() if self._lowered and output.is_floating_point() else output
+        return full.clone() if self.recipe.compile == "graphs" else full  # the next replay writes over them
 
     def _step(self, number: int, batch: Batch, progress: float, tally: "Tally") -> None:
         loss = self.backward(shortage.parts(batch, self.room.parts), progress)
@@ -261,12 +284,19 @@ class _Loop:
         lr = lr_at(self.recipe, number, len(self.train))
         tally.add_gradient(self.updates.take(lr, lambda: self._moves(number)))
 
+    def _skip(self, error: ValueError) -> None:
+        if not networks.is_lonely(error):
+            raise error
+        if not self.skipped and distributed.is_main():
+            note(f"train: a batch is skipped, {networks.LONELY}: drop_last, or another batch size, avoids that.")
+        self.skipped = True
+
     def backward(self, parts: list[Batch], progress: float) -> Loss:
         """The gradient of a batch, from its parts, and what to log of it (detached)."""
         self.updates.forget()
         self._announce(0, len(parts))
         if len(parts) == 1:
-            loss = self.objective.loss(self.counted_forward, parts[0], progress)
+            loss = self._loss(parts[0], progress)
             self.updates.backward(loss.total)
             return loss._replace(total=loss.total.detach())
         size = sum(len(part.labels) for part in parts)
@@ -283,20 +313,27 @@ class _Loop:
         if hasattr(self.objective, "part"):
             self.objective.part = part, count
 
-    def _backward_part(self, part: Batch, progress: float, share: float) -> Loss:
+    def _loss(self, part: Batch, progress: float) -> Loss:
         loss = self.objective.loss(self.counted_forward, part, progress)
+        if not loss.total.requires_grad:
+            raise TrainingError("the loss does not depend on any trainable parameter: there is nothing to learn.")
+        return loss
+
+    def _backward_part(self, part: Batch, progress: float, share: float) -> Loss:
+        loss = self._loss(part, progress)
         total = loss.total * share
         self.updates.backward(total)
         return Loss(total.detach(), {name: term * share for name, term in loss.terms.items()}, loss.logits)
 
     @torch.no_grad()
     def judge(self, batches: Batches) -> Record:
-        """top1 and nll of the model in eval mode."""
+        """top1 and nll of the model in eval mode. EpsdError where it does not give logits then."""
         self.model.eval()
         right, nll, seen = (torch.zeros((), device=self.device) for _ in range(3))
         for drawn in batches.epoch(0):
             batch = to_device(drawn, self.device)
-            logits = self.forward(batch.images)
+            given = logits_of(self.forward(batch.images), named=True)
+            logits = class_logits(given, batch.labels)
             seen = seen + len(batch.labels)
             nll = nll + nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
             right = right + (logits.argmax(1) == batch.labels).sum()
@@ -309,11 +346,9 @@ class _Loop:
         """Of all that makes this training another one, data and code excepted."""
         shapes = {name: list(p.shape) for name, p in self.model.named_parameters()}
         kept = None if self.mask is None else self.mask.digest()
-        settings = [
-            self.recipe.model_dump(),
-            repr(self.objective) if dataclasses.is_dataclass(self.objective) else "",
-            *([] if self.moving is None else [repr(self.moving)]),
-        ]
+        own = repr if dataclasses.is_dataclass(self.objective) else checkpoints.described  # without its state
+        settings = [self.recipe.model_dump(), own(self.objective)]
+        settings += [] if self.moving is None else [repr(self.moving)]
         return checkpoints.fingerprint({"shapes": shapes, "mask": kept, "settings": settings, "seed": self.seed})
 
     def _save(self, checkpoint: Path, mark: str) -> None:
@@ -347,3 +382,18 @@ class _Loop:
 
 
 _SHOWN = {"epoch": "epoch", "loss": "train/loss", "val": "val/top1"}
+
+
+def _check(model: nn.Module, recipe: Recipe) -> None:
+    """Raises what `fit` does for a network that cannot be trained as it is."""
+    networks.check(model)
+    types = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if not types:
+        raise TrainingError("no parameter of the network is trainable (requires_grad): there is nothing to learn.")
+    if half := types & {torch.float16, torch.bfloat16}:
+        raise TrainingError(
+            f"the weights are {str(half.pop()).removeprefix('torch.')}, in which small steps vanish: train "
+            "model.float(); train.precision says in which type it computes."
+        )
+    if torch.float64 in types and recipe.precision not in ("auto", "fp32"):
+        raise TrainingError(f"train.precision: {recipe.precision} is for weights in single precision, not in double.")

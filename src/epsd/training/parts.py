@@ -123,4 +123,5 @@ def added(parts: list[Loss]) -> Loss:
     """The loss of a batch from those of its parts, each already weighted by its share; logits (B, K) in order."""
     total = torch.stack([part.total for part in parts]).sum()
     terms = {name: torch.stack([part.terms[name] for part in parts]).sum() for name in parts[0].terms}
-    return Loss(total, terms, torch.cat([part.logits for part in parts]))
+    logits = [part.logits for part in parts if part.logits is not None]
+    return Loss(total, terms, torch.cat(logits) if logits else None)

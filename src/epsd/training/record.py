@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from epsd.compute import distributed
+from epsd.losses import class_logits
 from epsd.types import EpsdError
 
 Record = dict[str, float]
 """One epoch: `epoch` (from 1), `train/loss`, `train/<term>`, `train/grad_norm` (mean over steps of the norm of the
-whole gradient, masked, before clipping), `train/top1`, `train/lr`, `time/epoch`, `val/top1`, ...; what was spent up to
-its end (validation excluded): `cost/images_forward`, ..., `cost/image_passes`, `cost/seconds`."""
+whole gradient, masked, before clipping), `train/top1` (where the network gives logits), `train/lr`, `time/epoch`,
+`val/top1`, ...; what was spent up to its end (validation excluded): `cost/images_forward`, ..., `cost/image_passes`,
+`cost/seconds`."""
 
 _CHECK_EVERY = 50
 """Steps between looks at the loss on a GPU: each look waits for the device."""
@@ -33,13 +35,19 @@ class Tally:
         self._images = 0
         self._steps = steps
 
-    def add(self, total: Tensor, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
-        """One step: the batch's loss and terms (detached), its logits (B, K) and labels (B,)."""
+    @property
+    def steps(self) -> int:
+        """Steps that were taken."""
+        return len(self._losses)
+
+    def add(self, total: Tensor, terms: dict[str, Tensor], logits: Tensor | None, labels: Tensor) -> None:
+        """One step: the batch's loss and terms (detached), its logits (B, K), where it has some, and labels (B,)."""
         self._losses.append(total)
         for name, term in terms.items():
             self._sums[name] = self._sums.get(name, 0) + term
-        self._right += (logits.argmax(1) == labels).sum()
-        self._images += len(labels)
+        if logits is not None:
+            self._right += (class_logits(logits, labels).argmax(1) == labels).sum()
+            self._images += len(labels)
         if len(self._losses) % self._every == 0:
             self._check()
 
@@ -73,4 +81,4 @@ class Tally:
         norms = torch.stack(self._norms)
         finite = norms[torch.isfinite(norms)]
         record["train/grad_norm"] = float((finite if len(finite) else norms).mean())
-        return record | {"train/top1": float(self._right) / max(1, int(images))}
+        return record | ({"train/top1": float(self._right) / int(images)} if images else {})

@@ -7,8 +7,42 @@ import torch
 from torch import Tensor, nn
 
 from epsd.compute.speed import align_, pick_update, sgd
-from epsd.masks import Mask, MaskHolder
+from epsd.masks import Mask
 from epsd.project.recipes import DetectorRecipe, Recipe, Update
+
+
+def _multiply_each(tensors: list[Tensor], factors: list[Tensor]) -> None:
+    for tensor, factor in zip(tensors, factors, strict=True):
+        tensor.mul_(factor)
+
+
+class MaskHolder:
+    """A mask bound to the parameters of one model, for a training loop.
+
+    The gradient is masked before the optimiser sees it, so that neither momentum nor gradient clipping feels removed
+    weights. SGD then leaves them at +0 by itself: their momentum stays ±0, weight decay of 0 is 0, and +0 minus ±0 is
+    +0. Other optimisers, and whoever wants to be sure, mask the weights too.
+    """
+
+    def __init__(self, mask: Mask, model: nn.Module, *, foreach: bool = True) -> None:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        mask.check_layers(parameters)
+        self._weights: list[Tensor] = [parameters[name] for name in mask.keep]
+        # laid out in memory as the weights are: other strides would cost a fused multiplication its speed
+        self._factors = [torch.empty_like(p).copy_(k) for k, p in zip(mask.keep.values(), self._weights, strict=True)]
+        self._multiply = torch._foreach_mul_ if foreach else _multiply_each
+
+    @torch.no_grad()
+    def gradients_(self) -> None:
+        """Zero the gradients of removed weights, in place. Parameters without a gradient are passed over."""
+        pairs = [(p.grad, f) for p, f in zip(self._weights, self._factors, strict=True) if p.grad is not None]
+        if pairs:
+            self._multiply([g for g, _ in pairs], [f for _, f in pairs])
+
+    @torch.no_grad()
+    def weights_(self) -> None:
+        """Zero the removed weights, in place. After `Mask.apply_` no −0 appears: +0 times 0 and +0 minus ±0 are +0."""
+        self._multiply(self._weights, self._factors)
 
 
 class Updates:

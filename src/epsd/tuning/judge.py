@@ -17,7 +17,7 @@ from epsd.compute.seeds import mix
 from epsd.data.prepared import Prepared
 from epsd.evaluation import compact_file
 from epsd.evaluation import evaluate as evaluation
-from epsd.masks import Mask, prunable
+from epsd.masks import Mask
 from epsd.pipeline.prune import pruned
 from epsd.pipeline.train import card, trained
 from epsd.project.params import Params
@@ -91,7 +91,7 @@ def deviations(done: list[Figures]) -> Figures:
 
 def figures(params: Params, data: Prepared, model: nn.Module, mask: Mask, record: Record) -> Figures:
     """All of FIGURES, for the network as it is after the epoch of `record`."""
-    cost = evaluation.cost(model, prunable(model), data.image_shape)
+    cost = evaluation.cost(model, {name: model.get_parameter(name) for name in mask.keep}, data.image_shape)
     with tempfile.TemporaryDirectory() as folder:
         size = compact_file.save(model.state_dict(), Path(folder) / "model", card(params, data, mask, model))
     known = {**record, **{f"model/{name}": float(value) for name, value in cost.items()}}

@@ -8,7 +8,7 @@ from typing import Any
 
 from epsd.compute.devices import seed_everything
 from epsd.data.prepared import Prepared
-from epsd.masks import Mask, check_fits, prunable
+from epsd.masks import Mask, check_fits
 from epsd.pipeline.prune import network, selection
 from epsd.project.params import Params
 from epsd.registry import ParamsError, variant
@@ -33,8 +33,9 @@ class Concurrent(Gradual):
         model = network(params, data)
         how = selection(params)
         sparsity = how.pop("sparsity")
-        check_fits(prunable(model), sparsity, **how)
-        return trained_under(params, data, model, Mask.dense(model), desk, Removing(self, sparsity, how), {})
+        dense = Mask.dense(model, params.prune.exclude)
+        check_fits(dense.keep, sparsity, **how)
+        return trained_under(params, data, model, dense, desk, Removing(self, sparsity, how), {})
 
     def shares(self, params: Params) -> Mapping[str, Any] | None:
         """Nothing."""

@@ -67,5 +67,5 @@ def _known(params: Params, data: Prepared) -> Scored | Pruned:
 def _dense(params: Params, data: Prepared) -> Pruned:
     seed_everything(params.seed)
     model = network(params, data)
-    mask = Mask.dense(model)
+    mask = Mask.dense(model, params.prune.exclude)
     return Pruned(mask, model, mask.summary())

@@ -7,7 +7,7 @@ values, and training runs again through the last part of the learning-rate sched
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from epsd.compute.devices import pick_precision
 from epsd.compute.seeds import mix
 from epsd.data.loaders import as_batches
 from epsd.losses import cross_entropy
-from epsd.masks import Mask, Scope, check_fits, prunable
+from epsd.masks import Mask, Scope, check_fits, covered, prunable
 from epsd.project.recipes import Recipe
 from epsd.project.settings import Count, Positive
 from epsd.registry import variant
@@ -114,6 +114,7 @@ def prune_then_distill(
     recipe: Recipe | None = None,
     scope: Scope = "global",
     keep_at_least_one: bool = False,
+    exclude: Iterable[str] = (),
     validation: Batches | DataLoader[Any] | None = None,
     seed: int = 0,
     folder: Path | None = None,
@@ -129,7 +130,7 @@ def prune_then_distill(
     student : asked for once the teacher is pruned.
     train, validation, recipe, seed, meter : as of `epsd.training.fit.fit`; every epoch of every phase is another
         epoch of `train`. The meter also counts the teacher's forward passes while it teaches.
-    scope, keep_at_least_one : of each round's selection, as of `epsd.pruning.prune.prune`.
+    scope, keep_at_least_one, exclude : of each round's selection, as of `epsd.pruning.prune.prune`.
     folder, mark : where and as what every epoch is kept; called again with the same arguments after a kill, it goes on
         there to the same result. The caller deletes the folder when the result is safe.
     on_epoch : called with the record of each epoch; after a resume also with those of the epochs done before.
@@ -142,7 +143,7 @@ def prune_then_distill(
     settings, recipe = settings or Rewinding(), recipe or Recipe()
     if settings.select == "validation" and validation is None:
         raise RewindingError("select: 'validation' needs validation images: set data.validation, or select: last.")
-    check_fits(prunable(teacher), sparsity, scope)
+    check_fits(covered(prunable(teacher), exclude=exclude), sparsity, scope)
     teacher_epochs, round_epochs, student_epochs = settings.epochs(recipe)
     course = _Course(
         as_batches(train, seed=mix(seed, "train")),
@@ -161,7 +162,8 @@ def prune_then_distill(
         if number:
             # the last round's target is `sparsity` itself, so that rounding removes what a one-shot method would
             target = sparsity if number == len(densities) - 1 else 1 - densities[number]
-            magnitudes = {name: weight.detach().abs() for name, weight in prunable(teacher).items()}
+            weights = covered(prunable(teacher), exclude=exclude)
+            magnitudes = {name: weight.detach().abs() for name, weight in weights.items()}
             mask = Mask.from_scores(magnitudes, target, scope, keep_at_least_one=keep_at_least_one, within=mask)
         course.run(number, teacher, mask, rewound(dense, round_epochs) if number else dense)
         course.keep(teacher, mask)

@@ -89,6 +89,7 @@ def distilled(
         recipe=params.train,
         scope=params.prune.scope,
         keep_at_least_one=params.prune.keep_at_least_one,
+        exclude=params.prune.exclude,
         validation=batches(params, data, "validation") if data.sizes["validation"] else None,
         seed=params.seed,
         folder=folder,
