@@ -25,7 +25,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "detect": {"epochs": 1, "batch_size": 2, "pictures": 1},
 }
 STAGES = ("prepare", "prune", "train", "evaluate", "detect")
-MEASURED = re.compile(r"seconds|time|memory|latency_|_ms\b|ms of one")
+MEASURED = re.compile(
+    r"seconds|time|memory|latency_|_ms\b|load_of_others"  # keys and columns
+    r"|ms of one|as fast as|Other processes had|^\| (torch|ONNX|dense twin)"  # lines of the model card
+)
 IDENTITY = {"run_id", "history", "checksum", "model_uuid", "utc_time_created", "model_size_bytes"}
 """Of a run and of files that hold times; MLflow's name, date and size (with the times) of an exported model."""
 
