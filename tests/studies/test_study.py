@@ -110,10 +110,15 @@ def test_cells_seed_by_seed_and_the_dense_network_once(project: Path) -> None:
 
 
 def test_defaults_are_the_base_itself(project: Path) -> None:
+    """But for ONNX files, which take seconds for each cell: a study that wants them says so."""
     path = project / "one.yaml"
     path.write_text("base: params.yaml\n")
     (cell,) = cells(path)
-    assert cell.params.model_dump() == load(project / "params.yaml").model_dump()
+    expected = load(project / "params.yaml").model_dump()
+    expected["evaluate"]["export"]["onnx"] = False
+    assert cell.params.model_dump() == expected
+    path.write_text("base: params.yaml\nset: {evaluate.export.onnx: true}\n")
+    assert cells(path)[0].params.evaluate.export.onnx
     assert plan.load(path).study.name == "one"
 
 
