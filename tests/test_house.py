@@ -129,7 +129,8 @@ def test_stage_is_one_command(name):
 def test_declared_code_is_what_the_table_says(name):
     deps = stages()[name]["deps"]
     declared = [dep.removeprefix("src/epsd/") for dep in deps if dep.startswith("src/")]
-    assert sorted(declared) == sorted(code.rooms(name)) and len(declared) <= 12
+    carried = code.rooms("train") if str(artifacts.RUN) in deps else []  # new with each training, so they rerun with it
+    assert sorted(declared) == sorted(set(code.rooms(name)) - set(carried)) and len(declared) <= 12
     assert f"stages/{name}.py" in deps
 
 
