@@ -441,7 +441,7 @@ def test_a_cell_that_cannot_be_trained_stops_no_other(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EPSD_QUIET", "0")
-    write(project / "grid.yaml", sparsities=[0.5], seeds=1, vary={"train.lr": [0.1, 1e30]}, scores=["random"])
+    write(project / "grid.yaml", sparsities=[0.5], seeds=1, vary={"train.lr": [0.1, 1e6]}, scores=["random"])
     assert main(["study", "grid.yaml"]) == 1
     said = capsys.readouterr()
     assert "1 cells failed" in said.err and "the loss is nan" in said.err.lower()
@@ -571,7 +571,7 @@ def test_images_that_changed_are_other_data(project: Path) -> None:
 
 
 def test_shared_data_is_written_once(finished: Path) -> None:
-    folders = list((finished / ".epsd/studies/grid/data").iterdir())
+    folders = [path for path in (finished / ".epsd/studies/grid/data").iterdir() if path.is_dir()]
     assert len(folders) == 1
     assert (
         json.loads((folders[0] / "data.json").read_text())["settings"]["seed"]
