@@ -410,7 +410,7 @@ def test_a_store_without_the_right_to_write_can_be_read(folder, moved, project, 
     from epsd.tracking.registered import RegistryError, promote
     from epsd.tracking.runs import read_runs
 
-    with session() as tracker:
+    with session(tags={"kind": "pipeline"}) as tracker:
         pass
     read_runs()  # all is imported
     if moved:
