@@ -55,6 +55,16 @@ def named(text: str) -> Way:
     return Way(PRECISIONS[precision], MEMORY_FORMATS[layout], cast(Compile, compiling[0] if compiling else "none"))
 
 
+def resumed(text: str, recipe: "Recipe", own: Way) -> Way:
+    """The way of a checkpoint in all that the recipe leaves open; else its own."""
+    was = named(text)
+    return Way(
+        was.precision if recipe.precision == "auto" else own.precision,
+        was.layout if recipe.memory_format == "auto" else own.layout,
+        was.compile if recipe.compile == "auto" else own.compile,
+    )
+
+
 def ways(recipe: Recipe, model: torch.nn.Module, device: torch.device) -> list[Way]:
     """What the recipe leaves open; first what is taken unmeasured. Raises EpsdError where the device cannot."""
     precisions, layouts = [recipe.precision], [recipe.memory_format]

@@ -371,7 +371,7 @@ class _Loop:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.mask = Mask(state["mask"]) if "mask" in state else self.mask
-        self.take(autotune.named(state["way"]))
+        self.take(autotune.resumed(state["way"], self.recipe, self.way))
         self.model.load_state_dict(state["model"])
         self.updates.load_state_dict(state)
         placed = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in state["objective"].items()}
