@@ -28,8 +28,8 @@ ROUNDS = 3
 """Steps of each way that are timed; the shortest counts."""
 SHARE = 0.02
 """Of the training that measuring may take."""
-LEAST = 120.0
-"""Seconds of training from which on it is worth it; below, results do not hang on the load of the machine."""
+LEAST = 600.0
+"""Seconds of training from which on it is worth it; below, no result hangs on how busy the machine is."""
 COMPILING = 3600.0
 """Seconds of training from which on compiled kernels are tried: compiling takes up to a minute."""
 MARGIN = 0.05
