@@ -22,7 +22,7 @@ def preset(arguments: argparse.Namespace) -> None:
         raise ParamsError(f"preset: --apply needs a NAME. Valid: {', '.join(presets.names())}.")
     if arguments.list or arguments.name is None:
         for name in presets.names():
-            print(f"{name:24}{presets.summary(name)}")
+            print(f"{name:27}{presets.summary(name)}")
     elif arguments.apply:
         target = presets.current()
         copy = presets.apply(arguments.name, target)

@@ -47,7 +47,7 @@ def test_the_scored_student_is_the_runs_own_network(data: Prepared) -> None:
     """Same mask and, before training, same weights as the pipeline prunes; its scoring is paid for."""
     asked = params(**{"train.lr": 1e-30, "train.weight_decay": 0.0})
     found = distilled(asked, data, SETTINGS, "scored", on_epoch=lambda record: None)
-    mask, model, report, _ = pruned(asked, data)
+    mask, model, report, *_ = pruned(asked, data)
     assert found.mask.jaccard(mask) == 1.0
     mask.apply_(model)
     kept = prunable(found.student)
