@@ -49,7 +49,18 @@ def server() -> Iterator[str]:
             capture_output=True, text=True, cwd=folder, **who,
         )  # fmt: skip
         assert made.returncode == 0, made.stderr
-        command = [home / "postgres", "-D", folder / "data", "-k", folder, "-c", "listen_addresses=", "-F"]
+        command = [
+            home / "postgres",
+            "-D",
+            folder / "data",
+            "-k",
+            folder,
+            "-c",
+            "listen_addresses=",
+            "-c",
+            "max_connections=300",
+            "-F",
+        ]
         process = subprocess.Popen(command, stderr=(folder / "log").open("w"), cwd=folder, **who)
         deadline = time.monotonic() + 30
         while not (folder / ".s.PGSQL.5432").exists():

@@ -27,7 +27,7 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) 
     shutil.copy(empty_store, tmp_path)
     store = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    with track("evaluate", experiment="epsd", name="served") as tracker:
+    with track("evaluate", experiment="epsd", name="served", tags={"kind": "pipeline"}) as tracker:
         tracker.model(model_folder(tmp_path / "made"))
     registered.promote("served")
     with socket.socket() as probe:
