@@ -6,7 +6,7 @@ Each run is one `epsd study` or `epsd tune` in a fresh project: twelve images of
 beside : processor seconds of all processes, less those of all trainings (`cost/seconds`, as MLflow has them): what
     other jobs on the machine disturb least. The trainings' clock is set to processor time for that.
 clock : seconds of the whole command, trainings included.
---before : the `src` of another version, measured in turns with this one.
+--before : the folder of another version (`src`, `stages`, `presets`, `params.yaml`), measured in turns with this one.
 """
 
 import argparse
@@ -39,34 +39,34 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 SEARCH: dict[str, Any] = {"tune.trials": TRIALS, "tune.repeats": 1, "tune.pruner": "none"}
 CLOCK = "import time\ntime.perf_counter = time.process_time\n"
-Kind = Callable[[Path, int], list[str]]
+Kind = Callable[[Path, Path, int], list[str]]
 
 
-def project(folder: Path, changes: dict[str, Any]) -> Path:
-    """A folder with the shipped params.yaml, changed."""
-    tree = read_yaml(ROOT / "params.yaml")
+def project(root: Path, folder: Path, changes: dict[str, Any]) -> None:
+    """Make `folder` one with the params.yaml of the version in `root`, changed."""
+    tree = read_yaml(root / "params.yaml")
     for name, value in changes.items():
         override(tree, name, value)
     with (folder / "params.yaml").open("w", encoding="utf-8") as file:
         YAML(typ="safe").dump(tree, file)
     (folder / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
-    return folder
 
 
-def study(folder: Path, workers: int) -> list[str]:
+def study(root: Path, folder: Path, workers: int) -> list[str]:
     """The grid of the shipped study `digits` with tiny cells; the command that trains it."""
-    project(folder, {})
-    content = read_yaml(ROOT / "presets" / "studies" / "digits.yaml")
+    project(root, folder, {})
+    content = read_yaml(root / "presets" / "studies" / "digits.yaml")
     content |= {"base": "params.yaml", "set": TINY}
     with (folder / "digits.yaml").open("w", encoding="utf-8") as file:
         YAML(typ="safe").dump(content, file)
     return ["study", "digits.yaml", "--workers", str(workers)]
 
 
-def search(folder: Path, workers: int) -> list[str]:
+def search(root: Path, folder: Path, workers: int) -> list[str]:
     """Tiny prepared digits; the command that searches."""
-    project(folder, {**TINY, **SEARCH})
-    subprocess.run([sys.executable, ROOT / "stages" / "prepare.py", "--quiet"], cwd=folder, check=True)
+    project(root, folder, {**TINY, **SEARCH})
+    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
+    subprocess.run([sys.executable, root / "stages" / "prepare.py"], cwd=folder, env=environment, check=True)
     return ["tune", "--workers", str(workers)]
 
 
@@ -81,15 +81,15 @@ def trainings(folder: Path, expected: int) -> float:
     return sum(found)
 
 
-def measured(kind: Kind, workers: int, source: Path) -> tuple[float, float]:
-    """(beside, clock) of one run with the code in `source`."""
+def measured(kind: Kind, workers: int, root: Path) -> tuple[float, float]:
+    """(beside, clock) of one run with the version in `root`."""
     folder = Path(tempfile.mkdtemp(prefix="engine-"))
     try:
-        command = [sys.executable, "-m", "epsd.cli", *kind(folder, workers), "--quiet"]
+        command = [sys.executable, "-m", "epsd.cli", *kind(root, folder, workers), "--quiet"]
         (folder / "clock").mkdir()
         (folder / "clock" / "sitecustomize.py").write_text(CLOCK, encoding="utf-8")
         kept = {name: value for name, value in os.environ.items() if name not in ("DVC_ROOT", "MLFLOW_TRACKING_URI")}
-        path = os.pathsep.join([str(folder / "clock"), str(source)])
+        path = os.pathsep.join([str(folder / "clock"), str(root / "src")])
         environment = {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -121,7 +121,7 @@ def main() -> None:
     """Print, and write where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--before", type=Path, help="the src of another version")
+    parser.add_argument("--before", type=Path, help="the folder of another version")
     parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
     sources = {"before": arguments.before.resolve()} if arguments.before else {}
@@ -134,7 +134,7 @@ def main() -> None:
         "",
     ]
     print("\n".join(lines))
-    for line in table(arguments.repeats, {**sources, "now": ROOT / "src"}):
+    for line in table(arguments.repeats, {**sources, "now": ROOT}):
         print(line, flush=True)
         lines.append(line)
     if arguments.write:

@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from epsd.types import Batch, BatchNeeds, EpsdError, Forward, Loss, Objective, Purpose
+from epsd.types import Batch, BatchNeeds, EpsdError, Forward, Loss, Objective
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -103,7 +102,7 @@ def supervised(forward: Forward, batch: Batch) -> Loss:
     return Loss(total, {"cross_entropy": total.detach()}, logits.detach(), {"supervised": total})
 
 
-class PlainLoss:
+class PlainLoss(Objective):
     """A user's own `loss(logits, labels) -> scalar` as an objective: nothing is distilled, nothing remembered.
 
     In training it gets what the network gives, several tensors, too. Of those, what is named `logits` is judged.
@@ -111,6 +110,8 @@ class PlainLoss:
     `needs`: what its batches shall carry all the same, so that it can be compared with another objective on the same
     images.
     """
+
+    needs = BatchNeeds()
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], needs: BatchNeeds = BatchNeeds()) -> None:
         self.function = function
@@ -126,9 +127,6 @@ class PlainLoss:
             mean = (half * first + (len(labels) - half) * second) / len(labels)
             return bool(torch.isclose(self.function(logits, labels), mean, rtol=1e-4))
 
-    def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
-        """Nothing to forget."""
-
     def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
         """One forward pass."""
         outputs = forward(batch.images)
@@ -139,13 +137,6 @@ class PlainLoss:
         logits = named_logits(outputs)
         judged = None if logits is None else logits.detach()
         return Loss(total, {"loss": total.detach()}, judged, {"supervised": total})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to remember."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
 
 
 _NO_SUCH_CLASS = re.compile(r"Target (-?\d+) is out of bounds|Class values must be smaller than num_classes")

@@ -55,7 +55,7 @@ class Loss(NamedTuple):
 
 
 class Objective(Protocol):
-    """One self-distillation method (`cross_entropy`: the one that distils nothing).
+    """One self-distillation method (`cross_entropy`: the one that distils nothing); by default without state.
 
     State is replaced, never changed in place, while the purpose is "score": `copy.copy(objective)` is then a
     snapshot, which the meta-gradient takes before every step so that it can evaluate the same loss again.
@@ -63,19 +63,23 @@ class Objective(Protocol):
 
     @property
     def needs(self) -> BatchNeeds:
-        """What a batch must carry for this method."""
+        """What a batch must carry for this method; by default images and labels."""
+        return BatchNeeds()
 
     def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
         """Forget all state. `train_size` images in the training split, `num_classes` (0: unknown) in the labels."""
+        return
 
     def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
         """`progress` in [0, 1]: (epoch + 1) / epochs while training, 1 while scoring."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers, enough to resume exactly."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
+        return
 
 
 class Score(Protocol):

@@ -1,15 +1,13 @@
 """Cross entropy: the objective that distils nothing. The baseline of every comparison."""
 
-from typing import Any
-
 from epsd import losses
 from epsd.project.settings import Share
 from epsd.registry import stateful_variant
-from epsd.types import Batch, BatchNeeds, Forward, Loss, Purpose
+from epsd.types import Batch, Forward, Loss, Objective
 
 
 @stateful_variant
-class CrossEntropy:
+class CrossEntropy(Objective):
     """Mean cross entropy over the batch.
 
     label_smoothing : [0, 1) share of the target spread over all classes. Default 0, as in all official codes
@@ -18,23 +16,8 @@ class CrossEntropy:
 
     label_smoothing: Share = 0.0
 
-    @property
-    def needs(self) -> BatchNeeds:
-        """Images and labels."""
-        return BatchNeeds()
-
-    def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
-        """Nothing to forget."""
-
     def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
         """One forward pass."""
         logits = forward(batch.images)
         total = losses.cross_entropy(logits, batch.labels, self.label_smoothing)
         return Loss(total, {"cross_entropy": total.detach()}, logits.detach(), {"supervised": total})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to remember."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""

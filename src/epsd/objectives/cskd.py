@@ -1,17 +1,15 @@
 """CS-KD: class-wise self-distillation (Yun et al., CVPR 2020; official code alinlab/cs-kd)."""
 
-from typing import Any
-
 import torch
 
 from epsd import losses
 from epsd.project.settings import NonNegative, Positive, Share
 from epsd.registry import stateful_variant
-from epsd.types import Batch, BatchNeeds, Forward, Loss, Purpose
+from epsd.types import Batch, BatchNeeds, Forward, Loss, Objective
 
 
 @stateful_variant
-class CsKd:
+class CsKd(Objective):
     """CE(anchors) + weight · T² · KL(softmax(partner/T) ‖ softmax(anchor/T)), the partner without gradient.
 
     The partner is a random training image of the same class, in a forward pass of its own, so that BatchNorm
@@ -33,9 +31,6 @@ class CsKd:
         """A partner of the same class per image."""
         return BatchNeeds(partner="same_class")
 
-    def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
-        """Nothing to forget."""
-
     def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
         """Anchors first, then partners: the order in which the official code updates running statistics."""
         partner = losses.partner_of(batch)
@@ -48,10 +43,3 @@ class CsKd:
         terms = {"cross_entropy": supervised.detach(), "distillation": distillation.detach()}
         parts = {"supervised": supervised, "distillation": self.weight * distillation}
         return Loss(total, terms, logits.detach(), parts)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to remember."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""

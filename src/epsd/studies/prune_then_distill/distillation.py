@@ -1,16 +1,14 @@
 """Distillation from a frozen teacher (Hinton et al., 2015): what EPSD does without, to be compared with."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from epsd import losses
 from epsd.compute.cost import Meter
-from epsd.types import Batch, BatchNeeds, EpsdError, Forward, Loss, Purpose
+from epsd.types import Batch, EpsdError, Forward, Loss, Objective
 
 
-class Distillation:
+class Distillation(Objective):
     """alpha · T² · KL(softmax(teacher/T) ‖ softmax(student/T)) + (1 − alpha) · CE(student, labels), as an objective.
 
     The teacher sees the very images that the student sees, in evaluation mode and without gradient; it is never
@@ -46,14 +44,6 @@ class Distillation:
         self._teacher, self._precision = teacher.eval(), precision
         self._asked = (meter or Meter()).through(self._told)
 
-    @property
-    def needs(self) -> BatchNeeds:
-        """Images and labels."""
-        return BatchNeeds()
-
-    def begin(self, purpose: Purpose, train_size: int, num_classes: int) -> None:
-        """Nothing to forget."""
-
     def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
         """One pass of the student; one of the teacher, forwards only."""
         logits = forward(batch.images)
@@ -72,10 +62,3 @@ class Distillation:
         with torch.autocast(images.device.type, self._precision):
             logits = self._teacher(images)
         return logits.float()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to remember: the teacher does not change."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
