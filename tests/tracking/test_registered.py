@@ -132,3 +132,18 @@ def test_a_model_waits_while_the_store_is_away(
     assert client().get_run(found.run_id).data.metrics["test/top1"] == 0.9
     assert (registered.fetch("candidate") / "data" / "onnx" / "model.onnx").is_file()
     assert not list(Path(".epsd/spool").glob("*.jsonl"))
+
+
+def test_a_version_has_an_address(folders: list[Path]) -> None:
+    first, _ = evaluated(folders[0], "first")
+    second, _ = evaluated(folders[1], "second")
+    for address, tracker in {"models:/epsd/1": first, "models:/epsd@candidate": second}.items():
+        assert models._words(registered.fetch(address))["run_id"] == tracker.run_id
+    assert registered.promote("models:/epsd/1").run_id == first.run_id
+    assert models._words(registered.fetch("models:/epsd@champion"))["run_id"] == first.run_id
+    with pytest.raises(registered.RegistryError, match=r"models:/other/1: no address .* Valid: models:/NAME@ALIAS"):
+        registered.fetch("models:/other/1")
+    with pytest.raises(registered.RegistryError, match="there is no champion of epsd-detector yet"):
+        registered.fetch("models:/epsd-detector@champion")
+    with pytest.raises(registered.RegistryError, match="'first' has no registered model epsd-detector: `dvc repro det"):
+        registered.fetch("first", "epsd-detector")

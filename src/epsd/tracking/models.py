@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from epsd.project.runtime import brief, no_telemetry, note
 from epsd.types import EpsdError
 
-NAME = "epsd"
-"""Of the registered model."""
+NAME, DETECTOR = "epsd", "epsd-detector"
+"""Of the registered models: classifiers, and the detectors around them."""
 
 CANDIDATE = "candidate"
 """Alias of what was evaluated last."""
