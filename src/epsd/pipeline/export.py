@@ -82,9 +82,9 @@ def opened(model: str | None) -> tuple[Ask, Intake]:
 
 
 def place_of(model: str | None) -> Path:
-    """Where a model is: `champion`, `candidate`, a run, an address (`models:/epsd/3`), or a path (a folder, an ONNX file,
-    weights with their card beside them, a compact file). None: what `evaluate` made of the network trained in this folder, or that itself where
-    it has been trained again since.
+    """Where a model is: `champion`, `candidate`, a run, an address (`models:/epsd/3`), or a path (a folder, an ONNX
+    file, weights with their card beside them, a compact file). None: what `evaluate` made of the network trained in
+    this folder, or that itself where it has been trained again since.
 
     Raises EpsdError: nothing of that name.
     """

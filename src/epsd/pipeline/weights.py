@@ -16,8 +16,8 @@ as a pickle."""
 def weights_of(wanted: str | Path, name: str = NAME) -> Path:
     """The file of trained weights that is meant, with its card beside it (.json) or, in a compact file, inside it.
 
-    `wanted`: a file, a folder (of weights, `artifacts/` or the project), `champion`, `candidate`, an address of MLflow's
-    registry, or a run: its id, the beginning of it, or its name. The mask lies beside the weights of a run.
+    `wanted`: a file, a folder (of weights, `artifacts/`, the project), `champion`, `candidate`, an address such as
+    `models:/epsd/3`, or a run: its id, the beginning of it, or its name. The mask lies beside the weights of a run.
     `name`: the registered model whose alias or run is meant.
 
     Raises ArtifactError: nothing there, or no weights in it; RegistryError: nothing of that name in the store.
