@@ -12,6 +12,7 @@ A row is one line of NETWORKS or VARIANTS: a network by the architecture of a pr
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from epsd.architectures import built
+from epsd.architectures import ARCHITECTURES, built
 from epsd.compute import timing
 from epsd.compute.devices import Machine, pick_memory_format
 from epsd.compute.speed import lay_out_
@@ -38,6 +39,7 @@ from epsd.evaluation.deploy import export, quantise
 from epsd.files.onnx_file import CARD, FP32, INT8, OnnxFile
 from epsd.masks import prunable
 from epsd.project.runtime import versions
+from epsd.registry import settings_of
 
 
 class Network(NamedTuple):
@@ -89,6 +91,7 @@ VARIANTS: dict[str, tuple[str, Callable[[Network], nn.Module]]] = {
     "quarter": ("a quarter as wide", partial(_narrow, width=0.25)),
 }
 """Name -> what a reader is told, and how it is made of a network."""
+NARROW = ("half", "quarter")
 
 
 # --- speed ----------------------------------------------------------------------------------------------------------
@@ -97,10 +100,11 @@ VARIANTS: dict[str, tuple[str, Callable[[Network], nn.Module]]] = {
 def speed(arguments: argparse.Namespace) -> Iterator[str]:
     """One table per batch size and number of threads."""
     measured: dict[tuple[str, str], dict[str, float]] = {}
-    for name in arguments.networks:
-        for variant in arguments.variants:
-            measured[name, variant] = timed(NETWORKS[name], VARIANTS[variant][1], arguments)
-            print(f"{name}, {variant}: done", file=sys.stderr, flush=True)
+    for name, variant in itertools.product(arguments.networks, arguments.variants):
+        if variant in NARROW and "width" not in settings_of(ARCHITECTURES[NETWORKS[name].architecture["name"]]):
+            continue  # a network whose author gave it no width
+        measured[name, variant] = timed(NETWORKS[name], VARIANTS[variant][1], arguments)
+        print(f"{name}, {variant}: {measured[name, variant]}", file=sys.stderr, flush=True)
     settings = list(dict.fromkeys(part[1] for row in measured.values() for key in row if (part := timing.parts(key))))
     for setting in settings:
         yield f"### {timing.in_words(setting)}, ms"

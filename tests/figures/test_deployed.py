@@ -54,6 +54,15 @@ def test_the_figure_has_a_panel_per_batch_size_and_looks_by_method_and_form(
     assert len({marker for _, marker in torches}) == 1 and len({colour for colour, _ in torches}) == 2
 
 
+@pytest.mark.parametrize("top1", [0.011, 0.5, 1.0])
+def test_shares_end_at_one_around_a_single_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top1: float) -> None:
+    drawn = []
+    monkeypatch.setattr(deployed, "save", lambda figure, path: drawn.append(figure))
+    deployed.draw([run(0, "epsd", int8=False, top1=top1)], tmp_path / "figure.png")
+    low, high = drawn[0].axes[0].get_ylim()
+    assert -0.02 <= low < top1 - 0.01 < top1 < high <= 1.02
+
+
 def test_it_is_written_with_the_same_bytes_each_time(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         deployed.draw(runs(), tmp_path / name)

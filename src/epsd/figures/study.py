@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from epsd.figures.style import figure_of_size
+from epsd.figures.style import end_at_one, figure_of_size
 from epsd.types import EpsdError
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def accuracy_against_sparsity(rows: "pd.DataFrame", *, metric: str = "test/top1"
         _band(axes, mine, str(method), style(number))
     _density_axis(axes, sorted(set(rows["sparsity"].astype(float))))
     axes.set(ylabel=label_of(metric), title=f"{label_of(metric).partition(' (')[0].capitalize()} against sparsity")
+    end_at_one(axes)
     axes.legend(fontsize=8, handlelength=4)
     axes.grid(color="0.9")
     return figure
@@ -186,6 +187,7 @@ def cost_against_accuracy(
             _cloud(axes, mine.dropna(subset=[column]), column, str(method), looks.get(str(method), style(number)))
         _cost_axis(axes, rows[column].dropna().tolist(), label)
     panels[0].set_ylabel(label_of(metric))
+    end_at_one(panels[0])
     legend = {name: mark for axes in panels for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     order = [str(method) for method in rows["method"].unique()]
     names = sorted(legend, key=lambda name: order.index(name.rpartition(" (")[0]))

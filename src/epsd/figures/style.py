@@ -118,9 +118,17 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[float | None]]], title: st
     ):
         _lines(axes, series)
         axes.set_ylabel(label)
+        end_at_one(axes)
     axes.set_xlabel("epoch")
     figure.suptitle(title)
     return figure
+
+
+def end_at_one(axes: "Axes") -> None:
+    """Let an upright axis of shares end where shares do, whatever margin or spread lies around the points."""
+    if "(share" in axes.get_ylabel():
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.02), min(high, 1.02))
 
 
 def _lines(axes: "Axes", series: Mapping[str, Sequence[float | None]]) -> None:
