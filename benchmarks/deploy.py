@@ -217,14 +217,24 @@ def made(folder: Path) -> dict[str, Path]:
 
 
 def predict(folder: Path, model: Path) -> Spent:
-    """One question."""
-    command = [sys.executable, "-m", "epsd.cli", "predict", "--model", str(model), str(folder / "photo.png")]
+    """One question. Its memory as the kernel tells at its end: `ru_maxrss` counts the process that started it, too."""
+    told, asked = folder / "memory", ["predict", "--model", str(model), str(folder / "photo.png")]
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", ASKED.format(told=str(told)), *asked], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{' '.join(command)}: failed")
-    return Spent(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+        raise SystemExit(f"epsd {' '.join(asked)}: failed")
+    return Spent(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, int(told.read_text()) / 1024)
+
+
+ASKED = """
+import atexit, runpy
+def tell():
+    with open("/proc/self/status") as status, open({told!r}, "w") as file:
+        file.write(next(line for line in status if line.startswith("VmHWM:")).split()[1])
+atexit.register(tell)
+runpy.run_module("epsd.cli", run_name="__main__", alter_sys=True)
+"""
 
 
 def serve(folder: Path, model: Path) -> Spent:

@@ -40,7 +40,8 @@ def test_root_without_dvc_is_the_folder_of_dvc_yaml(monkeypatch, tmp_path):
 
 def test_versions_say_what_made_a_result():
     found = runtime.versions()
-    assert {"python", "platform", "epsd", "torch", "torchvision", "mlflow", "cpu"} <= set(found)
+    assert {"python", "platform", "cpu", *runtime.PACKAGES} <= set(found)
+    assert "not installed" not in found.values(), "a name that no package has"
     assert found["torch"] == torch.__version__.split("+")[0]
     assert all(isinstance(value, str) and value for value in found.values())
     found["torch"] = "changed"

@@ -61,6 +61,13 @@ def no_telemetry() -> None:
         os.environ.setdefault(name, value)
 
 
+PACKAGES = (
+    "epsd", "torch", "torchvision", "numpy", "pillow", "scikit-learn", "torch-pruning", "onnxruntime", "dvc",
+    "mlflow", "optuna",
+)  # fmt: skip
+"""Those that read data, compute with them or keep results: another version may give another number."""
+
+
 def _git(*arguments: str) -> str | None:
     """What git says about the project's folder, or None without git or repository."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -90,7 +97,7 @@ def _versions() -> dict[str, str]:
     import torch  # not above: commands that train nothing start without it
 
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    found |= {package: _installed(package) for package in ("epsd", "torch", "torchvision", "dvc", "mlflow")}
+    found |= {package: _installed(package) for package in PACKAGES}
     found |= {"cpu": f"{_cpu()} x{os.cpu_count()}", "threads": str(torch.get_num_threads())}
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(0), "cuda": str(torch.version.cuda)}

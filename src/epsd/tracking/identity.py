@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping
 
 from epsd.project import processes
-from epsd.project.runtime import brief, say_once, versions
+from epsd.project.runtime import PACKAGES, brief, say_once, versions
 
 
 def _process_tags() -> dict[str, str]:
@@ -38,7 +38,7 @@ def identity_tags(stage: str, params: Mapping[str, str]) -> dict[str, str]:
             tags[tag] = value
     if commit := found.get("git.commit"):
         tags |= {"git.commit": commit, "git.dirty": found["git.dirty"], "mlflow.source.git.commit": commit}
-    shown = ("python", "torch", "torchvision", "dvc", "mlflow", "cpu", "gpu")
+    shown = ("python", *PACKAGES, "cpu", "gpu")
     return tags | {f"versions.{name}": found[name] for name in shown if name in found}
 
 
