@@ -39,10 +39,11 @@ from epsd.project.code import digests
 from epsd.project.params import Params, override, parse
 from epsd.project.runtime import versions
 from epsd.registry import choose
-from epsd.studies.prune_then_distill.rewinding import Best, Rewinding
+from epsd.studies.prune_then_distill.rewinding import Rewinding
 from epsd.studies.prune_then_distill.student import StudentKind, distilled, initial
 from epsd.training.checkpoints import fingerprint
 from epsd.training.record import Record
+from epsd.training.result import kept
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = {"name": "cross_entropy"}
@@ -120,9 +121,9 @@ def one_training(arguments: argparse.Namespace, data: Prepared, method: str, see
     else:
         model, report = initial(params, data), {}
         mask = Mask.dense(model)
-    best = Best(model, None, "")
-    history = trained(params, data, model, mask, on_epoch=best.consider, meter=Meter.of(report))
-    chosen = history[best.restore() - 1]
+    best = params.model_copy(update={"train": params.train.model_copy(update={"keep": "best"})})
+    history = trained(best, data, model, mask, on_epoch=lambda record: None, meter=Meter.of(report))
+    chosen = kept(history, "best")
     return row(params, data, method, model, chosen["val/top1"], [point(record) for record in history])
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from epsd.architectures import ARCHITECTURES
 from epsd.compute.devices import pick_precision
-from epsd.compute.speed import keep_freed_memory, pick_update, sgd
+from epsd.compute.speed import keep_freed_memory, optimiser, pick_update
 from epsd.data.in_memory import MemoryBatches, Pixels
 from epsd.evaluation.metrics import flops
 from epsd.masks import Mask, prunable
@@ -111,7 +111,8 @@ def usual_step(batch: Batch) -> Step:
 def bare_step(batch: Batch, precision: str, objective: Objective) -> Step:
     """Forward, loss, backward, SGD, as fast as plain PyTorch does them."""
     model = network().to(memory_format=torch.channels_last)
-    optimiser = sgd(model, pick_update("auto", CPU), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    settings = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
+    sgd = optimiser("sgd", model.parameters(), pick_update("auto", CPU), **settings)
     lower = pick_precision(precision, CPU)
     objective.begin("train", len(batch.labels), 10)
     images, partner = (
@@ -126,9 +127,9 @@ def bare_step(batch: Batch, precision: str, objective: Objective) -> Step:
 
     def step() -> None:
         loss = objective.loss(forward, batch, 0.5)
-        optimiser.zero_grad()
+        sgd.zero_grad()
         torch.autograd.backward(loss.total)
-        optimiser.step()
+        sgd.step()
 
     return step
 

@@ -21,7 +21,7 @@ from epsd.project import artifacts, code
 from epsd.project.params import Params, flatten
 from epsd.project.runtime import counted, state_folder
 from epsd.tracking import Tracker, track
-from epsd.training import checkpoints
+from epsd.training import checkpoints, result
 from epsd.training.record import Record
 
 
@@ -45,9 +45,14 @@ def main(params: Params, machine: Machine) -> str:
         history = trained(params, data, model, mask, on_epoch=tracker.epoch, **settings)
         save(params, data, model, mask, history, tracker)
         tracker.metrics({f"mask/{name}": value for name, value in report.items()})
+        if params.train.keep == "best":
+            best = result.kept(history, "best")
+            named = {"epoch": "epoch", "val/top1": "top1", "val/nll": "nll"}
+            tracker.metrics({f"train/chosen_{name}": best[key] for key, name in named.items()})
     shutil.rmtree(folder, ignore_errors=True)
-    last = history[-1]
+    last = result.kept(history, params.train.keep)
     judged = f", validation top-1 {last['val/top1']:.4f}" if "val/top1" in last else ""
+    judged += f" after epoch {last['epoch']:.0f}" if params.train.keep == "best" else ""
     return f"{counted(len(history), 'epoch')}, train loss {last['train/loss']:.4f}{judged}; run '{run_name(params)}'"
 
 

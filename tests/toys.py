@@ -1,10 +1,12 @@
 """Tiny networks and data that many tests share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from epsd.masks import Mask, prunable
+from epsd.training.record import Record
 from epsd.types import Batch, BatchNeeds
 
 
@@ -63,3 +65,33 @@ class ToyBatches:
             elif needs.partner == "same_class":
                 partner = self.images[same[indices]]
             yield Batch(self.images[indices], self.labels[indices], indices, partner)
+
+
+def half(model: nn.Module, sparsity: float = 0.7) -> Mask:
+    return Mask.from_scores({name: p.detach().abs() for name, p in prunable(model).items()}, sparsity)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL at the end of an epoch."""
+
+
+def stop_after(epoch: int) -> Callable[[Record], None]:
+    def on_epoch(record: Record) -> None:
+        if record["epoch"] == epoch:
+            raise Killed
+
+    return on_epoch
+
+
+def timeless(history: list[Record]) -> list[Record]:
+    """What does not depend on how fast the machine is."""
+    return [{key: value for key, value in record.items() if key not in CLOCKS} for record in history]
+
+
+CLOCKS = {"time/epoch", "cost/seconds"}
+
+
+def net_with_dropout() -> nn.Module:
+    model = convnet()
+    model.insert(6, nn.Dropout(0.3))
+    return model

@@ -1,7 +1,8 @@
 """Pure tensor maths of the objectives. One KL, one soft cross entropy; twice differentiable."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +10,32 @@ from torch import Tensor
 
 from epsd.types import Batch, BatchNeeds, EpsdError, Forward, Loss, Objective
 
+ClassWeights = Sequence[float] | Literal["auto"] | None
 
-def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy over the batch. `logits` (B, K), `labels` (B,) int64 -> scalar. EpsdError unless K ≥ 2."""
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, class_weights: ClassWeights = None
+) -> Tensor:
+    """Mean cross entropy over the batch. `logits` (B, K), `labels` (B,) int64 -> scalar. EpsdError unless K ≥ 2.
+
+    class_weights : K factors, as torch's `weight`; but the sum is divided by B, so that weights whose mean over the
+        training images is 1 leave the loss as large as it is, and a batch is the mean of its parts.
+    """
     if logits_of(logits).dim() != 2 or logits.shape[1] == 1:
         raise EpsdError(
             f"the network gives {_shape(logits)} for {len(labels)} images: cross entropy needs logits (B, K), an "
             "output for each class. For one output pass a loss of your own, such as binary cross entropy."
         )
-    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    return _entropy(logits, labels, label_smoothing, class_weights)
+
+
+def _entropy(logits: Tensor, targets: Tensor, label_smoothing: float, class_weights: ClassWeights) -> Tensor:
+    if class_weights is None:
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    if class_weights == "auto":
+        raise EpsdError("objective.class_weights: auto is known from the labels of a data set: name the weights.")
+    weight = torch.tensor(class_weights, dtype=logits.dtype, device=logits.device)
+    return F.cross_entropy(logits, targets, weight, label_smoothing=label_smoothing, reduction="sum") / len(targets)
 
 
 def class_logits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -80,9 +98,14 @@ def soft_targets(labels: Tensor, past: Tensor, alpha: float) -> Tensor:
     return torch.lerp(onehot, past, alpha).detach()
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Batch mean of −Σ targets · log_softmax(logits). Both (B, K) -> scalar. No temperature (PS-KD has none)."""
-    return F.cross_entropy(logits, targets)
+def soft_cross_entropy(
+    logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, class_weights: ClassWeights = None
+) -> Tensor:
+    """Batch mean of −Σ targets · log_softmax(logits). Both (B, K) -> scalar. No temperature (PS-KD has none).
+
+    label_smoothing : share of the targets spread over all classes.  class_weights : as of `cross_entropy`.
+    """
+    return _entropy(logits, targets, label_smoothing, class_weights)
 
 
 def partner_of(batch: Batch) -> Tensor:

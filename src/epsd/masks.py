@@ -59,7 +59,7 @@ def covered(
     `[...]` ("*.downsample.*"). MaskError: a name that meets no weight; nothing left.
     """
     chosen, out = (
-        {name for pattern in ([given] if isinstance(given, str) else given) for name in _named(weights, pattern, which)}
+        {name for pattern in ([given] if isinstance(given, str) else given) for name in named(weights, pattern, which)}
         for which, given in (("include", weights if include is None else include), ("exclude", exclude))
     )
     found = {name: weight for name, weight in weights.items() if name in chosen and name not in out}
@@ -68,8 +68,8 @@ def covered(
     return found
 
 
-def _named(names: Iterable[str], pattern: str, which: str) -> list[str]:
-    """Parameters that fit `pattern`, or that a module which fits it holds."""
+def named(names: Iterable[str], pattern: str, which: str, kind: str = "layer") -> list[str]:
+    """Parameters that fit `pattern`, or that a module which fits it holds. MaskError where none does."""
 
     def fits(name: str) -> bool:
         parts = name.split(".")
@@ -77,7 +77,7 @@ def _named(names: Iterable[str], pattern: str, which: str) -> list[str]:
 
     if found := [name for name in names if fits(name)]:
         return found
-    raise MaskError(f"{which}: no layer fits '{pattern}'. Layers: {', '.join(names)}.")
+    raise MaskError(f"{which}: no {kind} fits '{pattern}'. {kind.capitalize()}s: {', '.join(names)}.")
 
 
 def check_fits(weights: Mapping[str, Tensor], sparsity: float, scope: Scope = "global", **options: Any) -> None:
@@ -156,7 +156,7 @@ def _given(sizes: Mapping[str, int], sparsity: float, densities: Mapping[str, fl
     for pattern, density in densities.items():
         if not 0 < density <= 1:
             raise MaskError(f"densities: {density} of '{pattern}' is outside (0, 1].")
-        for name in _named(sizes, pattern, "densities"):
+        for name in named(sizes, pattern, "densities"):
             found.setdefault(name, max(1, round(density * sizes[name])))
     over = sum(found.values()) - _kept(sum(sizes.values()), sparsity)
     if len(found) == len(sizes) and abs(over) <= len(sizes):  # they were rounded each by itself

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from epsd.compute import speed
-from epsd.compute.speed import AccelerationError, align_, compiled, pick_update, sgd
+from epsd.compute.speed import AccelerationError, align_, compiled, optimiser, pick_update
 from epsd.masks import Mask, prunable
 from epsd.objectives import OBJECTIVES
 from epsd.project.recipes import Recipe
@@ -53,16 +53,16 @@ def test_automatic_update_is_fused_where_torch_has_the_kernel() -> None:
 def test_a_restored_momentum_lies_as_its_weight() -> None:
     """A fused kernel walks both in memory order: with other strides it would add the momentum of another weight."""
     model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    optimiser = sgd(model, "fused", lr=0.1, momentum=0.9)
+    made = optimiser("sgd", model.parameters(), "fused", lr=0.1, momentum=0.9)
     model(torch.randn(2, 3, 8, 8)).square().mean().backward()
-    optimiser.step()
-    state = copy.deepcopy(optimiser.state_dict())
+    made.step()
+    state = copy.deepcopy(made.state_dict())
     for entry in state["state"].values():
         entry["momentum_buffer"] = entry["momentum_buffer"].contiguous()
-    before = optimiser.state[model.weight]["momentum_buffer"].clone()
-    optimiser.load_state_dict(state)
-    align_(optimiser)
-    restored = optimiser.state[model.weight]["momentum_buffer"]
+    before = made.state[model.weight]["momentum_buffer"].clone()
+    made.load_state_dict(state)
+    align_(made)
+    restored = made.state[model.weight]["momentum_buffer"]
     assert restored.stride() == model.weight.stride()
     assert torch.equal(restored, before)
 
@@ -160,11 +160,11 @@ def test_training_a_step_does_not_import_the_compiler():
     """It takes a second of every stage's start, and nothing there is compiled."""
     code = """
 import sys, torch
-from epsd.compute.speed import sgd
+from epsd.compute.speed import optimiser
 from epsd.compute.devices import determinism
 determinism()
 model = torch.nn.Linear(3, 2)
-optimiser = sgd(model, "fused", lr=0.1, momentum=0.9)
+optimiser = optimiser("adamw", model.parameters(), "fused", lr=0.1)
 optimiser.load_state_dict(optimiser.state_dict())
 optimiser.zero_grad()
 model(torch.ones(1, 3)).sum().backward()
@@ -175,16 +175,20 @@ sys.exit("torch._dynamo" in sys.modules)
 
 
 @pytest.mark.parametrize("update", ["fused", "foreach", "loop"])
-def test_the_update_is_that_of_torch(update):
-    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_update_is_that_of_torch(name, update):
+    own = {"sgd": {"momentum": 0.9, "nesterov": True}, "adamw": {"betas": (0.9, 0.99)}}[name]
+    settings = {"lr": 0.1, "weight_decay": 0.01, **own}
     models = [torch.nn.Linear(5, 3) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    theirs = torch.optim.SGD(models[1].parameters(), fused=update == "fused", foreach=update == "foreach", **settings)
-    for model, optimiser in zip(models, (sgd(models[0], update, **settings), theirs), strict=True):
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
+    theirs = kind(models[1].parameters(), fused=update == "fused", foreach=update == "foreach", **settings)
+    mine = optimiser(name, models[0].parameters(), update, **settings)
+    for model, made in zip(models, (mine, theirs), strict=True):
         for _ in range(3):
-            optimiser.zero_grad()
+            made.zero_grad()
             model(torch.ones(2, 5)).square().sum().backward()
-            optimiser.step()
+            made.step()
     for mine, their in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(mine, their)
         assert mine.grad is not None

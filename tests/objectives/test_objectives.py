@@ -199,3 +199,28 @@ def test_a_plain_loss_is_an_objective() -> None:
 def test_bad_settings_name_the_key(choice: dict[str, object], message: str) -> None:
     with pytest.raises(ParamsError, match=message):
         choose(OBJECTIVES, choice, "objective")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_are_weighted_and_smoothed_as_torch_does_it(name: str) -> None:
+    """Epoch 0 of a network without distillation is torch's cross entropy, the sum divided by the images."""
+    weights, model, none = [0.5, 1.0, 3.0], mlp(), {"weight": 0.0} if name in ("cskd", "dlb") else {}
+    objective = OBJECTIVES[name](label_smoothing=0.1, class_weights=weights, **none)
+    objective.begin("train", 48, 3)
+    batch = batches_for(objective)[0]
+    wanted = {"weight": torch.tensor(weights, dtype=torch.float64), "label_smoothing": 0.1}
+    theirs = F.cross_entropy(model(batch.images), batch.labels, **wanted, reduction="sum") / len(batch.labels)
+    found = objective.loss(model, batch, 0.0)
+    assert found.total.item() == pytest.approx(theirs.item())
+    assert sum(found.parts.values()).item() == pytest.approx(theirs.item())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_weights_are_none(name: str) -> None:
+    plain, equal = OBJECTIVES[name](), OBJECTIVES[name](class_weights=[1.0, 1.0, 1.0])
+    model = mlp()
+    for objective in (plain, equal):
+        objective.begin("train", 48, 3)
+    for batch in batches_for(plain):
+        one, other = (objective.loss(model, batch, 0.5).total.item() for objective in (plain, equal))
+        assert one == pytest.approx(other)

@@ -28,7 +28,6 @@ from epsd.studies.prune_then_distill.rewinding import (
     prune_then_distill,
     rewound,
 )
-from epsd.training import checkpoints
 from epsd.training.checkpoints import CheckpointError
 from epsd.training.record import Record
 from epsd.training.schedule import lr_at
@@ -220,25 +219,6 @@ def test_it_goes_on_after_any_kill_to_the_same_bits(tmp_path: Path, select: str)
     assert timeless(found.history) == timeless(expected.history) == timeless(told)
     assert found.chosen == [found.history[int(record["epoch"]) - 1] for record in expected.chosen]
     assert meter.figures("cost/").items() <= found.history[-1].items()
-
-
-def test_a_kill_before_the_best_weights_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the checkpoint of an epoch and the file of the best weights."""
-    expected, save = run(), checkpoints.save
-    for number in range(1, 5):
-        calls = [0]
-
-        def failing(path: Path, *rest: object, calls: list[int] = calls, number: int = number) -> None:
-            calls[0] += "best" in path.name
-            if calls[0] == number:
-                raise Killed
-            save(path, *rest)
-
-        monkeypatch.setattr(checkpoints, "save", failing)
-        with pytest.raises(Killed):
-            run(folder=tmp_path, mark="m")
-        monkeypatch.setattr(checkpoints, "save", save)
-    assert same(run(folder=tmp_path, mark="m").student, expected.student)
 
 
 def test_a_real_kill(tmp_path: Path, whole: Outcome) -> None:

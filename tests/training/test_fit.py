@@ -27,14 +27,10 @@ from epsd.training.fit import fit
 from epsd.training.record import Record, TrainingError
 from epsd.training.schedule import lr_at
 from epsd.types import EpsdError
-from toys import ToyBatches, convnet, mlp
+from toys import Killed, ToyBatches, convnet, half, mlp, net_with_dropout, stop_after, timeless
 
 NAMES = sorted(OBJECTIVES)
 QUICK = {"epochs": 3, "lr": 0.1, "schedule": "cosine"}
-
-
-def half(model: nn.Module, sparsity: float = 0.7) -> Mask:
-    return Mask.from_scores({name: p.detach().abs() for name, p in prunable(model).items()}, sparsity)
 
 
 class Watched(ToyBatches):
@@ -106,32 +102,6 @@ def test_it_learns(name: str) -> None:
     assert history[-1]["train/loss"] < 0.7 * history[0]["train/loss"]
     assert history[-1]["val/top1"] > 0.9
     assert [record["epoch"] for record in history] == [float(n) for n in range(1, 13)]
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL at the end of an epoch."""
-
-
-def stop_after(epoch: int) -> Callable[[Record], None]:
-    def on_epoch(record: Record) -> None:
-        if record["epoch"] == epoch:
-            raise Killed
-
-    return on_epoch
-
-
-def timeless(history: list[Record]) -> list[Record]:
-    """What does not depend on how fast the machine is."""
-    return [{key: value for key, value in record.items() if key not in CLOCKS} for record in history]
-
-
-CLOCKS = {"time/epoch", "cost/seconds"}
-
-
-def net_with_dropout() -> nn.Module:
-    model = convnet()
-    model.insert(6, nn.Dropout(0.3))
-    return model
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,6 +8,7 @@ from epsd.analysis import features, landscape
 from epsd.analysis.distillation import QUANTITIES, Probe
 from epsd.analysis.trainability import gradient_norms
 from epsd.compute.seeds import mix
+from epsd.data.balance import weighed
 from epsd.data.prepared import Prepared
 from epsd.data.streaming import Augmentation
 from epsd.evaluation import evaluate as evaluation
@@ -89,8 +90,9 @@ def examine(params: Params, data: Prepared, *, points: int, slice_seed: int) -> 
     points : of the loss slice along each direction; 0 leaves slice and features out.  slice_seed : of its directions.
     """
     mask, model, report, examined, _ = pruned(params, data)
-    objective = choose(OBJECTIVES, params.objective, "objective")
-    figures = _named("trainability", gradient_norms(model, mask, batches(params, data, "train"), objective))
+    drawn = batches(params, data, "train")
+    objective = weighed(choose(OBJECTIVES, params.objective, "objective"), drawn)
+    figures = _named("trainability", gradient_norms(model, mask, drawn, objective))
     history = _watched(params, data, model, mask)
     seconds = report["seconds"] + sum(record["time/epoch"] for record in history)
 

@@ -318,6 +318,8 @@ def wrapped(model: nn.Module) -> nn.Module:
     if _group.world == 1:
         return model
     kind: Any = nn.parallel.DistributedDataParallel
+    if isinstance(model, kind):
+        model = model.module  # other weights are trained from here on
     name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in inspect.signature(kind).parameters)
     wrapper: nn.Module = kind(model, **{name: False})
     return wrapper

@@ -39,6 +39,17 @@ def weight_type(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
+def head(model: nn.Module) -> str:
+    """Name of the layer that gives the logits: the last one with weights, in the order in which a network names them.
+
+    NetworkError where no layer is linear or a convolution.
+    """
+    layers: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if not layers:
+        raise NetworkError("the network has no linear layer and no convolution that could be its head.")
+    return layers[-1]
+
+
 def resting(model: nn.Module) -> list[nn.Module]:
     """Modules that stay in eval mode while the rest trains: the user put them there, and nothing in them is trainable.
 

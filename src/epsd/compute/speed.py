@@ -4,7 +4,8 @@ import contextlib
 import ctypes
 import importlib.util
 import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from epsd.types import EpsdError
 
 if TYPE_CHECKING:
-    from epsd.project.recipes import Compile, Update
+    from epsd.project.recipes import Compile, Optimiser, Update
 
 _FUSING = {"cpu", "cuda", "mps"}
 _MODES = {"kernels": "default", "graphs": "reduce-overhead"}
@@ -38,23 +39,25 @@ def pick_update(name: "Update", device: torch.device) -> "Update":
     return name
 
 
-class _Sgd(torch.optim.SGD):
-    """SGD without torch's wrappers for compiled optimisers: the first call of any of them imports the compiler, which
-    takes a second and is used by nothing here (`train.compile` compiles the network, never the optimiser).
+def _unwrapped(kind: type[torch.optim.Optimizer]) -> Any:
+    """An optimiser without torch's wrappers for compiled ones: the first call of any of them imports the compiler,
+    which takes a second and is used by nothing here (`train.compile` compiles the network, never the optimiser).
     """
-
-    add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.SGD.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.SGD.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.SGD.load_state_dict)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    return type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
-def sgd(model: nn.Module, update: "Update", **settings: float | bool) -> torch.optim.SGD:
-    """SGD over the trainable parameters. `update` : "fused", "foreach" or "loop"; `settings` : lr, momentum, ..."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+_OPTIMISERS = {"sgd": _unwrapped(torch.optim.SGD), "adamw": _unwrapped(torch.optim.AdamW)}
+
+
+def optimiser(name: "Optimiser", groups: Iterable[Any], update: "Update", **settings: Any) -> torch.optim.Optimizer:
+    """torch's SGD or AdamW over parameters or groups of them. `update` : "fused", "foreach" or "loop"."""
     fused = update == "fused"
-    return _Sgd(trained, **settings, fused=fused, foreach=None if fused else update == "foreach")  # type: ignore[arg-type]
+    made: torch.optim.Optimizer = _OPTIMISERS[name](
+        groups, **settings, fused=fused, foreach=None if fused else update == "foreach"
+    )
+    return made
 
 
 def lay_out_(model: nn.Module, layout: torch.memory_format) -> None:

@@ -117,7 +117,7 @@ class LoaderBatches:
         if self._plan is not None:
             return self._same_class.partners(order, epoch)
         given, places = torch.unique(order, return_inverse=True)
-        chosen: Tensor = given[SameClass(self._labels[given], self._seed).partners(places, epoch)]
+        chosen: Tensor = given[SameClass(self.labels[given], self._seed).partners(places, epoch)]
         return chosen
 
     def _workers(self) -> dict[str, Any]:
@@ -135,12 +135,13 @@ class LoaderBatches:
         return set() if self._plan is None else self._plan.lengths()
 
     @cached_property
-    def _labels(self) -> Tensor:
+    def labels(self) -> Tensor:
+        """(N,) of the data set."""
         return self._scanned() if self._known is None else self._known
 
     @cached_property
     def _same_class(self) -> SameClass:
-        return SameClass(self._labels, self._seed)
+        return SameClass(self.labels, self._seed)
 
     def _scanned(self) -> Tensor:
         """Every sample asked once for its label."""

@@ -125,10 +125,10 @@ def partner_positions(needs: BatchNeeds, order: Tensor, epoch: int, same_class: 
 
 
 class Sampled:
-    """Batches of a split by a `Sampler`; `size`: images of the split. Subclasses draw them."""
+    """Batches of a split by a `Sampler`; `size`: images of the split, `labels` (N,). Subclasses draw them."""
 
     def __init__(self, labels: Tensor, num_classes: int, sampler: Sampler) -> None:
-        self.size, self.num_classes = len(labels), num_classes
+        self.size, self.num_classes, self.labels = len(labels), num_classes, labels
         self._sampler = sampler
         self._same_class = SameClass(labels.cpu(), sampler.seed)
 

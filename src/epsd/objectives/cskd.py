@@ -3,7 +3,7 @@
 import torch
 
 from epsd import losses
-from epsd.project.settings import NonNegative, Positive, Share
+from epsd.project.settings import ClassWeights, NonNegative, Positive, Share
 from epsd.registry import stateful_variant
 from epsd.types import Batch, BatchNeeds, Forward, Loss, Objective
 
@@ -20,11 +20,14 @@ class CsKd(Objective):
     temperature : T > 0. Default 4 (official command line).
     weight : λ ≥ 0. Default 1 (official command line); the authors use 3 on CUB.
     label_smoothing : [0, 1) of the cross entropy. Default 0 (official code has none).
+    class_weights : a factor on the loss of each class, in their order; "auto": by how rare it is, N / (K · N_k).
+        Default null: 1 each.
     """
 
     temperature: Positive = 4.0
     weight: NonNegative = 1.0
     label_smoothing: Share = 0.0
+    class_weights: ClassWeights = None
 
     @property
     def needs(self) -> BatchNeeds:
@@ -37,7 +40,7 @@ class CsKd(Objective):
         logits = forward(batch.images)
         with torch.no_grad():
             target = forward(partner)
-        supervised = losses.cross_entropy(logits, batch.labels, self.label_smoothing)
+        supervised = losses.cross_entropy(logits, batch.labels, self.label_smoothing, self.class_weights)
         distillation = losses.kl_divergence(target, logits, self.temperature)
         total = supervised + self.weight * distillation
         terms = {"cross_entropy": supervised.detach(), "distillation": distillation.detach()}

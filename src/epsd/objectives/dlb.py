@@ -8,7 +8,7 @@ from torch import Tensor
 
 from epsd import losses
 from epsd.compute import distributed
-from epsd.project.settings import NonNegative, Positive, Share
+from epsd.project.settings import ClassWeights, NonNegative, Positive, Share
 from epsd.registry import stateful_variant
 from epsd.types import Batch, BatchNeeds, Forward, Loss, Purpose
 
@@ -35,11 +35,14 @@ class Dlb:
         re-implementation uses.
     weight : α ≥ 0. Default 1 (likewise).
     label_smoothing : [0, 1) of the cross entropy. Default 0 (official code has none).
+    class_weights : a factor on the loss of each class, in their order; "auto": by how rare it is, N / (K · N_k).
+        Default null: 1 each.
     """
 
     temperature: Positive = 3.0
     weight: NonNegative = 1.0
     label_smoothing: Share = 0.0
+    class_weights: ClassWeights = None
     last: dict[int, Last] = field(default_factory=dict, init=False, repr=False)
     part: tuple[int, int] = field(default=(0, 1), init=False, repr=False)
 
@@ -58,13 +61,13 @@ class Dlb:
         logits = forward(batch.images)
         last = self._swapped(Last(partner, batch.labels, logits.detach()))
         if last is None:
-            supervised = losses.cross_entropy(logits, batch.labels, self.label_smoothing)
+            supervised = losses.cross_entropy(logits, batch.labels, self.label_smoothing, self.class_weights)
             zero = torch.zeros_like(supervised)
             terms = {"cross_entropy": supervised.detach(), "distillation": zero}
             return Loss(supervised, terms, logits.detach(), {"supervised": supervised, "distillation": zero})
         again = forward(last.images)
         both = torch.cat([again, logits]), torch.cat([last.labels, batch.labels])
-        supervised = losses.cross_entropy(*both, self.label_smoothing)
+        supervised = losses.cross_entropy(*both, self.label_smoothing, self.class_weights)
         distillation = losses.kl_divergence(last.logits, again, self.temperature)
         total = supervised + self.weight * distillation
         terms = {"cross_entropy": supervised.detach(), "distillation": distillation.detach()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from epsd import losses
 from epsd.compute import distributed
+from epsd.project.settings import ClassWeights, Share
 from epsd.registry import stateful_variant
 from epsd.types import Batch, BatchNeeds, Forward, Loss, Purpose
 
@@ -38,11 +39,16 @@ class PsKd:
     score : "live" | "literal" (see above).
     memory : "auto" | "float32" | "float16". auto: the logits' precision, halves above 256 MiB, mapped to a file
         above 8 GiB.
+    label_smoothing : [0, 1) share of the targets spread over all classes. Default 0 (official code has none).
+    class_weights : a factor on the loss of each class, in their order; "auto": by how rare it is, N / (K · N_k).
+        Default null: 1 each.
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.8
     score: Literal["live", "literal"] = "live"
     memory: Literal["auto", "float32", "float16"] = "auto"
+    label_smoothing: Share = 0.0
+    class_weights: ClassWeights = None
     past: Tensor | None = field(default=None, init=False, repr=False)
     seen: Tensor | None = field(default=None, init=False, repr=False)
     purpose: Purpose = field(default="train", init=False, repr=False)
@@ -78,9 +84,10 @@ class PsKd:
 
     def _towards(self, past: Tensor, alpha: float, logits: Tensor, batch: Batch) -> Loss:
         """The loss, and its summands (1 − α)·CE and α·H(past, ·)."""
-        total = losses.soft_cross_entropy(logits, losses.soft_targets(batch.labels, past, alpha))
-        supervised = losses.cross_entropy(logits, batch.labels)
-        distillation = losses.soft_cross_entropy(logits, past)
+        how = self.label_smoothing, self.class_weights
+        total = losses.soft_cross_entropy(logits, losses.soft_targets(batch.labels, past, alpha), *how)
+        supervised = losses.cross_entropy(logits, batch.labels, *how)
+        distillation = losses.soft_cross_entropy(logits, past, *how)
         terms = {"cross_entropy": supervised.detach(), "distillation": distillation.detach()}
         parts = {"supervised": (1 - alpha) * supervised, "distillation": alpha * distillation}
         return Loss(total, terms, logits.detach(), parts)

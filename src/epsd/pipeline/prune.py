@@ -15,6 +15,7 @@ from epsd.compute.devices import pick_precision, seed_everything
 from epsd.compute.memory import GIB
 from epsd.compute.seeds import mix
 from epsd.compute.speed import keep_freed_memory
+from epsd.data.balance import weighed
 from epsd.data.prepared import Prepared
 from epsd.data.sampling import naming
 from epsd.data.streaming import Augmentation
@@ -179,7 +180,8 @@ def _begin(params: Params, data: Prepared) -> _Scoring:
             drop_last=True,
         )
     score = choose(SCORES, params.prune.score, "prune.score")
-    objective, device = choose(OBJECTIVES, params.objective, "objective"), data.machine.device
+    objective = weighed(choose(OBJECTIVES, params.objective, "objective"), batches)
+    device = data.machine.device
     memory = None if params.prune.memory == "auto" else params.prune.memory * GIB
     means = Means(memory, pick_precision(params.prune.precision, device))
     return _Scoring(model, batches, score, objective, means, device)

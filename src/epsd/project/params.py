@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from pydantic import Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from epsd.files.regular import read_bytes
 from epsd.project.recipes import DetectorRecipe, Recipe
@@ -90,17 +91,24 @@ class PruneParams(Section):
 
 
 class _Whole(Section):
-    """A section that leaves nothing to a recipe's defaults: every number that a result depends on is in the file."""
+    """A section that leaves nothing to a recipe's defaults: every number that a result depends on is in the file.
+
+    Options that came later may be left out: by default they do nothing (`Bearing.neutral`).
+    """
 
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, content: Any) -> Any:
         given = content if isinstance(content, Mapping) else cls.model_fields
-        missing = [name for name in cls.model_fields if name not in given]
+        missing = [name for name, field in cls.model_fields.items() if name not in given and not _later(field)]
         if missing and cls.model_fields.keys() >= given.keys():  # of a misspelt key that alone is told
             told: list[Any] = [{"type": "missing", "loc": (key,), "input": content} for key in missing]
             raise ValidationError.from_exception_data(cls.__name__, told)
         return content
+
+
+def _later(field: FieldInfo) -> bool:
+    return any(isinstance(note, Bearing) and note.neutral is not None for note in field.metadata)
 
 
 class TrainParams(_Whole, Recipe):

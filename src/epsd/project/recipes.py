@@ -12,6 +12,7 @@ from epsd.project.settings import TIMING, Bearing, Count, Natural, NonNegative, 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
 Update = Literal["auto", "fused", "foreach", "loop"]
+Optimiser = Literal["sgd", "adamw"]
 Compile = Literal["auto", "none", "kernels", "graphs"]
 
 
@@ -19,8 +20,14 @@ class Recipe(Section):
     """How to train a classifier. Defaults: the CIFAR recipe shared by ProsPr and CS-KD (200 epochs, SGD, 0.1, ÷10 at 50
     and 75 %).
 
-    epochs : passes over train.  lr : peak learning rate.  momentum, nesterov, weight_decay : of SGD, on every
-        parameter.
+    epochs : passes over train.  lr : peak learning rate.
+    optimiser : "sgd" (with `momentum`, `nesterov`) or "adamw" (torch's; `momentum` is β1, β2 is 0.999).
+    weight_decay : on every parameter; decoupled in AdamW.  decay_norms : false spares vectors (norms, biases).
+    head_lr : factor on the learning rate of the layer that gives the logits.
+    freeze : parameters or modules, by name or pattern, that stay as they are; what is frozen whole is in eval mode.
+    freeze_epochs : for so many epochs; null = to the end.
+    ema : decay per step of a running mean of weights and statistics, which is what is judged and kept; null = none.
+    keep : the weights of the "last" epoch or of the "best" by top-1, then NLL, on validation.
     schedule : "step" (× gamma at each of `milestones`, shares of the epochs), "cosine" (to 0 at the end) or "constant".
     warmup_epochs : linear warm-up from lr / steps.  clip_norm : largest gradient norm, null = none.
     precision : "auto" (bf16 on a GPU or processor that computes in it, else fp32), "fp32", "bf16", "fp16" (with loss
@@ -38,6 +45,13 @@ class Recipe(Section):
     momentum: Share = 0.9
     nesterov: bool = True
     weight_decay: NonNegative = 5e-4
+    optimiser: Annotated[Optimiser, Bearing(neutral="sgd")] = "sgd"
+    decay_norms: Annotated[bool, Bearing(neutral="true")] = True
+    head_lr: Annotated[Positive, Bearing(neutral="1.0")] = 1.0
+    freeze: Annotated[list[str], Bearing(neutral="[]")] = Field(default_factory=list)
+    freeze_epochs: Annotated[Count | None, Bearing(neutral="null")] = None
+    ema: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, Bearing(neutral="null")] = None
+    keep: Annotated[Literal["last", "best"], Bearing(neutral="last")] = "last"
     schedule: Literal["step", "cosine", "constant"] = "step"
     milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.5, 0.75])
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -57,6 +71,8 @@ class Recipe(Section):
             )
         if sorted(set(self.milestones)) != self.milestones:
             raise ValueError("milestones: each must be larger than the one before")
+        if self.freeze_epochs is not None and not self.freeze:
+            raise ValueError('freeze_epochs: freeze names nothing, e.g. ["conv1", "layer?.*"]')
         return self
 
 

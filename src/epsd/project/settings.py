@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -44,6 +44,8 @@ Natural = Annotated[int, Field(ge=0, le=MOST)]
 NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+ClassWeights = Literal["auto"] | Annotated[list[Positive], Field(min_length=2)] | None
+"""A factor on the loss of each class; "auto": by how rare it is (`epsd.data.balance`)."""
 Text = Annotated[str, AfterValidator(_text)]
 """A name that goes into tables, pages and other people's tools."""
 Place = Annotated[str, Field(min_length=1), AfterValidator(_place)]

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from epsd.compute import distributed, networks
 from epsd.compute.random_state import keeping_random_state
+from epsd.data.balance import weighed
 from epsd.data.loaders import as_batches
 from epsd.losses import PlainLoss, as_objective, cross_entropy
 from epsd.masks import Mask, MaskError, Scope, check_fits, covered, hidden, prunable
@@ -141,7 +142,7 @@ def prune(
     """
     if rounds < 1:
         raise PruneError(f"rounds: {rounds} is below 1.")
-    objective = copy.deepcopy(as_objective(_checked(model, score, objective)))
+    objective = _own(model, score, objective, source)
     selection: dict[str, Any] = {"scope": scope, "densities": densities, "channel_cap": channel_cap}
     selection["keep_at_least_one"] = keep_at_least_one
     wanted = covered(prunable(model), include, exclude)
@@ -183,7 +184,7 @@ def scored(
 
     `model` and `objective` are left as they are. Raises MetaGradientError, MaskError and PruneError as `prune` does.
     """
-    objective = copy.deepcopy(as_objective(_checked(model, score, objective)))
+    objective = _own(model, score, objective, source)
     wanted, work, drawn = covered(prunable(model), exclude=exclude), _copied(model), Stream(source, objective.needs)
     scores = _Repeated(score, batches, average)(work, drawn, objective, _sizes(source))
     return _seen(work, _only(wanted, scores), drawn, score)
@@ -206,7 +207,7 @@ def gates(
     """
     if not getattr(score, "derivative", False):
         raise PruneError("prune.score: channels are scored by their gates, which epsd, prospr and snip differentiate.")
-    objective = copy.deepcopy(as_objective(_checked(model, score, objective)))
+    objective = _own(model, score, objective, source)
     work, drawn = _copied(model), Stream(source, objective.needs)
     total = {name: torch.zeros(group.size, dtype=torch.float64) for name, group in structure.groups.items()}
     with within(replace(means(), signed=True)):
@@ -244,6 +245,11 @@ class _Repeated:
         return scores
 
 
+def _own(model: nn.Module, score: object, objective: LossLike, source: Source) -> Objective:
+    known = as_batches(source) if isinstance(source, DataLoader) else source
+    return weighed(copy.deepcopy(as_objective(_checked(model, score, objective))), known)
+
+
 def _checked(model: nn.Module, score: object, objective: LossLike) -> LossLike:
     """`objective`; what cannot be scored, and what cannot score, is named first."""
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -261,7 +267,7 @@ def _checked(model: nn.Module, score: object, objective: LossLike) -> LossLike:
         warnings.warn(
             f"not pruned, as their weights are computed from other parameters (weight_norm, spectral_norm, ...): "
             f"{', '.join(layers)}.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return objective
 

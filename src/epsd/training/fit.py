@@ -18,6 +18,7 @@ from epsd.compute.cost import Meter
 from epsd.compute.devices import to_device
 from epsd.compute.seeds import mix
 from epsd.compute.speed import compiled, lay_out_
+from epsd.data.balance import weighed
 from epsd.data.loaders import as_batches
 from epsd.losses import PlainLoss, as_objective, class_logits, cross_entropy, logits_of, no_such_class
 from epsd.masks import Mask
@@ -25,9 +26,11 @@ from epsd.project.progress import Progress
 from epsd.project.recipes import Recipe
 from epsd.project.runtime import note
 from epsd.training import autotune, checkpoints
+from epsd.training.groups import Freeze
 from epsd.training.moving import Moving
 from epsd.training.parts import Fitting, added
 from epsd.training.record import Record, Tally, TrainingError
+from epsd.training.result import Result
 from epsd.training.schedule import lr_at
 from epsd.training.updates import Updates
 from epsd.types import Batch, Batches, Loss, Objective
@@ -78,8 +81,9 @@ def fit(
 
     Returns
     -------
-    One record per epoch. The model is left in eval mode, with or without `validation`. While it trains, modules that
-    were in eval mode and frozen stay so (`networks.resting`): a frozen BatchNorm keeps its running statistics.
+    One record per epoch. The model has the weights that `recipe.ema` and `recipe.keep` ask for, and is in eval mode,
+    with or without `validation`. While it trains, modules that were in eval mode and frozen stay so
+    (`networks.resting`): a frozen BatchNorm keeps its running statistics.
 
     Raises
     ------
@@ -110,8 +114,11 @@ class _Loop:
         self.model, self.objective, self.recipe, self.seed = model, objective, recipe, seed
         self.meter, self.rest = meter, networks.resting(model)
         self.counted_forward = meter.through(self.forward)
-        self.train = distributed.shard(as_batches(train, seed=mix(seed, "train")), even=True)
+        batches = as_batches(train, seed=mix(seed, "train"))
+        self.objective = objective = weighed(objective, batches)
+        self.train = distributed.shard(batches, even=True)
         _check(model, recipe)
+        self.freeze = Freeze(model, recipe.freeze, recipe.freeze_epochs)
         self.device = next(model.parameters()).device
         self.way = autotune.ways(recipe, model, self.device)[0]
         self.times: dict[str, float] = {}
@@ -137,6 +144,8 @@ class _Loop:
     ) -> list[Record]:
         lay_out_(self.model, self.way.layout)
         try:
+            self.freeze.begin()
+            self.result = Result(self.model, self.recipe)
             self.net = distributed.wrapped(self.net)
             return self._run(validation, checkpoint, mark, on_epoch)
         except (RuntimeError, MemoryError, IndexError) as error:
@@ -147,6 +156,7 @@ class _Loop:
             shortage.release(error, self.device)
             raise shortage.OutOfMemory(self.room.advice()) from None
         finally:
+            self.freeze.end()
             lay_out_(self.model, torch.contiguous_format)
 
     def _run(
@@ -175,14 +185,19 @@ class _Loop:
             Progress("train", steps * epochs, steps * len(self.history)) as bar,
         ):
             for epoch in range(len(self.history), epochs):
+                if thawed := self.freeze.thawed(epoch):
+                    self.updates.begin(thawed)
+                    self.net = distributed.wrapped(self.net)
                 record = self._epoch(epoch, bar)
                 if judged is not None:
                     record |= {f"val/{name}": value for name, value in self.judge(judged).items()}
                 self.history.append(record)
+                self.result.consider(self.history)
                 if checkpoint is not None and mark is not None:
                     self._save(checkpoint, mark)
                 on_epoch(record)
                 bar.say(" ".join(f"{word} {record[key]:.4g}" for word, key in _SHOWN.items() if key in record))
+        self.result.settle()
         self.model.eval()
         return self.history
 
@@ -192,6 +207,7 @@ class _Loop:
             return
         self.mask = mask
         self.updates.hold(mask)
+        self.result.hold(mask)
         self.on_mask(mask)
 
     def _settle(self, batch: Batch) -> None:
@@ -226,7 +242,7 @@ class _Loop:
 
     def _epoch(self, epoch: int, bar: Progress) -> Record:
         torch.manual_seed(mix(self.seed, "train", epoch))
-        networks.train_(self.model, self.rest)
+        networks.train_(self.model, [*self.rest, *self.freeze.modules])
         started = time.perf_counter()
         tally = Tally(len(self.train), self.device, epoch)
         progress = (epoch + 1) / self.recipe.epochs
@@ -244,8 +260,10 @@ class _Loop:
         if not tally.steps:
             raise TrainingError("there is no batch to train on: use another train.batch_size.")
         distributed.settle_buffers(self.model)
+        self.result.average_buffers()
         record = {"epoch": epoch + 1.0, **tally.means()}
-        record["train/lr"] = self.updates.optimiser.param_groups[0]["lr"]
+        first = self.updates.optimiser.param_groups[0]
+        record["train/lr"] = first["lr"] / first["factor"]
         record["time/epoch"] = time.perf_counter() - started
         record |= {f"time/step {name}": seconds for name, seconds in self.times.items()}
         self.meter.seconds += record["time/epoch"]
@@ -283,6 +301,7 @@ class _Loop:
         tally.add(loss.total, loss.terms, loss.logits, batch.labels)
         lr = lr_at(self.recipe, number, len(self.train))
         tally.add_gradient(self.updates.take(lr, lambda: self._moves(number)))
+        self.result.step()
 
     def _skip(self, error: ValueError) -> None:
         if not networks.is_lonely(error):
@@ -325,10 +344,18 @@ class _Loop:
         self.updates.backward(total)
         return Loss(total.detach(), {name: term * share for name, term in loss.terms.items()}, loss.logits)
 
-    @torch.no_grad()
     def judge(self, batches: Batches) -> Record:
-        """top1 and nll of the model in eval mode. EpsdError where it does not give logits then."""
-        self.model.eval()
+        """top1 and nll, in eval mode, of what would be kept now. EpsdError where it does not give logits then."""
+        net, judged = self.net, self.result.network
+        self.net = net if judged is self.model else judged
+        judged.eval()
+        try:
+            return self._judge(batches)
+        finally:
+            self.net = net
+
+    @torch.no_grad()
+    def _judge(self, batches: Batches) -> Record:
         right, nll, seen = (torch.zeros((), device=self.device) for _ in range(3))
         for drawn in batches.epoch(0):
             batch = to_device(drawn, self.device)
@@ -366,6 +393,7 @@ class _Loop:
             "parts": self.room.parts,
             "way": str(self.way),
             "times": self.times,
+            "result": self.result.state_dict(),
             **({"mask": self.mask.keep} if self.moving is not None and self.mask is not None else {}),
         }
 
@@ -374,6 +402,7 @@ class _Loop:
         self.take(autotune.resumed(state["way"], self.recipe, self.way))
         self.model.load_state_dict(state["model"])
         self.updates.load_state_dict(state)
+        self.result.load_state_dict(state["result"])
         placed = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in state["objective"].items()}
         self.objective.load_state_dict(placed)
         self.history = copy.deepcopy(state["history"])

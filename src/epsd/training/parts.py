@@ -71,7 +71,9 @@ class Fitting:
         assert self._batch is not None
         objective = copy.copy(self.loop.objective)
         objective.begin("score", self.loop.train.size, self.loop.train.num_classes)
-        copies = 1 + (self.loop.recipe.momentum > 0) + (self.loop.updates.holder is not None)
+        recipe = self.loop.recipe
+        moments = 2 if recipe.optimiser == "adamw" else int(recipe.momentum > 0)
+        copies = 1 + moments + (self.loop.updates.holder is not None) + (recipe.ema is not None)
 
         def graph(batch: Batch) -> object:
             with torch.no_grad():

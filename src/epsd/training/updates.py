@@ -1,14 +1,15 @@
 """The update that ends a training step, of a classifier as of a detector."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from epsd.compute.speed import align_, pick_update, sgd
+from epsd.compute.speed import align_, optimiser, pick_update
 from epsd.masks import Mask
 from epsd.project.recipes import DetectorRecipe, Recipe, Update
+from epsd.training.groups import parameter_groups
 
 
 def _multiply_each(tensors: list[Tensor], factors: list[Tensor]) -> None:
@@ -20,8 +21,8 @@ class MaskHolder:
     """A mask bound to the parameters of one model, for a training loop.
 
     The gradient is masked before the optimiser sees it, so that neither momentum nor gradient clipping feels removed
-    weights. SGD then leaves them at +0 by itself: their momentum stays ±0, weight decay of 0 is 0, and +0 minus ±0 is
-    +0. Other optimisers, and whoever wants to be sure, mask the weights too.
+    weights. SGD and AdamW then leave them at +0 by themselves: their moments stay ±0, weight decay of 0 is 0, and +0
+    minus ±0 is +0. Whoever wants to be sure masks the weights too.
     """
 
     def __init__(self, mask: Mask, model: nn.Module, *, foreach: bool = True) -> None:
@@ -46,7 +47,7 @@ class MaskHolder:
 
 
 class Updates:
-    """SGD by `recipe` on the weights of `model`, under a mask that holds.
+    """SGD or AdamW by `recipe` on the weights of `model`, under a mask that holds.
 
     update : how it goes over the parameters, see `epsd.compute.speed.pick_update`.  scaled : whether losses are scaled,
     as half precision needs it.
@@ -57,19 +58,31 @@ class Updates:
     ) -> None:
         self.model, self.clip_norm, self.update = model, recipe.clip_norm, pick_update(update, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        groups = parameter_groups(model, **recipe.model_dump(include={"head_lr", "decay_norms"}))
+        kind = recipe.optimiser if isinstance(recipe, Recipe) else "sgd"
         nesterov = isinstance(recipe, Recipe) and recipe.nesterov and recipe.momentum > 0
-        settings = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
-        self.optimiser = sgd(model, self.update, **settings, nesterov=nesterov)
+        own: dict[str, dict[str, Any]] = {
+            "sgd": {"momentum": recipe.momentum, "nesterov": nesterov},
+            "adamw": {"betas": (recipe.momentum, 0.999)},
+        }
+        shared = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+        self.optimiser = optimiser(kind, groups, self.update, **shared, **own[kind])
         self.holder: MaskHolder | None = None
 
     def hold(self, mask: Mask) -> None:
-        """From now on what `mask` removes is zero: weights, and momentum of those that it just removed."""
+        """From now on what `mask` removes is zero: weights, and moments of those that it just removed."""
         mask.apply_(self.model)
         self.holder = MaskHolder(mask, self.model, foreach=self.update != "loop")
         for name, keep in mask.keep.items():
-            velocity = self.optimiser.state.get(self.model.get_parameter(name), {}).get("momentum_buffer")
-            if velocity is not None:
-                velocity.masked_fill_(~keep.to(velocity.device), 0.0)
+            for moment in self.optimiser.state.get(self.model.get_parameter(name), {}).values():
+                if isinstance(moment, Tensor) and moment.shape == keep.shape:
+                    moment.masked_fill_(~keep.to(moment.device), 0.0)
+
+    def begin(self, parameters: Iterable[nn.Parameter]) -> None:
+        """These are trained from here on: torch's fused SGD wants the momentum of all or of none."""
+        if self.optimiser.defaults.get("momentum"):
+            for parameter in parameters:
+                self.optimiser.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` to those that are there."""
@@ -85,7 +98,7 @@ class Updates:
         moved : asked once they are whole, when the mask may move; where it says so, no weight is trained in this step.
         """
         for group in self.optimiser.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         self.scaler.unscale_(self.optimiser)
         resting = moved()
         if self.holder is not None:
@@ -103,7 +116,7 @@ class Updates:
         return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     def settle(self) -> None:
-        """Zero the removed weights once more: SGD keeps them there by itself, see `MaskHolder`."""
+        """Zero the removed weights once more: the optimiser keeps them there by itself, see `MaskHolder`."""
         if self.holder is not None:
             self.holder.weights_()
 

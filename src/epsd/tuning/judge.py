@@ -22,6 +22,7 @@ from epsd.pipeline.prune import pruned
 from epsd.pipeline.train import card, trained
 from epsd.project.params import Params
 from epsd.training.record import Record
+from epsd.training.result import kept
 from epsd.tuning.resplit import resplit
 
 Figures = dict[str, float]
@@ -54,7 +55,7 @@ def run(params: Params, data: Prepared, watch: Callable[[Record, Callable[[], Fi
         watch(record, lambda: figures(params, data, model, mask, record))
 
     history = trained(params, data, model, mask, on_epoch=on_epoch, meter=Meter.of(report))
-    return figures(params, data, model, mask, history[-1])
+    return figures(params, data, model, mask, kept(history, params.train.keep))
 
 
 def repeat(params: Params, data: Prepared, number: int) -> tuple[Params, Prepared]:

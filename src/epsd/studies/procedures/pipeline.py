@@ -16,6 +16,7 @@ from epsd.pipeline.train import trained
 from epsd.project.params import Params
 from epsd.registry import variant
 from epsd.studies.procedures.types import Desk, Trained
+from epsd.training import result
 
 
 @variant
@@ -34,7 +35,9 @@ class Pipeline:
         settings: dict[str, Any] = {"checkpoint": checkpoint, "mark": desk.mark, "meter": Meter.of(report)}
         history = trained(params, data, model, mask, on_epoch=desk.log, **settings)
         seconds = {"time/prune": middle - begun, "time/train": time.perf_counter() - middle}
-        return Trained(model, mask, history, {f"mask/{name}": value for name, value in report.items()} | seconds)
+        figures = {f"mask/{name}": value for name, value in report.items()} | seconds
+        best = result.chosen(result.kept(history, "best")) if params.train.keep == "best" else {}
+        return Trained(model, mask, history, figures | best)
 
     def check(self, params: Params) -> None:
         """Every checked parameter file works."""

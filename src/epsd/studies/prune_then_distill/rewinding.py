@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from epsd.compute.cost import Meter
@@ -28,6 +28,7 @@ from epsd.studies.prune_then_distill.distillation import Distillation
 from epsd.training import checkpoints
 from epsd.training.fit import fit
 from epsd.training.record import Record
+from epsd.training.result import kept
 from epsd.training.schedule import Rewound
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError, Objective
 
@@ -220,11 +221,9 @@ class _Course:
     ) -> None:
         """Train `model` in place as phase `number`; it ends with the weights of the chosen epoch."""
         before = len(self.history)
-        best = Best(model, self._path(number, "best"), self._mark)
+        keep: Literal["best", "last"] = "best" if self._select == "validation" else "last"
 
         def follow(record: Record) -> None:
-            if self._select == "validation":
-                best.consider(record)
             self.history.append({**record, "epoch": before + record["epoch"], "train/phase": float(number)})
             self._on_epoch(self.history[-1])
 
@@ -233,15 +232,15 @@ class _Course:
             _Later(self._train, before),
             objective=objective or cross_entropy,
             mask=mask,
-            recipe=recipe,
+            recipe=recipe.model_copy(update={"keep": keep}),
             validation=self._validation,
             seed=mix(self._seed, "phase", number),
-            checkpoint=self._path(number, "last"),
+            checkpoint=None if self._folder is None else self._file(number),
             mark=self._mark,
             meter=self.meter,
             on_epoch=follow,
         )
-        self.chosen.append(self.history[before + best.restore() - 1] if best.found else self.history[-1])
+        self.chosen.append(kept(self.history[before:], keep))
 
     def keep(self, teacher: nn.Module, mask: Mask) -> None:
         """The phase is over: from here on a kill cannot lose it."""
@@ -249,8 +248,7 @@ class _Course:
             return
         state = {"model": teacher.state_dict(), "mask": mask.keep, "history": self.history, "chosen": self.chosen}
         checkpoints.save(self._folder / "course.safetensors", state, self._mark)
-        for name in ("best", "last"):
-            self._file(self.done - 1, name).unlink(missing_ok=True)
+        self._file(self.done - 1).unlink(missing_ok=True)
 
     def restored(self, teacher: nn.Module) -> Mask:
         """The mask of the last phase that is over, whose weights `teacher` then has; a dense one where none is."""
@@ -263,41 +261,6 @@ class _Course:
             self._on_epoch(record)
         return Mask(state["mask"])
 
-    def _path(self, number: int, name: str) -> Path | None:
-        return None if self._folder is None else self._file(number, name)
-
-    def _file(self, number: int, name: str) -> Path:
+    def _file(self, number: int) -> Path:
         assert self._folder is not None
-        return self._folder / f"phase-{number:02d}-{name}.safetensors"
-
-
-class Best:
-    """The weights of the epoch that validation likes best; on disk too, where there is a folder.
-
-    Records of epochs before a kill are told again with later weights in the model. None of them is better than what is
-    kept, except that of the very last epoch, whose weights the model has, where the kill came before they were kept.
-    """
-
-    def __init__(self, model: nn.Module, path: Path | None, mark: str) -> None:
-        self._model, self._path, self._mark = model, path, mark
-        self._state = (checkpoints.load(path, mark) if path is not None else None) or {}
-
-    @property
-    def found(self) -> bool:
-        """Whether any epoch was considered."""
-        return bool(self._state)
-
-    def consider(self, record: Record) -> None:
-        """Keep the model as it is, if it is better than the one kept."""
-        rank = [record["val/top1"], -record["val/nll"]]
-        if self._state and rank <= self._state["rank"]:
-            return
-        weights: dict[str, Tensor] = {name: value.clone() for name, value in self._model.state_dict().items()}
-        self._state = {"rank": rank, "epoch": int(record["epoch"]), "model": weights}
-        if self._path is not None:
-            checkpoints.save(self._path, self._state, self._mark)
-
-    def restore(self) -> int:
-        """Put the kept weights into the model; their epoch of this phase, from 1."""
-        self._model.load_state_dict(self._state["model"])
-        return int(self._state["epoch"])
+        return self._folder / f"phase-{number:02d}.safetensors"

@@ -22,6 +22,7 @@ from epsd.project.params import Params
 from epsd.project.settings import Choice
 from epsd.registry import ParamsError, choose, settings_of
 from epsd.studies.prune_then_distill.rewinding import Outcome, Rewinding, prune_then_distill
+from epsd.training import result
 from epsd.training.record import Record
 
 StudentKind = Literal["narrow", "rewound", "scored"]
@@ -119,9 +120,7 @@ def figures(outcome: Outcome, settings: Rewinding) -> dict[str, float]:
     for name, record in {"dense": outcome.chosen[0], "pruned": outcome.chosen[-2]}.items():
         found |= {f"teacher/{name}_{key[4:]}": value for key, value in record.items() if key.startswith("val/")}
     if settings.select == "validation":
-        best = outcome.chosen[-1]
-        found |= {key: value for key, value in best.items() if key.startswith("val/")}
-        found["train/chosen_epoch"] = best["epoch"]
+        found |= result.chosen(outcome.chosen[-1])
     return found | _parts(outcome.history)
 
 
