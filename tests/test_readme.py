@@ -1,7 +1,8 @@
-"""What the README promises of the library: its example runs as printed."""
+"""What the documents promise: the example runs as printed, links lead somewhere, commands and messages exist."""
 
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,11 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from epsd.cli import parser
 from toys import ToyBatches
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 
 
 def example(root: Path) -> str:
@@ -41,8 +46,83 @@ def test_the_three_lines_work_with_a_plain_loss_too(root: Path) -> None:
     assert names["mask"].sparsity == pytest.approx(0.95, abs=1e-4)
 
 
-def test_the_readme_names_the_commands_that_exist(root: Path) -> None:
-    makefile = (root / "Makefile").read_text(encoding="utf-8")
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    for target in re.findall(r"`make (\w+)`", readme):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in DOCS.glob("*.md")))
+
+
+@pytest.fixture(params=DOCUMENTS)
+def document(request: pytest.FixtureRequest, root: Path) -> Path:
+    return root / str(request.param)
+
+
+def slug(heading: str) -> str:
+    """How a forge names the place of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def headings(document: Path) -> set[str]:
+    prose = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return {slug(found) for found in re.findall(r"^#+ (.*)$", prose, re.MULTILINE)}
+
+
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, place = target.partition("#")
+        file = document.parent / name if name else document
+        assert file.exists(), f"{document.name}: {target}"
+        assert not place or place in headings(file), f"{document.name}: {target}"
+
+
+def commands(document: Path) -> list[str]:
+    """What a reader is told to type, in console blocks and inline."""
+    text = document.read_text(encoding="utf-8")
+    typed = [
+        line.removeprefix("$ ").partition("  #")[0]
+        for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith("$ ")
+    ]
+    inline = re.findall(r"`((?:epsd|dvc|make) [^`\s]+ [^`\n]+)`", text)  # `epsd study` alone is a name, not a command
+    return [part.strip() for line in [*typed, *inline] for part in line.split("&&") if "..." not in part]
+
+
+def test_commands_exist_with_their_arguments(document: Path, root: Path) -> None:
+    """Of epsd and dvc by their real parsers, of make by the Makefile, of python by the script."""
+    from dvc.cli.parser import get_main_parser
+
+    targets = set(re.findall(r"^(\w+):", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    parsers = {"epsd": parser(), "dvc": get_main_parser()}
+    for command in commands(document):
+        name, *arguments = shlex.split(command)
+        try:
+            if name in parsers:
+                parsers[name].parse_args([re.sub(r"^[NMKP]$", "1", argument) for argument in arguments])
+        except (SystemExit, Exception) as error:
+            pytest.fail(f"{document.name}: {command}: {error}")
+        if name == "make":
+            assert arguments[0] in targets, f"{document.name}: {command}"
+        if name == "python" and not arguments[0].startswith(("-", "deployed/")):
+            assert (root / arguments[0]).is_file(), f"{document.name}: {command}"
+
+
+def test_the_commands_of_the_documents_are_found(root: Path) -> None:
+    found = {command for name in DOCUMENTS for command in commands(root / name)}
+    assert {"make repro", "make test", "epsd predict photo.png", "dvc repro detect"} <= found
+
+
+def test_every_page_is_in_the_index_and_the_front_page_is_short(root: Path) -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in DOCS.glob("*.md") if path.name != "README.md" and f"({path.name})" not in index] == []
+    assert (root / "README.md").stat().st_size <= 8 * 1024
+
+
+def test_errors_that_have_a_remedy_are_still_said() -> None:
+    """Each line of docs/troubleshooting.md quotes what some message in the code says."""
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quotes = [row.partition(" | ")[0].strip("` ") for row in re.findall(r"^\| (`.*)$", page, re.MULTILINE)]
+    assert len(quotes) > 20
+    said = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "src" / "epsd").rglob("*.py")))
+    words = re.sub(r'"\s*\n\s*f?"', "", said)  # a message that is broken over lines
+    for quote in quotes:
+        assert quote in words, quote
