@@ -2,7 +2,7 @@
 
 from epsd.datasets import DATASETS, DEVKITS
 from epsd.pipeline import changes
-from epsd.pipeline.stage import images_read, run_stage
+from epsd.pipeline.stage import check_start, images_read, run_stage
 from epsd.preparing.write import prepare, summary, written_arrays
 from epsd.project import artifacts
 from epsd.project.params import Params
@@ -12,6 +12,7 @@ from epsd.voc.annotations import read_index
 
 def main(params: Params, _machine: object) -> str:
     """Read the chosen data set and devkit; carve the splits that the data set does not bring."""
+    check_start(params)
     dataset, devkit = choose(DATASETS, params.dataset, "dataset"), choose(DEVKITS, params.voc, "voc")
     shares = params.data.model_dump(include={"validation", "test", "limit"})
     index = prepare(dataset(), artifacts.DATA, seed=params.seed, dataset=params.dataset, **shares)

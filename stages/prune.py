@@ -4,8 +4,10 @@ from epsd.architectures import narrowed
 from epsd.compute import distributed
 from epsd.compute.devices import Machine
 from epsd.data.prepared import Prepared
+from epsd.pipeline import changes
 from epsd.pipeline.prune import pruned
-from epsd.pipeline.stage import run_stage, warn_of_detection
+from epsd.pipeline.stage import run_stage, start_read, warn_of_detection
+from epsd.pipeline.weights import content_of
 from epsd.project import artifacts
 from epsd.project.params import Params
 
@@ -17,8 +19,10 @@ def main(params: Params, machine: Machine) -> str:
     if not distributed.is_main():
         return ""
     warn_of_detection(params, model)
-    shapes = narrowed(model, params.architecture, data.num_classes, data.image_shape) if channels else None
+    may_be = bool(channels) or params.start.weights is not None
+    shapes = narrowed(model, params.architecture, data.num_classes, data.image_shape) if may_be else None
     artifacts.save_pruned(mask, model, report, examined.rows() if examined else [], channels, shapes)
+    changes.remember(start_read(params), content_of)
     dead = f", no weight left in {', '.join(mask.dead_layers())}" if mask.dead_layers() else ""
     narrow = f"cut to {report['macs']:.1%} of the multiply-adds, " if channels else ""
     rounds = f", {params.prune.rounds} rounds of {report.get('image_passes', 0):,.0f} image passes in all"

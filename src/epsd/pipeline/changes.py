@@ -6,8 +6,9 @@ params.yaml only; so `make repro` asks here before it asks DVC.
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from epsd.files.archives import open_tree
 from epsd.project.artifacts import read_json, write_json
@@ -17,8 +18,10 @@ from epsd.types import EpsdError
 _SEEN = "read.json"
 """Beside the checkpoints, not among the artifacts: times differ between copies of the same images."""
 
-Read = Mapping[Path, str]
-"""Folder or archive -> digest of what was made from it."""
+Read = Mapping[Any, str]
+"""Folder or archive, or the name of weights -> digest of what was made from it."""
+Look = Callable[[Any], str | None]
+"""How one of these looks now; None where it cannot be told."""
 
 
 def glance(root: Path) -> str | None:
@@ -37,27 +40,27 @@ def glance(root: Path) -> str | None:
     return digest.hexdigest()
 
 
-def remember(read: Read) -> None:
+def remember(read: Read, look: Look = glance) -> None:
     """Note how these folders and archives look now, as what was made from them."""
     seen = _remembered()
     for root, digest in read.items():
-        if found := glance(root):
+        if found := look(root):
             seen[_key(root, digest)] = found
     state_folder().mkdir(exist_ok=True)
     write_json(state_folder(_SEEN), seen)
 
 
-def changed(read: Read) -> list[Path]:
+def changed(read: Read, look: Look = glance) -> list[Path | str]:
     """Those that look otherwise than when this was made from them. What nobody remembers is not among them.
 
     By what was made, as DVC may have brought back from its cache what an earlier state of the images gave.
     """
     seen = _remembered()
     known = {root: seen[key] for root, digest in read.items() if (key := _key(root, digest)) in seen}
-    return [root for root, before in known.items() if glance(root) not in (None, before)]
+    return [root for root, before in known.items() if look(root) not in (None, before)]
 
 
-def _key(root: Path, digest: str) -> str:
+def _key(root: object, digest: str) -> str:
     return f"{root} {digest}"
 
 

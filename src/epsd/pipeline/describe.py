@@ -10,16 +10,28 @@ from epsd.tracking import Tracker, track
 
 
 def method(params: Params) -> str:
-    """Score and control, `dense` where nothing is removed: `epsd`, `epsd-shuffled`, `dense`."""
+    """Score and control, `dense` where nothing is removed: `epsd`, `epsd-shuffled`, `dense`. From given weights
+    `epsd-transferred`, `transferred` where the mask is theirs.
+    """
     narrow = params.prune.structure == "channels"
-    if params.prune.sparsity == 0 and not narrow:
-        return "dense"
     control = "" if params.prune.control == "none" else f"-{params.prune.control}"
-    return f"{params.prune.score['name']}{f'-channels-{params.prune.allocation}' if narrow else ''}{control}"
+    if params.start.mask == "keep":
+        return f"transferred{control}"
+    given = "" if params.start.weights is None else "-transferred"
+    if is_dense(params):
+        return f"dense{given}"
+    return f"{params.prune.score['name']}{f'-channels-{params.prune.allocation}' if narrow else ''}{control}{given}"
+
+
+def is_dense(params: Params) -> bool:
+    """Whether nothing is removed."""
+    return params.prune.sparsity == 0 and params.prune.structure == "weights" and params.start.mask == "new"
 
 
 def removal(params: Params) -> str:
-    """How much goes, for names: `s0.95`, `macs0.25`, both."""
+    """How much goes, for names: `s0.95`, `macs0.25`, both; `kept` where weights brought their mask."""
+    if params.start.mask == "keep":
+        return "kept"
     share = f"s{params.prune.sparsity:g}"
     if params.prune.structure == "weights":
         return share
@@ -50,13 +62,19 @@ def story(params: Params, data: Prepared) -> str:
     shape = "x".join(str(size) for size in data.image_shape)
     return (
         f"A {params.architecture['name']} network for {data.num_classes} classes of `{params.dataset['name']}` "
-        f"({shape}, {data.sizes['train']} training images). {_removal(params)} `{params.objective['name']}` trained "
-        f"it for {params.train.epochs} epochs. Seed {params.seed}."
+        f"({shape}, {data.sizes['train']} training images). {_beginning(params)}{_removal(params)} "
+        f"`{params.objective['name']}` trained it for {params.train.epochs} epochs. Seed {params.seed}."
     )
+
+
+def _beginning(params: Params) -> str:
+    return "" if params.start.weights is None else f"It began with the weights of `{params.start.weights}`. "
 
 
 def _removal(params: Params) -> str:
     prune = params.prune
+    if params.start.mask == "keep":
+        return "It kept the mask and the width that these came with."
     if prune.structure == "channels":
         return _narrowing(params)
     if prune.sparsity == 0:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +22,10 @@ from epsd.data.streaming import Augmentation
 from epsd.losses import PlainLoss, cross_entropy
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
+from epsd.pipeline.weights import source_of
 from epsd.project.params import Params
 from epsd.project.runtime import note
-from epsd.pruning import channels, paths, widths
+from epsd.pruning import channels, paths, start, widths
 from epsd.pruning import prune as pruning
 from epsd.pruning.channels import Kept
 from epsd.pruning.scoring import Means, within
@@ -69,6 +70,7 @@ class _Scoring(NamedTuple):
     objective: Objective
     means: Means
     device: torch.device
+    taken: start.Taken | None
 
 
 def pruned(params: Params, data: Prepared, known: Scored | Pruned | None = None) -> Pruned:
@@ -79,6 +81,10 @@ def pruned(params: Params, data: Prepared, known: Scored | Pruned | None = None)
     them it is what this function gave for the `uncontrolled` parameters.
     """
     work, kept = _begin(params, data), None
+    if params.start.mask == "keep" and work.taken is not None:
+        mask = start.mask_of(work.model, work.taken)
+        report = mask.summary() | {"start_share": work.taken.share}
+        return _examined(params, data, _controlled(params, data, Pruned(mask, work.model, report)))
     if params.prune.structure == "channels":
         work, kept, narrowing = _narrowed(params, data, work)
     if kept is not None and params.prune.sparsity == 0:
@@ -99,6 +105,7 @@ def pruned(params: Params, data: Prepared, known: Scored | Pruned | None = None)
                 report = _added(narrowing, report)
     else:
         mask, report = _cut(known, params)
+    report |= {} if work.taken is None else {"start_share": work.taken.share}
     return _examined(params, data, _controlled(params, data, Pruned(mask, work.model, report, channels=kept)))
 
 
@@ -110,7 +117,7 @@ def uncontrolled(params: Params) -> Params:
 def scored(params: Params, data: Prepared) -> Scored:
     """The scoring of `pruned` by itself. Seeds everything from `params.seed` first."""
     work = _begin(params, data)
-    model, batches, score, objective, means, _ = work
+    model, batches, score, objective, means, *_ = work
     with within(means):
         with _measured(work) as report:
             how = {**_draws(params), "exclude": params.prune.exclude}
@@ -126,7 +133,7 @@ def scored(params: Params, data: Prepared) -> Scored:
 
 def scoring_key(params: Params) -> dict[str, Any]:
     """All parameters that `scored` depends on, beside the data: those with equal keys share one scoring."""
-    sections = params.model_dump(include={"seed", "device", "architecture", "objective"})
+    sections = params.model_dump(include={"seed", "device", "architecture", "objective", "start"})
     augmentation = params.data.model_dump(include={"crop_padding", "flip"})
     own = params.prune.model_dump(include={"score", "batch_size", "compare", "precision", "exclude"})
     return {**sections, **augmentation, **own, **_draws(params)}
@@ -169,7 +176,7 @@ def _cut(known: Scored, params: Params) -> tuple[Mask, dict[str, Any]]:
 def _begin(params: Params, data: Prepared) -> _Scoring:
     keep_freed_memory(params.prune.memory == "auto")  # faster, for a higher peak: not where memory is counted
     seed_everything(params.seed)
-    model = network(params, data)
+    model, taken = begun(params, data)
     with naming("prune.batch_size"):
         batches = data.batches(
             "train",
@@ -184,7 +191,7 @@ def _begin(params: Params, data: Prepared) -> _Scoring:
     device = data.machine.device
     memory = None if params.prune.memory == "auto" else params.prune.memory * GIB
     means = Means(memory, pick_precision(params.prune.precision, device))
-    return _Scoring(model, batches, score, objective, means, device)
+    return _Scoring(model, batches, score, objective, means, device, taken)
 
 
 def _controlled(params: Params, data: Prepared, found: Pruned) -> Pruned:
@@ -192,7 +199,7 @@ def _controlled(params: Params, data: Prepared, found: Pruned) -> Pruned:
     if params.prune.control != "reinitialised":
         return found._replace(mask=mask)
     seed_everything(mix(params.seed, "reinitialise"))
-    model = network(params, data)
+    model = begun(params, data, anew=True).model
     if found.channels is not None:
         model = channels.cut(model, data.image_shape, found.channels)
     return found._replace(mask=mask, model=model)
@@ -234,9 +241,40 @@ def _examined(params: Params, data: Prepared, found: Pruned) -> Pruned:
     return found._replace(report=found.report | examined.summary(), examined=examined)
 
 
+class Begun(NamedTuple):
+    """The network that is pruned, on the device of the data, and what of it came from `start.weights`."""
+
+    model: nn.Module
+    taken: start.Taken | None = None
+
+
+def begun(params: Params, data: Prepared, *, anew: bool = False) -> Begun:
+    """The network with the weights that `start` names, as narrow as theirs; with `anew`, and without them, drawn ones.
+
+    Raises ArtifactError, RegistryError, StartError: weights that cannot be had, or that do not fit.
+    """
+    model = built(params.architecture, data.num_classes, data.image_shape)
+    if params.start.weights is None:
+        return Begun(model.to(data.machine.device))
+    source = source_of(params.start.weights)
+    model = start.narrow_as(model, source)
+    if anew:
+        return Begun(model.to(data.machine.device))
+    taken = start.take_(model, source, params.start.head, data.class_names)
+    if distributed.is_main():
+        _tell(f"start: {taken}")
+    return Begun(model.to(data.machine.device), taken)
+
+
 def network(params: Params, data: Prepared) -> nn.Module:
-    """The randomly initialised network on the device of the data."""
-    return built(params.architecture, data.num_classes, data.image_shape).to(data.machine.device)
+    """The network that is pruned, on the device of the data. Raises as `begun`."""
+    return begun(params, data).model
+
+
+@cache
+def _tell(text: str) -> None:
+    """Once in a process: every trial and cell begins alike."""
+    note(text)
 
 
 def _compared(work: _Scoring, mask: Mask, how: dict[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from torch import nn
 
 from epsd.compute import distributed
 from epsd.compute.devices import Machine, open_machine, pick_device, pick_precision, seed_everything
-from epsd.pipeline import changes, launch
-from epsd.pipeline.describe import method
+from epsd.files.digests import digest_of
+from epsd.pipeline import changes, launch, weights
+from epsd.pipeline.describe import is_dense, method
 from epsd.project import artifacts, processes
 from epsd.project.params import DEFAULT_PATH, Params, load
 from epsd.project.runtime import STATE, counted, hush, located, no_telemetry, note, quiet
@@ -191,6 +192,19 @@ def images_read(params: Params) -> dict[Path, str]:
     }
 
 
+def check_start(params: Params) -> None:
+    """That the weights which prune begins with can be had, before any work. Raises ArtifactError by their key."""
+    if params.start.weights is not None:
+        weights.start_of(params.start.weights)
+
+
+def start_read(params: Params) -> dict[str, str]:
+    """The weights that prune began with -> digest of what it made of them."""
+    if params.start.weights is None or not artifacts.INITIAL.is_file():
+        return {}
+    return {params.start.weights: digest_of(artifacts.INITIAL)}
+
+
 def _digest(index: Path) -> str | None:
     """Of what was made; None where that is missing or damaged, so that DVC makes it anew."""
     with contextlib.suppress(EpsdError, KeyError):
@@ -218,7 +232,9 @@ def describe(params: Params, name: str) -> str:
     objective, sparsity = params.objective["name"], f"sparsity {params.prune.sparsity:g}"
     if params.prune.structure == "channels":
         sparsity = f"{params.prune.macs:.1%} of its multiply-adds" + (f", {sparsity}" if params.prune.sparsity else "")
-    removed = f"to {sparsity} by {method(params)} under {objective}" if method(params) != "dense" else "stays dense"
+    removed = "stays dense" if is_dense(params) else f"to {sparsity} by {method(params)} under {objective}"
+    if params.start.mask == "keep":
+        removed, sparsity = f"keeps the mask of {params.start.weights}", "its own sparsity"
     train_epochs, detect_epochs = (counted(section.epochs, "epoch") for section in (params.train, params.detect))
     doing = {
         "prepare": f"reading {data}, and {scenes} for detection",
@@ -271,9 +287,16 @@ def _read(path: Path) -> str:
 
 
 def reread(params: Params) -> int:
-    """Have DVC run `prepare` again where the images that it read have changed since; its status."""
-    found = changes.changed(images_read(params))
-    if not found:
-        return 0
-    note(f"prepare: changed since the last reading, so it is read again: {', '.join(map(str, found))}")
-    return subprocess.run([sys.executable, "-m", "dvc", "repro", "-s", "-f", "prepare"], check=False).returncode
+    """Have DVC run `prepare` again where the images that it read have changed since, and `prune` where the weights have
+    that it began with; its status.
+    """
+    found = {
+        "prepare": changes.changed(images_read(params)),
+        "prune": changes.changed(start_read(params), weights.content_of),
+    }
+    status = 0
+    for name, roots in found.items():
+        if roots and not status:
+            note(f"{name}: changed since the last reading, so it is read again: {', '.join(map(str, roots))}")
+            status = subprocess.run([sys.executable, "-m", "dvc", "repro", "-s", "-f", name], check=False).returncode
+    return status

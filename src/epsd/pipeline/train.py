@@ -79,7 +79,8 @@ def card(params: Params, data: Prepared, mask: Mask, model: nn.Module) -> dict[s
     `shapes`, of a network that was made narrow alone: its tensors that are smaller than the architecture has them.
     """
     made = (params.architecture, data.num_classes, data.image_shape)
-    narrow = {"shapes": narrowed(model, *made)} if params.prune.structure == "channels" else {}
+    may_be = params.prune.structure == "channels" or params.start.weights is not None
+    narrow = {"shapes": shapes} if may_be and (shapes := narrowed(model, *made)) else {}
     whole = [name for name in prunable(model) if name not in mask.keep]
     return narrow | {
         "architecture": params.architecture,

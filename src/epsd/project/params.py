@@ -27,6 +27,7 @@ from epsd.project.settings import (
     Count,
     Few,
     Natural,
+    Place,
     Positive,
     Section,
     Share,
@@ -57,6 +58,20 @@ class DataParams(Section):
     crop_padding: Annotated[int, Field(ge=0, le=1024)]
     flip: bool
     workers: Annotated[int, Field(ge=0, le=1024), SPREAD]
+
+
+class StartParams(Section):
+    """The weights that prune and train begin with. Each key's meaning stands beside it in params.yaml."""
+
+    weights: Annotated[Place | None, Bearing(neutral="null")] = None
+    head: Annotated[Literal["auto", "keep", "new"], Bearing(neutral="auto")] = "auto"
+    mask: Annotated[Literal["new", "keep"], Bearing(neutral="new")] = "new"
+
+    @model_validator(mode="after")
+    def _of_weights(self) -> Self:
+        if self.weights is None and (self.mask, self.head) != ("new", "auto"):
+            raise ValueError("weights: null draws them by seed, which have no mask and no head to keep")
+        return self
 
 
 class PruneParams(Section):
@@ -271,6 +286,7 @@ class Params(Section):
     data: DataParams
     architecture: Choice
     objective: Choice
+    start: StartParams = Field(default_factory=StartParams)
     prune: PruneParams
     train: TrainParams
     evaluate: Annotated[EvaluateParams, Bearing(settings={"latency_batch_size": _LATENCY})]  # of runs before `sizes`

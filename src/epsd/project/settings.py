@@ -28,6 +28,8 @@ def _text(value: str) -> str:
 
 
 def _place(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("is no path (embedded null character)")
     try:
         located(value).exists()
     except (OSError, RuntimeError) as error:  # a name that is too long; the home of nobody

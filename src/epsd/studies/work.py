@@ -27,6 +27,7 @@ from epsd.datasets import DATASETS
 from epsd.evaluation import evaluate as evaluation
 from epsd.pipeline import changes, deploy, describe
 from epsd.pipeline.train import card
+from epsd.pipeline.weights import content_of
 from epsd.preparing.write import prepare
 from epsd.project import artifacts, code
 from epsd.project.params import Params
@@ -137,8 +138,16 @@ def mark(cell: Cell, data: Prepared) -> str:
     values = {"params": params, "procedure": dict(cell.procedure), "device": data.machine.device.type}
     tree = json.dumps({**cell.params.model_dump(), "procedure": values["procedure"]})
     return checkpoints.fingerprint(
-        {**values, "data": data.digest, "torch": torch.__version__, "code": _code(CODE, tree)}
+        {**values, **_start(cell.params), "data": data.digest, "torch": torch.__version__, "code": _code(CODE, tree)}
     )
+
+
+def _start(params: Params) -> dict[str, str]:
+    """The content of the weights that the cell begins with."""
+    return {} if params.start.weights is None else {"start": _content(params.start.weights)}
+
+
+_content = functools.cache(content_of)
 
 
 @functools.cache

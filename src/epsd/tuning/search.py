@@ -15,6 +15,7 @@ from epsd.engine.ledger import DONE, Ledger, Trials, failures, known_run, slot
 from epsd.engine.storage import shown, storage_errors, unreachable
 from epsd.pipeline.prepared import opened
 from epsd.pipeline.stage import check
+from epsd.pipeline.weights import content_of
 from epsd.project.params import DEFAULT_PATH, Params, load
 from epsd.project.processes import Stopped
 from epsd.project.runtime import no_telemetry, note
@@ -44,8 +45,10 @@ def search(params: Params, *, trials: int | None = None, workers: int | None = N
     check(params)
     space = Space(params)
     data = opened(params)
+    started = "" if params.start.weights is None else f" {content_of(params.start.weights)}"
     try:
-        ledger, made = begin(open_storage(params.tune), space, data.digest, trials or params.tune.trials, resume)
+        made_from, wanted = data.digest + started, trials or params.tune.trials
+        ledger, made = begin(open_storage(params.tune), space, made_from, wanted, resume)
     except storage_errors() as error:
         raise unreachable(where(params.tune), error) from None
     return _Search(params, ledger, made, workers or params.tune.workers).run()

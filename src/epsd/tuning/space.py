@@ -20,7 +20,7 @@ REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
     "objective": OBJECTIVES,
     "prune.score": SCORES,
 }
-SEARCHABLE = ("architecture.", "objective.", "prune.", "train.", "data.crop_padding", "data.flip")
+SEARCHABLE = ("architecture.", "objective.", "start.", "prune.", "train.", "data.crop_padding", "data.flip")
 """What may differ between trials: they share one prepared data set, the same seeds and one device."""
 
 

@@ -26,6 +26,8 @@ class PruneThenDistill(Rewinding):
     def check(self, params: Params) -> None:
         """Raises what cannot work, before any of it is done."""
         self.epochs(params.train)
+        if params.start.weights is not None:
+            raise ParamsError("start.weights: prune_then_distill trains its teacher from random weights: use null.")
         if params.prune.densities or params.prune.channel_cap:
             raise ParamsError("prune.densities, prune.channel_cap: prune_then_distill goes by magnitudes alone.")
         if self.student == "narrow":
