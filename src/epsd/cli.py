@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from epsd.project.processes import Stopped, stops
@@ -123,8 +124,8 @@ def promote(arguments: argparse.Namespace) -> None:
     """Make the model of a run the champion."""
     from epsd.tracking import registered
 
-    version = registered.promote(arguments.run)
-    print(f"Version {version.number} of the model 'epsd', of run '{version.run_name}', is now the champion.")
+    made = registered.promote(arguments.run)
+    print(f"Version {made.number} of the model 'epsd', of run '{made.run_name}', is now the champion.")
     print("Next: make serve, or epsd predict --model champion IMAGE")
 
 
@@ -142,10 +143,45 @@ def _trial(text: str) -> int:
     raise argparse.ArgumentTypeError(f"'{text}' is no number of a trial: these count from 0")
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """Say what is here, what works, what is stale; 1 where somebody should look."""
+    from epsd.pipeline.doctor import findings
+
+    fine = True
+    for finding in findings():
+        print(f"{'' if finding.fine else '! '}{finding.about}: {finding.said}", flush=True)
+        fine = fine and finding.fine
+    return 0 if fine else 1
+
+
+def completion(arguments: argparse.Namespace) -> None:
+    """Print a shell's completion of these commands."""
+    import shtab
+
+    print(shtab.complete(parser(), arguments.shell))
+
+
+def guide(arguments: argparse.Namespace) -> None:
+    """Without a command: what makes sense here next."""
+    from epsd.pipeline.doctor import next_steps
+
+    steps = list(next_steps())
+    width = max(len(command) for command, _ in steps)
+    for command, does in steps:
+        print(f"{command:{width}}   {does}")
+    print("\nepsd --help lists every command.")
+
+
 def parser() -> argparse.ArgumentParser:
     """Every command with its arguments."""
-    top = argparse.ArgumentParser(prog="epsd", description="Early pruning with self-distillation.")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    top = argparse.ArgumentParser(
+        prog="epsd",
+        description="Early pruning with self-distillation. Without a command: what makes sense here next.",
+        epilog="Exit status: 0 done, 1 a mistake in one line, 2 unknown arguments, 130 and 143 stopped by a signal.",
+    )
+    top.add_argument("--version", action="version", version=f"epsd {version('epsd')}")
+    top.set_defaults(command=guide, quiet=False)
+    commands = top.add_subparsers(metavar="COMMAND")
 
     one = commands.add_parser("preset", help="parameter files for the field's benchmarks: list, show, apply")
     one.add_argument("name", nargs="?", metavar="NAME", help="the preset to show or apply")
@@ -177,6 +213,7 @@ def parser() -> argparse.ArgumentParser:
     _comparisons(commands)
     _analysis(commands)
     _models(commands)
+    _folder(commands)
     for name, one in commands.choices.items():
         said = "mistakes only; results are in files" if name == "study" else "results and mistakes only, no progress"
         one.add_argument("--quiet", action="store_true", help=said)
@@ -253,6 +290,15 @@ def _models(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     one = commands.add_parser("promote", help="make the registered model of a run the champion")
     one.add_argument("run", metavar="RUN", help="its id, the beginning of it, its name, or: candidate")
     one.set_defaults(command=promote)
+
+
+def _folder(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    one = commands.add_parser("doctor", help="versions, device, space, runs, speed of the deployed files, stale stages")
+    one.set_defaults(command=doctor)
+
+    one = commands.add_parser("completion", help='completion of a shell: eval "$(epsd completion bash)"')
+    one.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    one.set_defaults(command=completion)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

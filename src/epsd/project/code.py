@@ -50,7 +50,7 @@ and `evaluate` rerun in any case, as they read the id of its run.
 NOTHING = (
     "__init__.py", "cli.py", "registry.py", "types.py", "analysis", "comparison", "engine", "figures", "project",
     "studies", "tracking", "tuning", "datasets/downloads.py", "pipeline/changes.py", "pipeline/describe.py",
-    "pipeline/launch.py", "pipeline/prepared.py", "pipeline/stage.py", "pipeline/weights.py",
+    "pipeline/doctor.py", "pipeline/launch.py", "pipeline/prepared.py", "pipeline/stage.py", "pipeline/weights.py",
 )  # fmt: skip
 """Where nothing else stands in the table: no result depends on it (a download is checked against its checksum)."""
 
