@@ -143,6 +143,16 @@ def _trial(text: str) -> int:
     raise argparse.ArgumentTypeError(f"'{text}' is no number of a trial: these count from 0")
 
 
+def init(arguments: argparse.Namespace) -> None:
+    """Write a project for whoever has no clone."""
+    from pathlib import Path
+
+    from epsd.project import new
+
+    new.init(Path(arguments.folder))
+    print(f"{arguments.folder} is a project of epsd.\nNext: cd {arguments.folder} && dvc repro")
+
+
 def doctor(arguments: argparse.Namespace) -> int:
     """Say what is here, what works, what is stale; 1 where somebody should look."""
     from epsd.pipeline.doctor import findings
@@ -293,6 +303,10 @@ def _models(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def _folder(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    one = commands.add_parser("init", help="write a project: parameters, pipeline, stages, presets")
+    one.add_argument("folder", metavar="FOLDER", help="a new or empty one")
+    one.set_defaults(command=init)
+
     one = commands.add_parser("doctor", help="versions, device, space, runs, speed of the deployed files, stale stages")
     one.set_defaults(command=doctor)
 

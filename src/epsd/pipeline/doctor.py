@@ -104,7 +104,8 @@ def stale_stages() -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise EpsdError(f"dvc status: {brief(RuntimeError(done.stderr or done.stdout))}")
-    return list(json.loads(done.stdout or "{}"))
+    changes: dict[str, list[object]] = json.loads(done.stdout or "{}")
+    return [stage for stage, why in changes.items() if why != ["always changed"]]
 
 
 # --- what is next ---------------------------------------------------------------------------------------------------
