@@ -80,6 +80,17 @@ def compare(arguments: argparse.Namespace) -> None:
     command(Request(chosen, *about, out, figure), draw)
 
 
+def report(arguments: argparse.Namespace) -> None:
+    """Write recorded runs as a page."""
+    from pathlib import Path
+
+    from epsd.comparison.command import Request
+    from epsd.figures import page
+
+    request = Request(tuple(arguments.experiments), where=tuple(arguments.where))
+    print(page.write(page.Report(request, Path(arguments.out))))
+
+
 def study(arguments: argparse.Namespace) -> int:
     """Train a grid and compare."""
     from epsd.studies.run import Request, command
@@ -230,12 +241,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _comparisons(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    one = commands.add_parser("compare", help="recorded runs as a table: mean and spread over seeds, by sparsity")
+def _which_runs(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "experiments", nargs="*", metavar="EXPERIMENT", help="MLflow experiments (default: tracking.experiment)"
     )
-    one.add_argument("--metric", default="test/top1", metavar="NAME", help="any logged metric (default: test/top1)")
     one.add_argument(
         "--where",
         action="append",
@@ -243,6 +252,17 @@ def _comparisons(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="FILTER",
         help="key=value (prune.sparsity=0.9, study=digits) or MLflow's language; all must hold",
     )
+
+
+def _comparisons(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    one = commands.add_parser("report", help="recorded runs as one page of HTML: tables, figures, pictures, commands")
+    _which_runs(one)
+    one.add_argument("--out", default="report.html", metavar="FILE", help="the page (default: report.html)")
+    one.set_defaults(command=report)
+
+    one = commands.add_parser("compare", help="recorded runs as a table: mean and spread over seeds, by sparsity")
+    _which_runs(one)
+    one.add_argument("--metric", default="test/top1", metavar="NAME", help="any logged metric (default: test/top1)")
     one.add_argument("--baseline", metavar="METHOD", help="test against this row: random, or random+cskd for all")
     one.add_argument("--best", action="store_true", help="mark the best of each column and what equals it")
     one.add_argument("--format", choices=["terminal", "markdown", "csv", "latex"], help="default: by FILE's ending")

@@ -41,8 +41,8 @@ def command(request: Request, draw: Callable[[Sequence[Entry], Path], None] | No
         raise ComparisonError(f"--out: {unknown('ending', ending, ENDINGS)} Or say what it is to be: --format.")
     if request.figure and request.figure.suffix != ".png":
         raise ComparisonError(f"--figure: {unknown('ending', request.figure.suffix, ['.png'])}")
-    found = chosen(request)
-    text = tables.written(compared(request, found), request.style or ENDINGS[ending])
+    runs = chosen(request)
+    text = tables.written(compared(request, runs), request.style or ENDINGS[ending])
     if request.out is None:
         print(text)
     else:
@@ -50,13 +50,20 @@ def command(request: Request, draw: Callable[[Sequence[Entry], Path], None] | No
             temporary.write_text(f"{text}\n", encoding="utf-8")
         print(f"{request.out} is written.")
     if request.figure and draw:
-        draw(found, request.figure)
+        draw(runs, request.figure)
         print(f"{request.figure} is written.")
 
 
 def chosen(request: Request) -> list[Entry]:
-    """The runs that the filters leave. Trials, and summaries of searches, studies and analyses, are no results: they
-    are left out, unless a filter asks for them (`kind=trial`).
+    """The runs that the filters leave, as what is compared. Raises as `found` does."""
+    return entries(found(request))
+
+
+def found(request: Request) -> "pd.DataFrame":
+    """The runs that the filters leave, a row each: see `read_runs`. Trials, and summaries of searches, studies and
+    analyses, are no results: they are left out, unless a filter asks for them (`kind=trial`).
+
+    Raises RunsError; ComparisonError where none is left.
     """
     experiments = request.experiments or _own_experiment()
     frame = read_runs(experiments, request.where)
@@ -64,9 +71,9 @@ def chosen(request: Request) -> list[Entry]:
         filters = f" that are {' and '.join(request.where)}" if request.where else ""
         raise ComparisonError(f"no finished runs in {', '.join(experiments) or 'the store'}{filters}.")
     if "tags.kind" in frame.columns and not any("kind" in text for text in request.where):
-        found = [{str(key).removeprefix("tags."): tag for key, tag in row.items()} for row in frame.to_dict("records")]
-        frame = frame[[is_trained(tags) or not _text(tags["kind"]) for tags in found]]
-    return entries(frame)
+        every = [{str(key).removeprefix("tags."): tag for key, tag in row.items()} for row in frame.to_dict("records")]
+        frame = frame[[is_trained(tags) or not _text(tags["kind"]) for tags in every]]
+    return frame
 
 
 def compared(request: Request, runs: Sequence[Entry] | None = None) -> Table:

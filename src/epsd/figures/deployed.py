@@ -49,8 +49,9 @@ def points(entries: Sequence[Entry], settings: Sequence[str]) -> "pd.DataFrame":
     lines = []
     for form, accuracy in ACCURACY.items():
         timed = [entry for entry in entries if f"latency/{form}_{settings[0]}_ms" in entry.metrics]
-        right = _by_run(timed, accuracy, settings[0])
-        times = {setting: _by_run(timed, f"latency/{form}_{setting}_ms", settings[0]) for setting in settings}
+        apart = f"latency/torch_{settings[0]}_ms"
+        right = by_run(timed, accuracy, apart)
+        times = {setting: by_run(timed, f"latency/{form}_{setting}_ms", apart) for setting in settings}
         for (name, sparsity, seed), value in right.items():
             of = f"{name}, sparsity {sparsity:g}"
             passes = {setting: times[setting].get((name, sparsity, seed)) for setting in settings}
@@ -59,13 +60,12 @@ def points(entries: Sequence[Entry], settings: Sequence[str]) -> "pd.DataFrame":
     return pd.DataFrame(lines).sort_values("of", kind="stable")
 
 
-def _by_run(entries: Sequence[Entry], metric: str, setting: str) -> dict[Point, float]:
-    """The metric of each run, grouped as `epsd compare` groups timings, whichever metric it is."""
-    timings = f"latency/torch_{setting}_ms"
-    having = [replace(entry, metrics={timings: entry.metrics[metric]}) for entry in entries if metric in entry.metrics]
+def by_run(entries: Sequence[Entry], metric: str, apart: str) -> dict[Point, float]:
+    """The metric of each run, where runs are told apart as `epsd compare` does for the metric `apart`."""
+    having = [replace(entry, metrics={apart: entry.metrics[metric]}) for entry in entries if metric in entry.metrics]
     if not having:
         return {}
-    table = rows.table(having, timings)
+    table = rows.table(having, apart)
     return {
         (row.name, sparsity, seed): value
         for row in table.rows

@@ -21,6 +21,8 @@ DPI = 120
 NUMBERS_UP_TO = 12
 NAMES_UP_TO = 40
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+COLOURS = ("black", "#D55E00", "#0072B2", "#009E73")
+"""Of lines beyond the styles; of Okabe and Ito, told apart by colour-blind eyes."""
 
 
 def figure_of_size(width: float, height: float) -> "Figure":
@@ -142,7 +144,7 @@ def _lines(axes: "Axes", series: Mapping[str, Sequence[float | None]]) -> None:
             line,
             marker=marker,
             markevery=step,
-            color="black",
+            color=COLOURS[number // len(STYLES) % len(COLOURS)],
             label=name,
             markersize=4,
         )
