@@ -27,13 +27,12 @@ class MaskError(EpsdError):
     """Scores or a mask that do not fit: not finite, all zero, other names or shapes than the model's."""
 
 
-def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that pruning may remove, by parameter name, in registration order.
+def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that inputs are multiplied by, by parameter name, in registration order.
 
     Every convolution and `nn.Linear` weight, first layer, shortcuts and classifier included, and the fused projections
     of `nn.MultiheadAttention`; never a bias or a normalisation parameter (the convention of the ProsPr, SNIP, GraSP
-    and SynFlow code). A weight that is frozen (`requires_grad` False) is not prunable, nor one that is computed from
-    others (`hidden`). A tied weight appears once.
+    and SynFlow code), nor a weight that is computed from others (`hidden`). A tied weight appears once.
     """
     wanted: set[int] = set()
     for module in model.modules():
@@ -41,7 +40,12 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
             wanted.add(id(module._parameters.get("weight")))
         elif isinstance(module, nn.MultiheadAttention):
             wanted.update(id(getattr(module, name)) for name in _ATTENTION)
-    return {name: p for name, p in model.named_parameters() if id(p) in wanted and p.requires_grad}
+    return {name: p for name, p in model.named_parameters() if id(p) in wanted}
+
+
+def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of `matrices` that pruning may remove: all that are not frozen (`requires_grad` False)."""
+    return {name: p for name, p in matrices(model).items() if p.requires_grad}
 
 
 def hidden(model: nn.Module) -> list[str]:

@@ -109,7 +109,7 @@ def test_int8_that_loses_too_much_on_validation_is_left_out(run: Deploy, monkeyp
     assert found.said.endswith(f"int8 left out: 0.80 times as fast as fp32 and {drop:.4f} of top-1 lost on validation")
 
 
-def spoilt(source: Path, path: Path, images: Any) -> None:
+def spoilt(source: Path, path: Path, images: Any, bits: int) -> None:
     """A file that always names the class after the right one."""
     import numpy as np
     import onnx

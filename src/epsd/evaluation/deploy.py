@@ -1,6 +1,6 @@
 """A network as an ONNX file, in fp32 and in int8: made here, asked by `epsd.files.onnx_file`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from epsd.files.onnx_file import save, silently, words_of
+from epsd.compute.quantise import LEVELS
+from epsd.files.onnx_file import WEIGHT_BITS, save, silently, words_of
 
-OPSET = 20
-"""The first with all that is used here; runtimes of 2024 and later read it."""
+OPSET, OPSET_INT4 = 20, 21
+"""The first with all that is used here, runtimes of 2024 and later read it; the first with numbers of four bits."""
 
 _HEAVY = {"Conv", "Gemm", "MatMul"}
 """With the first of them the network begins: what stands before it prepares the images."""
@@ -50,12 +51,16 @@ def export(module: nn.Module, images: torch.Tensor, sizes: Sequence[str], path: 
     save(program.model_proto, path, words)
 
 
-def quantise(source: Path, path: Path, images: NDArray[np.float32]) -> None:
+def quantise(source: Path, path: Path, images: NDArray[np.float32], bits: int = 8) -> None:
     """Write the network of `source` to `path` in int8: static, per channel, between pairs of quantisers (QDQ).
 
     Activations are uint8 and weights int8, which x86 and ARM both multiply fastest. `images` (N, C, H, W) show which
     values occur. What prepares the images, and what comes after the last layer, stays in fp32. A processor without
     int8 dot products (VNNI) would overflow with eight bits of weight: there seven are used.
+
+    bits : of a weight, 8 or 4. Four are kept two to a byte; the runtime makes int8 of them when it opens the file, so
+        that they are multiplied as fast as eight. A network trained with its weights rounded (`train.quantise`) has
+        those very weights in the file.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -70,6 +75,8 @@ def quantise(source: Path, path: Path, images: NDArray[np.float32]) -> None:
             return None if batch is None else {"images": batch}
 
     graph = onnx.load(source)
+    nodes = _network_nodes(graph)
+    grids = _grids(graph, nodes, LEVELS[bits], QuantType.QInt8) if bits < 8 else {}
     with silently():
         quantize_static(
             source,
@@ -78,11 +85,45 @@ def quantise(source: Path, path: Path, images: NDArray[np.float32]) -> None:
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            reduce_range=not torch.cpu._is_vnni_supported(),
-            nodes_to_quantize=_network_nodes(graph),
-            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]},
+            reduce_range=bits == 8 and not torch.cpu._is_vnni_supported(),
+            nodes_to_quantize=nodes,
+            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"], "TensorQuantOverrides": grids},
         )
-    save(onnx.load(path), path, words_of(graph))
+    model = onnx.load(path)
+    if grids:
+        _pack(model, grids)
+    save(model, path, words_of(graph) | ({WEIGHT_BITS: str(bits)} if grids else {}))
+
+
+def _grids(model: Any, nodes: Sequence[str], levels: int, kind: Any) -> dict[str, list[dict[str, Any]]]:
+    """Name of each weight -> per output channel the distance of two numbers, `levels` of which reach its largest."""
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    grids = {}
+    for node in model.graph.node:
+        if node.name in nodes and node.op_type in _HEAVY and node.input[1] in constants:
+            axis = 0 if node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute) else 1
+            weight = np.abs(numpy_helper.to_array(constants[node.input[1]]))
+            scales = weight.max(axis=tuple(place for place in range(weight.ndim) if place != axis)) / np.float32(levels)
+            about = {"axis": axis, "quant_type": kind, "zero_point": np.array(0, np.int8)}
+            grids[node.input[1]] = [{**about, "scale": np.float32(scale or 1)} for scale in scales]
+    return grids
+
+
+def _pack(model: Any, weights: Iterable[str]) -> None:
+    """Keep these int8 weights as int4, each cast to int8 before its use."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for name in (f"{name}_quantized" for name in weights):
+        codes = numpy_helper.to_array(constants[name])
+        packed = helper.make_tensor(f"{name}_packed", TensorProto.INT4, codes.shape, codes.flatten().tolist())
+        constants[name].CopyFrom(packed)
+        graph.node.insert(0, helper.make_node("Cast", [packed.name], [name], to=TensorProto.INT8))
+    for entry in model.opset_import:
+        entry.version = OPSET_INT4 if not entry.domain else entry.version
 
 
 def _network_nodes(model: Any) -> list[str]:

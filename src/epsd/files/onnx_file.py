@@ -16,8 +16,9 @@ from epsd.files.digests import DamagedFile, digest
 from epsd.files.regular import read_bytes
 from epsd.types import EpsdError
 
-CARD, WEIGHTS, DIGEST = "card", "weights", "digest"
-"""Keys of the file's metadata: the card as JSON; the digest of the weights that it was made from; that of the file."""
+CARD, WEIGHTS, DIGEST, WEIGHT_BITS = "card", "weights", "digest", "weight_bits"
+"""Keys of the file's metadata: the card as JSON; the digest of the weights that it was made from; that of the file; how
+many bits a weight has, where int8 holds fewer than eight."""
 
 FP32, INT8, FOLDER = "model.onnx", "model.int8.onnx", "onnx"
 """Names of the files, by the form of the network, and of the folder with them."""

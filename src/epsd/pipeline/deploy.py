@@ -108,7 +108,9 @@ def deployed(subject: Subject, settings: EvaluateParams, folder: Path) -> Deploy
         failed = _failed(figures, settings)
         kept = settings.export.int8 is True or not failed
         figures["deploy"]["int8_kept"] = float(kept)
-        said += f"; int8 {'kept' if kept else 'left out'}" + (f": {' and '.join(failed)}" if failed else "")
+        said += f"; int8{_rounded(subject.card)} {'kept' if kept else 'left out'}" + (
+            f": {' and '.join(failed)}" if failed else ""
+        )
         if not kept:
             files["int8"].unlink()
     return Deployed(figures, said)
@@ -131,7 +133,8 @@ def _written(subject: Subject, settings: EvaluateParams, folder: Path, elsewhere
         fill(files["onnx"], files["dense_onnx"])
     if settings.export.int8 is not False:
         files["int8"] = folder / INT8
-        deploy.quantise(files["onnx"], files["int8"], _calibration(subject, settings))
+        bits = subject.card.get("weight_bits", 8)
+        deploy.quantise(files["onnx"], files["int8"], _calibration(subject, settings), bits)
     return files
 
 
@@ -231,6 +234,10 @@ def _failed(figures: Mapping[str, Figures], settings: EvaluateParams) -> list[st
             "no validation images to judge it by" if drop is None else f"{drop:.4f} of top-1 lost on validation"
         )
     return failed
+
+
+def _rounded(card: Mapping[str, Any]) -> str:
+    return f" with weights of {card['weight_bits']} bits" if "weight_bits" in card else ""
 
 
 def _told(latency: Figures, files: Mapping[str, Path]) -> str:

@@ -77,12 +77,14 @@ def card(params: Params, data: Prepared, mask: Mask, model: nn.Module) -> dict[s
     """What stands beside saved weights: how to build the network again, to feed it, and what was removed from it.
 
     `shapes`, of a network that was made narrow alone: its tensors that are smaller than the architecture has them.
+    `weight_bits`, of one whose weights were rounded in training alone.
     """
     made = (params.architecture, data.num_classes, data.image_shape)
     may_be = params.prune.structure == "channels" or params.start.weights is not None
-    narrow = {"shapes": shapes} if may_be and (shapes := narrowed(model, *made)) else {}
+    made_so: dict[str, Any] = {"shapes": shapes} if may_be and (shapes := narrowed(model, *made)) else {}
+    made_so |= {"weight_bits": params.train.quantise.bits} if params.train.quantise is not None else {}
     whole = [name for name in prunable(model) if name not in mask.keep]
-    return narrow | {
+    return made_so | {
         "architecture": params.architecture,
         "num_classes": data.num_classes,
         "class_names": data.class_names,

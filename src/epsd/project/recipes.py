@@ -16,6 +16,16 @@ Optimiser = Literal["sgd", "adamw"]
 Compile = Literal["auto", "none", "kernels", "graphs"]
 
 
+class Quantise(Section):
+    """Weights rounded to `bits` (8 or 4) in every pass, after `from_epoch` epochs in full precision.
+
+    Validation is of the rounded network from the first epoch on: it is what would be kept.
+    """
+
+    bits: Literal[8, 4]
+    from_epoch: Natural = 0
+
+
 class Recipe(Section):
     """How to train a classifier. Defaults: the CIFAR recipe shared by ProsPr and CS-KD (200 epochs, SGD, 0.1, ÷10 at 50
     and 75 %).
@@ -38,6 +48,7 @@ class Recipe(Section):
     accumulate : parts of equal size in which a batch is computed, their gradients added, "auto": 1, doubled until a
         step fits into memory. Each part is normalised by BatchNorm statistics of its own, so the result is that of
         the smaller batch there and of the whole one everywhere else. DLB distils part n from part n of the last batch.
+    quantise : weights rounded in every pass, see `epsd.compute.quantise`; null = none.
     """
 
     epochs: Count = 200
@@ -62,6 +73,7 @@ class Recipe(Section):
     update: Annotated[Update, TIMING] = "auto"
     compile: Annotated[Compile, TIMING] = "auto"
     accumulate: Literal["auto"] | Count = 1
+    quantise: Annotated[Quantise | None, Bearing(neutral="null")] = None
 
     @model_validator(mode="after")
     def _warm_in_time(self) -> Self:
@@ -69,11 +81,20 @@ class Recipe(Section):
             raise ValueError(
                 f"warmup_epochs: {self.warmup_epochs} is more than epochs ({self.epochs}): lr never gets there"
             )
+        if self.quantise is not None and self.quantise.from_epoch >= self.epochs:
+            raise ValueError(
+                f"quantise.from_epoch: {self.quantise.from_epoch} is not before the end (epochs: {self.epochs}): no "
+                "weight would ever be rounded"
+            )
         if sorted(set(self.milestones)) != self.milestones:
             raise ValueError("milestones: each must be larger than the one before")
         if self.freeze_epochs is not None and not self.freeze:
             raise ValueError('freeze_epochs: freeze names nothing, e.g. ["conv1", "layer?.*"]')
         return self
+
+    def weight_bits(self, epoch: int) -> int | None:
+        """Bits to which the weights of epoch `epoch` (from 0) are rounded; None for as they are."""
+        return None if self.quantise is None or epoch < self.quantise.from_epoch else self.quantise.bits
 
 
 class DetectorRecipe(Section):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from epsd.compute import distributed, joint_layers, networks, shortage
+from epsd.compute import distributed, joint_layers, networks, quantise, shortage
 from epsd.compute.cost import Meter
 from epsd.compute.devices import to_device
 from epsd.compute.seeds import mix
@@ -81,9 +81,9 @@ def fit(
 
     Returns
     -------
-    One record per epoch. The model has the weights that `recipe.ema` and `recipe.keep` ask for, and is in eval mode,
-    with or without `validation`. While it trains, modules that were in eval mode and frozen stay so
-    (`networks.resting`): a frozen BatchNorm keeps its running statistics.
+    One record per epoch. The model has the weights that `recipe.ema` and `recipe.keep` ask for, rounded where
+    `recipe.quantise` asks for it, and is in eval mode, with or without `validation`. While it trains, modules that were
+    in eval mode and frozen stay so (`networks.resting`): a frozen BatchNorm keeps its running statistics.
 
     Raises
     ------
@@ -121,6 +121,7 @@ class _Loop:
         self.freeze = Freeze(model, recipe.freeze, recipe.freeze_epochs)
         self.device = next(model.parameters()).device
         self.way = autotune.ways(recipe, model, self.device)[0]
+        self.bits = recipe.weight_bits(0)
         self.times: dict[str, float] = {}
         if distributed.world() > 1 and recipe.compile not in ("auto", "none"):
             raise TrainingError("train.compile: several processes run uncompiled; use none, or launch.processes: 1.")
@@ -198,6 +199,8 @@ class _Loop:
                 on_epoch(record)
                 bar.say(" ".join(f"{word} {record[key]:.4g}" for word, key in _SHOWN.items() if key in record))
         self.result.settle()
+        if self.recipe.quantise is not None:
+            quantise.round_(self.model, self.recipe.quantise.bits)
         self.model.eval()
         return self.history
 
@@ -243,6 +246,7 @@ class _Loop:
     def _epoch(self, epoch: int, bar: Progress) -> Record:
         torch.manual_seed(mix(self.seed, "train", epoch))
         networks.train_(self.model, [*self.rest, *self.freeze.modules])
+        self.bits = self.recipe.weight_bits(epoch)
         started = time.perf_counter()
         tally = Tally(len(self.train), self.device, epoch)
         progress = (epoch + 1) / self.recipe.epochs
@@ -278,7 +282,7 @@ class _Loop:
         if images.dim() == 4:
             images = images.contiguous(memory_format=self.way.layout)
         with joint_layers.together(), torch.autocast(self.device.type, self.way.precision, self._lowered):
-            outputs = self.net(images)
+            outputs = quantise.passed(self.net, images, self.bits)
         if not isinstance(self.objective, PlainLoss):
             logits_of(outputs)
         logits: Tensor = tree_map(self._kept, outputs)
@@ -346,7 +350,7 @@ class _Loop:
 
     def judge(self, batches: Batches) -> Record:
         """top1 and nll, in eval mode, of what would be kept now. EpsdError where it does not give logits then."""
-        net, judged = self.net, self.result.network
+        net, judged, self.bits = self.net, self.result.network, self.recipe.weight_bits(self.recipe.epochs)
         self.net = net if judged is self.model else judged
         judged.eval()
         try:
@@ -416,6 +420,8 @@ _SHOWN = {"epoch": "epoch", "loss": "train/loss", "val": "val/top1"}
 def _check(model: nn.Module, recipe: Recipe) -> None:
     """Raises what `fit` does for a network that cannot be trained as it is."""
     networks.check(model)
+    if recipe.quantise is not None:
+        quantise.check(model)
     types = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if not types:
         raise TrainingError("no parameter of the network is trainable (requires_grad): there is nothing to learn.")
