@@ -30,7 +30,7 @@ from epsd.pipeline.stage import run_stage
 from epsd.pipeline.train import trained as train_classifier
 from epsd.project import artifacts, code
 from epsd.project.params import Params
-from epsd.project.runtime import counted, state_folder
+from epsd.project.runtime import counted, note, state_folder
 from epsd.registry import choose
 from epsd.tracking import Tracker
 from epsd.training import checkpoints
@@ -73,6 +73,8 @@ def main(params: Params, machine: Machine) -> str:
         followed(task)
         return ""
     model = classifier(task)
+    if "weight_bits" in card:
+        note(f"detect: trains in full precision; its backbone begins with weights of {card['weight_bits']} bits.")
     mask = artifacts.load_mask(model)
     with reopened("detect", params, {"voc.digest": task.voc.digest}) as tracker:
         trained = fitted(task, model, mask, on_epoch=partial(tracker.epoch, prefix="detect/train_"))

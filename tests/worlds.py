@@ -20,7 +20,7 @@ from epsd.detection.fit import fit_detector
 from epsd.detectors import DETECTORS, Picture
 from epsd.masks import Mask, prunable
 from epsd.objectives import OBJECTIVES
-from epsd.project.recipes import DetectorRecipe, Recipe
+from epsd.project.recipes import DetectorRecipe, Quantise, Recipe
 from epsd.pruning.prune import prune, scored, signal
 from epsd.pruning.scoring import Means, within
 from epsd.scores import Epsd, Grasp, ProsPr, Random, Snip, SynFlow
@@ -86,6 +86,14 @@ def parts_that_never_fit(objective: str, folder: Path) -> Found:
         fit(mlp(inputs=16), ToyBatches(dtype=torch.float64), objective=OBJECTIVES[objective]())
     assert "Not even a batch of" in str(caught.value)
     return {}
+
+
+def rounded(objective: str, folder: Path) -> Found:
+    """Weights of four bits in the last of two epochs, in single precision."""
+    model = convnet()
+    recipe = Recipe(epochs=2, lr=0.05, precision="fp32", quantise=Quantise(bits=4, from_epoch=1))
+    history = fit(model, ToyBatches(), objective=OBJECTIVES[objective](), mask=half(model), recipe=recipe)
+    return {**model.state_dict(), "loss": torch.tensor(history[-1]["train/loss"])}
 
 
 def stop(record: dict[str, float]) -> None:
@@ -195,6 +203,7 @@ def detect_resumed(name: str, folder: Path) -> Found:
 
 WORK: dict[str, Callable[[str, Path], Found]] = {
     "train": train,
+    "rounded": rounded,
     "parts": parts,
     "parts_that_never_fit": parts_that_never_fit,
     "broken": broken,

@@ -21,10 +21,11 @@ from epsd.data.loaders import as_batches
 from epsd.data.sampling import Sampler
 from epsd.detection.whole_batch import Whole
 from epsd.detectors import DETECTORS
+from epsd.masks import prunable
 from epsd.objectives import OBJECTIVES
 from epsd.pipeline import launch
 from epsd.types import Batch
-from toys import ToyBatches
+from toys import ToyBatches, convnet
 
 NAMES = sorted(OBJECTIVES)
 
@@ -33,7 +34,7 @@ NAMES = sorted(OBJECTIVES)
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything of `worlds` in this process and in two others; each number goes on from the other's checkpoints."""
     folder = tmp_path_factory.mktemp("worlds")
-    both = ["train", "broken", "scores", "masks", "detect", "detect_broken", "parts", "parts_that_never_fit"]
+    both = ["train", "broken", "scores", "masks", "detect", "detect_broken", "rounded", "parts", "parts_that_never_fit"]
     after = ["resumed", "detect_resumed"]
     worlds.main(folder, both)
     with pytest.MonkeyPatch.context() as patch:
@@ -100,6 +101,17 @@ def test_two_processes_compute_a_batch_in_as_many_parts(results: Path, objective
     one, two = found(results, "parts", objective, 1), found(results, "parts", objective, 2)
     assert one["parts"].tolist() == [2]
     assert difference(one, two) < 1e-9
+
+
+@pytest.mark.parametrize("objective", NAMES)
+def test_two_processes_round_the_weights_of_one(results: Path, objective: str) -> None:
+    """But for those that lie on the border between two numbers."""
+    one, two = found(results, "rounded", objective, 1), found(results, "rounded", objective, 2)
+    assert difference(two, found(results, "rounded", objective, 2, 1)) == 0
+    assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-3)
+    near = torch.cat([((one[name] - two[name]).abs() < 1e-4).flatten() for name in prunable(convnet())])
+    assert near.double().mean() > 0.98
+    assert max(len(channel.unique()) for channel in two["3.weight"].flatten(1)) <= 15
 
 
 def test_one_checkpoint_was_written_by_each_group(results: Path) -> None:

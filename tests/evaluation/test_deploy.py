@@ -1,5 +1,6 @@
 """Networks as ONNX files: they say what torch says, in fp32 and nearly so in int8, and tell nothing of this machine."""
 
+import copy
 import itertools
 import json
 import subprocess
@@ -10,14 +11,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from epsd.architectures import ARCHITECTURES
+from epsd.compute import quantise
 from epsd.evaluation import deploy
 from epsd.evaluation.intake import Intake
 from epsd.evaluation.servable import Servable, asking
 from epsd.files import onnx_file
 from epsd.files.digests import DamagedFile
-from epsd.files.onnx_file import CARD, FOLDER, FP32, INT8, OnnxFile, sealed
+from epsd.files.onnx_file import CARD, FOLDER, FP32, INT8, OnnxFile, sealed, words_of
+from epsd.masks import matrices, prunable
 from epsd.registry import choose
 from epsd.types import EpsdError
 from handed_on import INTAKE, onnx_folder, servable
@@ -84,6 +88,91 @@ def test_every_layer_is_in_int8_per_channel_and_the_preprocessing_in_none(folder
     assert "Resize" in before
     softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
     assert made[softmax.input[0]].op_type == "Gemm"
+
+
+def codes(path: Path) -> dict[str, np.ndarray]:
+    """Whole numbers of each layer's weights in a file, by the layer's name."""
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    ends = ("_quantized", "_packed")
+    return {
+        name.split("_quantized")[0].removeprefix("network."): values.astype(int)
+        for name, values in found.items()
+        if name.endswith(ends) and ".weight_quantized" in name
+    }
+
+
+@pytest.fixture(scope="module")
+def rounded_files(network: Servable, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Servable, Path]]:
+    """Bits -> the network with a quarter of its weights and rounded to so many, and the folder with its files."""
+    made = {}
+    for bits in (8, 4):
+        own, folder = copy.deepcopy(network), tmp_path_factory.mktemp(f"bits{bits}")
+        for weight in prunable(own.network).values():
+            weight.data[torch.rand_like(weight) < 0.75] = 0
+        own.network.layer1[0].bn1.weight.data[::2] *= -1  # factors of either sign
+        quantise.round_(own.network, bits)
+        deploy.export(own, torch.zeros(2, 3, 19, 17), OPEN, folder / FP32, {CARD: json.dumps(vars(COLOUR))})
+        deploy.quantise(folder / FP32, folder / INT8, pixels(64, 3, 16, 16), bits)
+        made[bits] = own, folder
+    return made
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_weights_of_a_rounded_network_are_those_of_its_file(
+    bits: int, rounded_files: dict[int, tuple[Servable, Path]]
+) -> None:
+    """Whole numbers, layer by layer; a BatchNorm behind a layer turns the sign of a channel at most."""
+    own, folder = rounded_files[bits]
+    if bits == 8 and not torch.cpu._is_vnni_supported():
+        pytest.skip("this processor needs weights of seven bits")
+    found, layers = codes(folder / INT8), matrices(own.network)
+    assert found.keys() == layers.keys()
+    for name, weight in layers.items():
+        channels = weight.detach().flatten(1)
+        distance = channels.abs().amax(1, keepdim=True) / quantise.LEVELS[bits]
+        expected = (channels / distance.clamp(min=1e-30)).round().int().numpy()
+        written = found[name].reshape(expected.shape)
+        signs = np.where((expected * written).sum(1) < 0, -1, 1)[:, None]
+        assert np.array_equal(written * signs, expected), name
+        assert np.abs(written).max() == quantise.LEVELS[bits] and (written == 0).mean() >= 0.7
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_file_of_a_rounded_network_says_what_torch_says(
+    bits: int, rounded_files: dict[int, tuple[Servable, Path]]
+) -> None:
+    own, folder = rounded_files[bits]
+    images = pixels(200, 3, 16, 16)
+    assert np.abs(OnnxFile(folder / INT8)(images) - asking(own)(images)).max() < 0.05
+
+
+def test_four_bits_are_half_a_byte_and_the_file_says_so(
+    folder: Path, network: Servable, rounded_files: dict[int, tuple[Servable, Path]]
+) -> None:
+    eight, four = (rounded_files[bits][1] / INT8 for bits in (8, 4))
+    weights = sum(weight.numel() for weight in matrices(network.network).values())
+    assert weights * 0.4 < eight.stat().st_size - four.stat().st_size < weights * 0.5
+    assert "weight_bits" not in words_of(onnx.load(eight)) and words_of(onnx.load(four))["weight_bits"] == "4"
+    deploy.quantise(folder / FP32, folder / "rough.onnx", pixels(64, 3, 16, 16), 4)
+    images = pixels(200, 3, 16, 16)
+    exact, eight_bits, four_bits = (OnnxFile(folder / name)(images) for name in (FP32, INT8, "rough.onnx"))
+    assert np.abs(exact - four_bits).mean() > 3 * np.abs(exact - eight_bits).mean()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_four_bits_of_products_of_matrices(channels: int, tmp_path: Path) -> None:
+    """Linear layers become Gemm; where there are rows in between, MatMul, whose output channels come second."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(channels // 2 + 1), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3), nn.Flatten(1))
+    quantise.round_(net, 4)
+    intake = Intake(list("abcdefghi")[: 3 * channels], (channels, 4, 4), [0.5] * channels, [0.2] * channels)
+    own, images = Servable(net, intake), pixels(64, channels, 4, 4)
+    deploy.export(own, torch.zeros(2, channels, 4, 4), ("batch",), tmp_path / FP32, {CARD: "{}"})
+    assert ("MatMul" if channels == 3 else "Gemm") in {node.op_type for node in onnx.load(tmp_path / FP32).graph.node}
+    deploy.quantise(tmp_path / FP32, tmp_path / INT8, images, 4)
+    kinds = [tensor.data_type for tensor in onnx.load(tmp_path / INT8).graph.initializer]
+    assert kinds.count(onnx.TensorProto.INT4) == 2
+    assert np.abs(OnnxFile(tmp_path / INT8)(images) - asking(own)(images)).max() < 0.05
 
 
 def test_the_twin_has_no_zeros_and_the_same_shape(folder: Path, tmp_path: Path) -> None:

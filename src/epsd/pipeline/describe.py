@@ -63,12 +63,19 @@ def story(params: Params, data: Prepared) -> str:
     return (
         f"A {params.architecture['name']} network for {data.num_classes} classes of `{params.dataset['name']}` "
         f"({shape}, {data.sizes['train']} training images). {_beginning(params)}{_removal(params)} "
-        f"`{params.objective['name']}` trained it for {params.train.epochs} epochs. Seed {params.seed}."
+        f"`{params.objective['name']}` trained it for {params.train.epochs} epochs{_rounding(params)}. Seed {params.seed}."
     )
 
 
 def _beginning(params: Params) -> str:
     return "" if params.start.weights is None else f"It began with the weights of `{params.start.weights}`. "
+
+
+def _rounding(params: Params) -> str:
+    how = params.train.quantise
+    if how is None:
+        return ""
+    return f", its weights rounded to {how.bits} bits" + (f" after {how.from_epoch} of them" if how.from_epoch else "")
 
 
 def _removal(params: Params) -> str:

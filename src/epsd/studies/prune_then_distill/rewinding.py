@@ -138,12 +138,15 @@ def prune_then_distill(
 
     Raises
     ------
-    RewindingError : `select: validation` without validation images; rounds longer than the teacher's training.
+    RewindingError : `select: validation` without validation images; rounds longer than the teacher's training; a
+        recipe that rounds weights, by whose magnitudes each round would prune.
     And what `epsd.training.fit.fit` and `Mask.from_scores` raise.
     """
     settings, recipe = settings or Rewinding(), recipe or Recipe()
     if settings.select == "validation" and validation is None:
         raise RewindingError("select: 'validation' needs validation images: set data.validation, or select: last.")
+    if recipe.quantise is not None:
+        raise RewindingError("train.quantise: prune_then_distill prunes by magnitude, which rounding levels: use null.")
     check_fits(covered(prunable(teacher), exclude=exclude), sparsity, scope)
     teacher_epochs, round_epochs, student_epochs = settings.epochs(recipe)
     course = _Course(
