@@ -181,7 +181,8 @@ def test_weights_trained_with_four_bits_are_in_the_file(made: Made, tmp_path: Pa
     """From params.yaml to int8: what was judged in training is what is deployed; narrow and sparse."""
     tree = read_yaml(root / "params.yaml")
     for name, value in {
-        "train.quantise": {"bits": 4, "from_epoch": 1}, "train.epochs": 3, "train.batch_size": 16, "prune.compare": False,
+        "train.quantise": {"bits": 4, "from_epoch": 1}, "train.epochs": 3, "train.batch_size": 16,
+        "prune.compare": False,
         "prune.structure": "channels", "prune.macs": 0.5, "prune.sparsity": 0.3, "prune.score": {"name": "snip"},
         "evaluate.latency_repeats": 0, "evaluate.export.int8": True,
     }.items():  # fmt: skip
