@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
 
@@ -19,12 +18,9 @@ from epsd.evaluation import deploy as made_of
 from epsd.evaluation import evaluate as evaluation
 from epsd.files import onnx_file
 from epsd.pipeline import deploy
-from epsd.pipeline.export import trained_network
-from epsd.pipeline.prune import pruned
-from epsd.pipeline.train import card, trained
 from epsd.preparing.write import prepare
 from epsd.project import artifacts
-from epsd.project.params import EvaluateParams, override, parse, read_yaml
+from epsd.project.params import EvaluateParams
 
 Deploy = Callable[..., tuple[deploy.Deployed, list[str]]]
 
@@ -175,31 +171,3 @@ def test_figures_are_numbers_that_json_holds(run: Deploy) -> None:
     assert json.loads(json.dumps(found.figures, allow_nan=False)) == found.figures
     assert found.figures["deploy"]["onnx_agreement"] == 1
     assert 0 <= found.figures["latency"]["load_of_others"] <= 1
-
-
-def test_weights_trained_with_four_bits_are_in_the_file(made: Made, tmp_path: Path, root: Path) -> None:
-    """From params.yaml to int8: what was judged in training is what is deployed; narrow and sparse."""
-    tree = read_yaml(root / "params.yaml")
-    for name, value in {
-        "train.quantise": {"bits": 4, "from_epoch": 1}, "train.epochs": 3, "train.batch_size": 16,
-        "prune.compare": False,
-        "prune.structure": "channels", "prune.macs": 0.5, "prune.sparsity": 0.3, "prune.score": {"name": "snip"},
-        "evaluate.latency_repeats": 0, "evaluate.export.int8": True,
-    }.items():  # fmt: skip
-        override(tree, name, value)
-    params = parse(tree)
-    found = pruned(params, made.data)
-    history = trained(params, made.data, found.model, found.mask, on_epoch=lambda record: None)
-    about, weights = card(params, made.data, found.mask, found.model), tmp_path / "model.safetensors"
-    artifacts.save_model(found.model, weights, about)
-    answers = evaluation.predict(trained_network(weights, about), made.data.batches("validation", batch_size=64))
-    right = (answers[0].argmax(1) == answers[1]).double().mean()
-    assert history[-1]["val/top1"] == pytest.approx(float(right)), "of the file with the weights"
-    assert all(len(channel.unique()) <= 15 for channel in found.model.conv1.weight.flatten(1))
-    subject = deploy.Subject(found.model, about, weights, made.data, answers)._replace(
-        answers=evaluation.predict(found.model, made.data.batches("test", batch_size=64))
-    )
-    made_so = deploy.deployed(subject, params.evaluate, tmp_path / "onnx")
-    assert "int8 with weights of 4 bits kept" in made_so.said
-    assert made_so.figures["deploy"]["int8_agreement"] > 0.97
-    assert onnx_file.words_of(onnx.load(tmp_path / "onnx" / "model.int8.onnx"))["weight_bits"] == "4"
