@@ -63,7 +63,8 @@ def story(params: Params, data: Prepared) -> str:
     return (
         f"A {params.architecture['name']} network for {data.num_classes} classes of `{params.dataset['name']}` "
         f"({shape}, {data.sizes['train']} training images). {_beginning(params)}{_removal(params)} "
-        f"`{params.objective['name']}` trained it for {params.train.epochs} epochs{_rounding(params)}. Seed {params.seed}."
+        f"`{params.objective['name']}` trained it for {params.train.epochs} epochs{_rounding(params)}. "
+        f"Seed {params.seed}."
     )
 
 
