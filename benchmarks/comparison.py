@@ -89,7 +89,7 @@ def data(tree: dict[str, Any], folder: Path) -> Prepared:
     """The images, prepared once for all models (split by seed 0, so that every model sees the same test split)."""
     params = parse(tree)
     dataset = choose(DATASETS, params.dataset, "dataset")
-    prepare(dataset(), folder, seed=0, **params.data.model_dump(include={"validation", "test", "limit"}))
+    prepare(dataset(), folder, seed=0, **params.data.model_dump(include={"validation", "test", "limit", "classes"}))
     return Prepared.load(folder, Machine(pick_device(params.device), workers=params.data.workers))
 
 

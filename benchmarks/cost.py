@@ -94,7 +94,7 @@ def params_of(arguments: argparse.Namespace, seed: int, changes: dict[str, Any])
 
 def prepared(params: Params, folder: Path) -> Prepared:
     """The images, split by seed 0 for all models."""
-    settings = params.data.model_dump(include={"validation", "test", "limit"})
+    settings = params.data.model_dump(include={"validation", "test", "limit", "classes"})
     prepare(choose(DATASETS, params.dataset, "dataset")(), folder, seed=0, **settings)
     return Prepared.load(folder, Machine(pick_device(params.device), workers=params.data.workers))
 

@@ -51,7 +51,7 @@ def project(folder: Path, seed: int, changes: dict[str, Any]) -> Params:
         YAML().dump(tree, file)
     (folder / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     dataset = choose(DATASETS, params.dataset, "dataset")
-    shares = params.data.model_dump(include={"validation", "test", "limit"})
+    shares = params.data.model_dump(include={"validation", "test", "limit", "classes"})
     prepare(dataset(), folder / artifacts.DATA, seed=seed, dataset=params.dataset, **shares)
     return params
 

@@ -36,7 +36,8 @@ def main(params: Params, machine: Machine) -> str:
     with tempfile.TemporaryDirectory() as elsewhere:
         folder = Path(elsewhere) / FOLDER
         files = deploy.deployed(deploy.Subject(model, card, artifacts.MODEL, data, answers), settings, folder)
-        report = {"test": result.metrics, "model": costs, **files.figures}
+        recalls = evaluation.recalls(evaluation.per_class_rows(result, data.class_names))
+        report = {"test": result.metrics, "recall": recalls, "model": costs, **files.figures}
         artifacts.write_json(artifacts.METRICS, report)
         save_tables(result, data.class_names)
         save_figures(result, model, deploy.masked(model, card), data.class_names, history)
@@ -51,8 +52,9 @@ def main(params: Params, machine: Machine) -> str:
 
 
 def save_tables(result: evaluation.Evaluation, names: list[str]) -> None:
-    """Per-class accuracy, every prediction, and the reliability bins, as CSV."""
-    artifacts.write_csv(artifacts.PER_CLASS, ("class", "images", "accuracy"), evaluation.per_class_rows(result, names))
+    """Recall, precision and F1 by class, every prediction, and the reliability bins, as CSV."""
+    header = ("class", *evaluation.ClassRow._fields[1:])
+    artifacts.write_csv(artifacts.PER_CLASS, header, evaluation.per_class_rows(result, names))
     artifacts.write_csv(artifacts.CONFUSION, ("actual", "predicted"), evaluation.confusion_rows(result, names))
     artifacts.write_csv(artifacts.RELIABILITY, result.reliability._fields, evaluation.reliability_rows(result))
 

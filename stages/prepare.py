@@ -14,7 +14,7 @@ def main(params: Params, _machine: object) -> str:
     """Read the chosen data set and devkit; carve the splits that the data set does not bring."""
     check_start(params)
     dataset, devkit = choose(DATASETS, params.dataset, "dataset"), choose(DEVKITS, params.voc, "voc")
-    shares = params.data.model_dump(include={"validation", "test", "limit"})
+    shares = params.data.model_dump(include={"validation", "test", "limit", "classes"})
     index = prepare(dataset(), artifacts.DATA, seed=params.seed, dataset=params.dataset, **shares)
     images = written_arrays(artifacts.DATA, index)
     sources = devkit(artifacts.VOC, seed=params.seed, images=images, class_names=index["class_names"])

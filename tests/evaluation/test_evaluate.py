@@ -49,11 +49,12 @@ def test_figures_of_a_known_network() -> None:
     net = Echo().train()
     result = evaluation.evaluate(net, Fixed(LOGITS, LABELS), ece_bins=10)
     assert result.metrics["top1"] == 0.75
-    assert result.metrics["top5"] == 1.0
+    assert "top5" not in result.metrics, "of three classes it says nothing"
+    assert result.metrics["balanced_accuracy"] == pytest.approx(2.5 / 3) and result.metrics["lowest_recall"] == 0.5
     assert result.metrics["nll"] == pytest.approx(float(nn.functional.cross_entropy(LOGITS, LABELS)), rel=1e-6)
     assert result.metrics["ece"] == pytest.approx(result.reliability.ece())
     assert result.confusion.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
-    assert result.per_class.tolist() == [0.5, 1, 1]
+    assert result.per_class.recall.tolist() == [0.5, 1, 1]
     assert net.modes == [False, False]  # each image once, in evaluation mode
     assert net.training
 
@@ -86,9 +87,12 @@ def test_rows_of_the_tables() -> None:
     names = ["a", "b", "c", "d"]
     logits = torch.cat([LOGITS, torch.full((4, 1), -9.0)], dim=1)
     result = evaluation.evaluate(Echo(), Fixed(logits, LABELS), ece_bins=2)
-    assert list(evaluation.per_class_rows(result, names)) == [("a", 2, 0.5), ("b", 1, 1.0), ("c", 1, 1.0), ("d", 0, "")]
-    rows = list(evaluation.confusion_rows(result, names))
-    assert sorted(rows) == [("a", "a"), ("a", "b"), ("b", "b"), ("c", "c")]
+    rows = list(evaluation.per_class_rows(result, names))
+    assert rows[:3] == [("a", 2, 0.5, 1.0, 2 / 3), ("b", 1, 1.0, 0.5, 2 / 3), ("c", 1, 1.0, 1.0, 1.0)]
+    assert rows[3] == ("d", 0, "", "", "")
+    assert evaluation.recalls(rows) == {"a": 0.5, "b": 1.0, "c": 1.0}
+    pairs = list(evaluation.confusion_rows(result, names))
+    assert sorted(pairs) == [("a", "a"), ("a", "b"), ("b", "b"), ("c", "c")]
     bins = list(evaluation.reliability_rows(result))
     assert [row[:3] for row in bins] == [(0.0, 0.5, 0.0), (0.5, 1.0, 4.0)]
 

@@ -1,6 +1,7 @@
 """Accuracy and calibration against figures worked out by hand; parameters and FLOPs against published ones."""
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -70,9 +71,27 @@ def test_reliability_table_adds_up() -> None:
 def test_confusion_and_per_class_accuracy() -> None:
     table = metrics.confusion(FOUR, LABELS)
     assert table.tolist() == [[1, 0, 1], [1, 1, 0], [0, 0, 0]]
-    accuracy = metrics.per_class_accuracy(table)
-    assert accuracy[:2].tolist() == [0.5, 0.5]
-    assert math.isnan(accuracy[2])
+    found = metrics.by_class(table)
+    assert found.recall[:2].tolist() == [0.5, 0.5] and found.precision.tolist() == [0.5, 1, 0]
+    assert math.isnan(found.recall[2])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_figures_of_skewed_data_are_those_of_scikit_learn(seed: int) -> None:
+    """Most images of one class, one class without any, one that is never predicted."""
+    sklearn = pytest.importorskip("sklearn.metrics")
+    torch.manual_seed(seed)
+    labels = torch.cat([torch.zeros(80, dtype=torch.int64), torch.randint(4, (40,))])
+    logits = torch.randn(120, 6)
+    logits[:, 5] = -9
+    predicted = logits.argmax(1)
+    found = metrics.by_class(metrics.confusion(logits, labels)).averages()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of predictions of a class that is not there
+        assert found["balanced_accuracy"] == pytest.approx(sklearn.balanced_accuracy_score(labels, predicted))
+    assert found["macro_f1"] == pytest.approx(sklearn.f1_score(labels, predicted, average="macro"))
+    recall = sklearn.recall_score(labels, predicted, average=None, labels=[0, 1, 2, 3])
+    assert found["lowest_recall"] == pytest.approx(min(recall))
 
 
 def small_net() -> nn.Module:

@@ -9,6 +9,7 @@ import pytest
 
 from epsd.data.prepared import Prepared
 from epsd.evaluation import model_card
+from epsd.evaluation.evaluate import ClassRow
 from epsd.pipeline import describe, stage
 from epsd.project.artifacts import Run
 from epsd.project.params import DEFAULT_PATH, load
@@ -42,7 +43,11 @@ SUBJECT = model_card.Subject(
     story="A small network.",
     run=Run("abc", "digits-snip"),
     report=REPORT,
-    classes=[("class0", 3, 0.5), ("class1", 2, 1.0), ("class2", 0, "")],
+    classes=[
+        ClassRow("class0", 3, 0.5, 1.0, 0.6),
+        ClassRow("class1", 2, 1.0, 1.0, 1.0),
+        ClassRow("class2", 0, "", "", ""),
+    ],
 )
 
 
@@ -58,7 +63,7 @@ def test_every_part_is_there() -> None:
         "snip; sparsity 0.95, scope global",
         "| top-1 accuracy | 0.9861 |",
         "| of these not zero | 4,520 |",
-        "Weakest classes: class0 50.0% of 3, class1 100.0% of 2.",
+        "Weakest classes, by recall: class0 50.0% of 3, class1 100.0% of 2.",
         "One training, seed 3",
         "epsd promote abc",
         "Images of 20x30 are taken as they are",
@@ -147,7 +152,9 @@ def test_names_are_no_markup() -> None:
         "architecture": {"name": "timm_zoo", "model": name},
         "dataset": {"root": "```\n" + name},
     }
-    subject = SUBJECT._replace(data=data, params=params, run=Run("abc", name), classes=[(name, 3, 0.5)])
+    subject = SUBJECT._replace(
+        data=data, params=params, run=Run("abc", name), classes=[ClassRow(name, 3, 0.5, 1.0, 0.6)]
+    )
     text = model_card.model_card(subject)
     told, _, rest = text.partition("````yaml")
     assert "<img" not in told and "\n# a" not in told and "[link]" not in told

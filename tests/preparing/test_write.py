@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from epsd.data.prepared import Prepared
+from epsd.datasets import DATASETS
 from epsd.files.archives import ArchiveError, open_tree
 from epsd.files.images import ImageError, Shortage
 from epsd.files.layouts import Labelled, Reading, Source, SourceError, folder_source
@@ -21,6 +22,7 @@ from epsd.preparing.tally import Tally
 from epsd.preparing.write import prepare, summary, written_arrays
 from epsd.project import artifacts
 from epsd.project.artifacts import ArtifactError
+from epsd.registry import choose
 from pictures import classes, picture, tarred, write, zipped
 
 
@@ -341,3 +343,23 @@ def test_many_images_come_with_a_bar_and_the_same_result(tmp_path: Path, monkeyp
     monkeypatch.setattr("epsd.preparing.decoding._AHEAD", 3)
     monkeypatch.delenv("EPSD_QUIET", raising=False)
     assert prepare(source, tmp_path / "out") == quiet
+
+
+def test_some_of_the_classes(tmp_path: Path) -> None:
+    """In the order of the source, whatever is asked first; the images are those of the whole set."""
+    whole = choose(DATASETS, {"name": "digits"})()
+    index = prepare(whole, tmp_path, validation=0.2, test=0.2, classes=["7", "3", "5"])
+    assert index["class_names"] == ["3", "5", "7"] and index["settings"]["classes"] == ["7", "3", "5"]
+    data = Prepared.load(tmp_path)
+    mine = {
+        (image.tobytes(), data.class_names[label])
+        for split in ("train", "validation", "test")
+        for image, label in zip(data.images(split), data.labels(split), strict=True)
+    }  # type: ignore[arg-type]
+    train = whole.splits["train"]
+    theirs = {
+        (image.tobytes(), whole.class_names[label]) for image, label in zip(train.images, train.labels, strict=True)
+    }
+    assert mine == {pair for pair in theirs if pair[1] in "357"}
+    with pytest.raises(SourceError, match=r"data\.classes: unknown 'cat'\. Valid: 0, 1, "):
+        prepare(whole, tmp_path, classes=["3", "cat"])

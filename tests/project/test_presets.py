@@ -25,6 +25,7 @@ from epsd.types import Batch, BatchNeeds
 FOLDER = Path(__file__).resolve().parents[2] / "presets"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 EXPECTED = {"digits-channels", "cifar10-resnet18-channels"} | {
+    "digits-finetune", "cub200-transfer", "cifar10-transfer",
     "cifar10-quick", "cifar10-resnet18", "cifar10-vgg19", "cifar100-resnet18", "cifar100-vgg19", "cub200-resnet18",
     "digits", "imagenet-resnet50", "tiny-imagenet-resnet18", "voc07-faster-rcnn",
 }  # fmt: skip

@@ -10,14 +10,27 @@ LOWER = {
 with whatever begins with `time/`.
 """
 
-HIGHER = {"top1", "top5", "accuracy", "map", "map50", "map75", "compression", "agreement", "times"}
+HIGHER = {
+    "top1",
+    "top5",
+    "accuracy",
+    "recall",
+    "precision",
+    "f1",
+    "map",
+    "map50",
+    "map75",
+    "compression",
+    "agreement",
+    "times",
+}
 """Likewise for a greater value."""
 
 
 def better(metric: str) -> Literal["lower", "higher"] | None:
     """Which values are better, by the metric's name; None where nothing is known of it (`train/lr`)."""
     group, _, last = metric.rpartition("/")
-    words = {last, *last.split("_")}
+    words = {last, *last.split("_"), *({group} & {"recall"})}
     if group == "time" or words & LOWER:
         return "lower"
     return "higher" if words & HIGHER else None

@@ -1,7 +1,7 @@
 """How good a network is, and what it costs: accuracy and calibration on one split; weights and FLOPs."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,18 +14,21 @@ from epsd.evaluation import metrics
 from epsd.losses import class_logits, logits_of
 from epsd.types import Batches, EpsdError
 
+_FEW = 5
+
 
 class EvaluationError(EpsdError):
     """A split without images, or a network whose outputs are not numbers."""
 
 
 class Evaluation(NamedTuple):
-    """`metrics`: top1, top5, nll (nats), ece, each by name. `per_class`: (K,) accuracy, NaN where a class has no
-    image. `confusion`: (K, K) int64, rows true, columns predicted. `reliability`: calibration by confidence.
+    """`metrics`: top1, top5 (of more than five classes), balanced_accuracy, macro_f1, lowest_recall, nll (nats), ece,
+    by name. `per_class`: recall, precision and F1. `confusion`: (K, K) int64, rows true, columns predicted.
+    `reliability`: calibration by confidence.
     """
 
     metrics: dict[str, float]
-    per_class: Tensor
+    per_class: metrics.ByClass
     confusion: Tensor
     reliability: metrics.ReliabilityTable
 
@@ -56,7 +59,7 @@ def predict(
 
 
 def measure(logits: Tensor, labels: Tensor, ece_bins: int = 15) -> Evaluation:
-    """Every figure from logits (N, K) and labels (N,). top5 means the K best where K < 5."""
+    """Every figure from logits (N, K) and labels (N,). top5 of more than five classes: else it says nothing."""
     if len(labels) and int(labels.max()) >= logits.shape[1]:
         raise EvaluationError(f"evaluate: a label is {int(labels.max())}: the network has no output for it.")
     broken = int((~torch.isfinite(logits)).any(dim=1).sum())
@@ -66,13 +69,15 @@ def measure(logits: Tensor, labels: Tensor, ece_bins: int = 15) -> Evaluation:
         )
     table = metrics.reliability(logits, labels, ece_bins)
     confusion = metrics.confusion(logits, labels)
+    by_class = metrics.by_class(confusion)
     figures = {
         "top1": metrics.topk(logits, labels, 1),
-        "top5": metrics.topk(logits, labels, 5),
+        **({"top5": metrics.topk(logits, labels, 5)} if logits.shape[1] > _FEW else {}),
+        **by_class.averages(),
         "nll": metrics.nll(logits, labels),
         "ece": table.ece(),
     }
-    return Evaluation(figures, metrics.per_class_accuracy(confusion), confusion, table)
+    return Evaluation(figures, by_class, confusion, table)
 
 
 def evaluate(
@@ -119,10 +124,27 @@ def cost(
     }
 
 
-def per_class_rows(result: Evaluation, class_names: Sequence[str]) -> Iterator[tuple[str, int, float | str]]:
-    """Class, test images, accuracy ("" for a class without images)."""
-    for name, row, accuracy in zip(class_names, result.confusion, result.per_class.tolist(), strict=True):
-        yield name, int(row.sum()), "" if math.isnan(accuracy) else accuracy
+class ClassRow(NamedTuple):
+    """A class by name, with its test images; "" where a share is of nothing."""
+
+    name: str
+    images: int
+    recall: float | str
+    precision: float | str
+    f1: float | str
+
+
+def per_class_rows(result: Evaluation, class_names: Sequence[str]) -> Iterator[ClassRow]:
+    """One row for each class."""
+    shares = zip(*(column.tolist() for column in result.per_class), strict=True)
+    for name, row, each in zip(class_names, result.confusion, shares, strict=True):
+        yield ClassRow(name, int(row.sum()), *("" if math.isnan(share) else share for share in each))
+
+
+def recalls(rows: Iterable[ClassRow], most: int = 100) -> dict[str, float]:
+    """By class, of those that have images; {} of more than `most` classes, which belong in a table."""
+    found = {row.name: float(row.recall) for row in rows if row.recall != ""}
+    return found if len(found) <= most else {}
 
 
 def confusion_rows(result: Evaluation, class_names: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -113,9 +113,26 @@ def confusion(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.bincount(labels * classes + logits.argmax(dim=1), minlength=classes**2).reshape(classes, classes)
 
 
-def per_class_accuracy(table: Tensor) -> Tensor:
-    """(K,) float64 from a confusion matrix (K, K): right / all of that class; NaN for a class without images."""
-    return table.diagonal().double() / table.sum(dim=1)
+class ByClass(NamedTuple):
+    """All of shape (K,) float64. `recall`: right / all of that class, NaN for a class without images. `precision`:
+    right / all that was taken for it, NaN where nothing was. `f1`: their harmonic mean, NaN for a class without both.
+    """
+
+    recall: Tensor
+    precision: Tensor
+    f1: Tensor
+
+    def averages(self) -> dict[str, float]:
+        """balanced_accuracy (mean recall), macro_f1, lowest_recall; of classes that have one, as scikit-learn."""
+        recall = self.recall[~self.recall.isnan()]
+        means = {"balanced_accuracy": float(recall.mean()), "macro_f1": float(self.f1.nanmean())}
+        return means | {"lowest_recall": float(recall.min())}
+
+
+def by_class(table: Tensor) -> ByClass:
+    """From a confusion matrix (K, K), rows true, columns predicted."""
+    right, actual, taken = table.diagonal().double(), table.sum(dim=1), table.sum(dim=0)
+    return ByClass(right / actual, right / taken, 2 * right / (actual + taken))
 
 
 def count_parameters(model: nn.Module, prunable: Mapping[str, nn.Parameter]) -> Parameters:

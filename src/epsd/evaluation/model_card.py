@@ -7,18 +7,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from epsd.compute import timing
+from epsd.evaluation.evaluate import ClassRow
 from epsd.project.artifacts import Run
 from epsd.project.params import flatten
-
-Row = tuple[str, int, float | str]
-"""Class, test images, accuracy ("" for a class without images)."""
 
 _LISTED_CLASSES = 20
 _WEAKEST = 5
 _OTHERS = ("device", "evaluate", "voc", "detect", "tracking")
 """Sections of params.yaml that did not make the network."""
 
-_DIGITS = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "nll": "NLL (nats)", "ece": "ECE"}
+_DIGITS = {
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "balanced_accuracy": "balanced accuracy (mean recall of the classes)",
+    "macro_f1": "macro F1",
+    "nll": "NLL (nats)",
+    "ece": "ECE",
+}
 _COST = {
     "parameters": ("parameters", ",.0f"),
     "parameters_nonzero": ("of these not zero", ",.0f"),
@@ -51,7 +56,7 @@ class Subject(NamedTuple):
     story: str
     run: Run
     report: Mapping[str, Mapping[str, float]]
-    classes: Sequence[Row]
+    classes: Sequence[ClassRow]
     deployed: str = ""
     machine: str = ""
 
@@ -146,13 +151,10 @@ def _metrics(subject: Subject) -> Iterator[str]:
     yield "| cost | |"
     yield "|---|---|"
     yield from (f"| {words} | {model[key]:{form}} |" for key, (words, form) in _COST.items() if key in model)
-    weakest = sorted((row for row in subject.classes if row[2] != ""), key=lambda row: float(row[2]))[:_WEAKEST]
+    weakest = sorted((row for row in subject.classes if row.recall != ""), key=lambda row: float(row.recall))
+    told = [f"{escaped(row.name)} {row.recall:.1%} of {row.images}" for row in weakest[:_WEAKEST]]
     yield ""
-    yield (
-        "Weakest classes: "
-        + ", ".join(f"{escaped(name)} {share:.1%} of {count}" for name, count, share in weakest)
-        + "."
-    )
+    yield f"Weakest classes, by recall: {', '.join(told)}."
 
 
 def _forms(subject: Subject) -> Iterator[str]:

@@ -24,6 +24,8 @@ COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E
 LABELS = {
     "top1": "top-1 (share right)",
     "top5": "top-5 (share right)",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
     "nll": "NLL (nats)",
     "loss": "loss (nats)",
     "ece": "expected calibration error",

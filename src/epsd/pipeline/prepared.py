@@ -6,7 +6,7 @@ from epsd.project import artifacts
 from epsd.project.artifacts import ArtifactError
 from epsd.project.params import Params, flatten
 
-_SHARES = {"validation", "test", "limit"}
+_SHARES = {"validation", "test", "limit", "classes"}
 _AGAIN = "Run `dvc repro prepare` first."
 
 

@@ -1,12 +1,29 @@
 """The splits of a data set: held out where the source brings none, cut to so many images of each class."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from epsd.compute.seeds import mix
 from epsd.files.layouts import SPLITS, Labelled, Source, SourceError, Split
+from epsd.registry import not_known
+
+
+def of_classes(source: Source, names: Sequence[str] | None) -> Source:
+    """The images of these classes, which keep the order of the source. None: all. SourceError for an unknown one."""
+    if names is None:
+        return source
+    if odd := [name for name in names if name not in source.class_names]:
+        raise SourceError(f"data.classes: {not_known(odd[0], source.class_names)}")
+    chosen = [name for name in source.class_names if name in names]
+    number = np.array([chosen.index(name) if name in chosen else -1 for name in source.class_names])
+    splits = {}
+    for split, labelled in source.splits.items():
+        mine = labelled.take(np.flatnonzero(number[labelled.labels] >= 0))
+        splits[split] = replace(mine, labels=number[mine.labels])
+    return replace(source, class_names=chosen, splits=splits)
 
 
 def carved(source: Source, validation: float, test: float, seed: int) -> dict[Split, Labelled]:

@@ -20,7 +20,7 @@ from epsd.files.digests import digest_of
 from epsd.files.duplicates import Marks, duplicates, mark, marks
 from epsd.files.layouts import SPLITS, UNPACKED, Files, Labelled, Source, SourceError, Split, check_labels
 from epsd.preparing.decoding import Read, decoded, image_shape, shown
-from epsd.preparing.splits import carved, limited
+from epsd.preparing.splits import carved, limited, of_classes
 from epsd.preparing.tally import Tally
 from epsd.project.artifacts import ArtifactError, replacing, write_json
 
@@ -36,6 +36,7 @@ def prepare(
     validation: float = 0.1,
     test: float = 0.2,
     limit: int | None = None,
+    classes: Sequence[str] | None = None,
     dataset: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `source` below `out` and return data.json.
@@ -44,6 +45,7 @@ def prepare(
     ----------
     validation, test : shares of train held out, class by class, where the source brings no such split; 0: none.
     limit : images per class and split, drawn by `seed`; None: all.
+    classes : the names of those that are taken; None: all.
     dataset : the choice that gave `source`, only noted: who reads the data can tell what it was made from.
 
     Raises
@@ -51,6 +53,7 @@ def prepare(
     SourceError : shares, classes or counts that leave a split without images of a class; images of several sizes.
     ImageError : a damaged image, unless the source says to skip it. ArtifactError : `out` cannot be written.
     """
+    source = of_classes(source, classes)
     whole = carved(source, validation, test, seed)
     splits = limited(whole, limit, seed)
     drawn = [split for split in splits if split not in source.splits]
@@ -61,7 +64,14 @@ def prepare(
         writer.write(split, labelled)
     if over := sum(len(whole[split]) - len(labelled) for split, labelled in splits.items()):
         writer.left_out.append(f"{over:,} by data.limit")
-    settings = {"dataset": dataset, "seed": seed, "validation": validation, "test": test, "limit": limit}
+    settings: dict[str, Any] = {
+        "dataset": dataset,
+        "seed": seed,
+        "validation": validation,
+        "test": test,
+        "limit": limit,
+    }
+    settings["classes"] = classes if classes is None else list(classes)
     return writer.finish({**settings, "carved": drawn})
 
 

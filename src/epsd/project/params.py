@@ -55,6 +55,7 @@ class DataParams(Section):
     validation: Share
     test: Share
     limit: Count | None
+    classes: Annotated[Annotated[list[str], Field(min_length=2)] | None, Bearing(neutral="null")] = None
     crop_padding: Annotated[int, Field(ge=0, le=1024)]
     flip: bool
     workers: Annotated[int, Field(ge=0, le=1024), SPREAD]

@@ -125,7 +125,7 @@ class Place:
         return artifacts.read_run(path).run_id if path.exists() else None
 
 
-_SPLITTING = {"validation", "test", "limit"}
+_SPLITTING = {"validation", "test", "limit", "classes"}
 _OTHERWISE = ("threads", "voc.", "detect.")
 
 

@@ -22,6 +22,8 @@ COLUMNS = (
     "params.`prune.sparsity`",
     "params.`seed`",
     "metrics.`test/top1`",
+    "metrics.`test/balanced_accuracy`",
+    "metrics.`test/macro_f1`",
     "metrics.`val/top1`",
     "metrics.`model/compression`",
     "metrics.`deploy/int8_top1`",
