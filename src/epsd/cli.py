@@ -52,8 +52,7 @@ def check(arguments: argparse.Namespace) -> int:
     from epsd.project.params import load
     from epsd.tuning.space import Space
 
-    params = load()
-    stage.check(params)
+    params = stage.check(load())
     Space(params, alone=True)
     if arguments.studies:
         from epsd.studies import plan

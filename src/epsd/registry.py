@@ -89,6 +89,15 @@ _KIND = re.compile(r"constrained-\w+|list\[.*\]|literal\[.*\]|function-[\w-]+\[.
 """How pydantic names the kinds of a value that may be of several, among the keys on the way to it."""
 
 
+def foreign(registry: Mapping[str, type[Any]], choice: Mapping[str, Any]) -> list[str]:
+    """Settings in `choice` that the variant it names has not, and another one of the registry has."""
+    name = choice.get("name")
+    if not isinstance(name, str) or name not in registry:
+        return []
+    known = {setting for cls in registry.values() for setting in settings_of(cls)} - set(settings_of(registry[name]))
+    return [key for key in choice if key in known]
+
+
 def choose(registry: Mapping[str, type[T]], choice: Mapping[str, Any], where: str = "") -> T:
     """Build the variant that `choice` names.
 
@@ -101,16 +110,17 @@ def choose(registry: Mapping[str, type[T]], choice: Mapping[str, Any], where: st
     Raises
     ------
     ParamsError : unknown name (lists the names), unknown setting (lists the variant's), wrong type or range.
+
+    Settings that only another variant has are left out, so that a variant is chosen by its name alone: see `foreign`.
     """
-    settings = dict(choice)
-    name = settings.pop("name", None)
+    name = choice.get("name")
     if not isinstance(name, str) or name not in registry:
         raise unknown(f"{where}.name".strip("."), name, registry)
-    cls = registry[name]
-    valid = settings_of(cls)
+    cls, others = registry[name], foreign(registry, choice)
+    settings = {key: value for key, value in choice.items() if key != "name" and key not in others}
     for key in settings:
-        if key not in valid:
-            raise unknown(f"{where} ({name})".strip(), key, valid)
+        if key not in settings_of(cls):
+            raise unknown(f"{where} ({name})".strip(), key, settings_of(cls))
     try:
         return cls(**settings)
     except ValidationError as error:

@@ -45,7 +45,7 @@ def command(request: Request) -> int:
     see `opened` and `check_writable`.
     """
     no_telemetry()
-    params = load(DEFAULT_PATH)
+    params = check(load(DEFAULT_PATH))
     plan = _plan(params, request)
     data = opened(params, open_machine(params.device, params.threads, params.data.workers))
     artifacts.check_writable(FOLDER)
@@ -60,8 +60,7 @@ def command(request: Request) -> int:
 
 
 def _plan(params: Params, request: Request) -> list[Params]:
-    """The parameters of each training; all names and settings are checked."""
-    check(params)
+    """The parameters of each training; the names of the others are checked."""
     for name in request.others:
         if name not in SCORES:
             raise unknown("--with", name, SCORES)

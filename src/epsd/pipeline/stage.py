@@ -24,8 +24,8 @@ from epsd.pipeline import changes, launch, weights
 from epsd.pipeline.describe import is_dense, method
 from epsd.project import artifacts, processes
 from epsd.project.params import DEFAULT_PATH, Params, load
-from epsd.project.runtime import STATE, counted, hush, located, no_telemetry, note, quiet
-from epsd.registry import ParamsError, choose
+from epsd.project.runtime import STATE, counted, hush, located, no_telemetry, note, quiet, say_once
+from epsd.registry import ParamsError, choose, foreign
 from epsd.tracking import tracking_uri
 from epsd.types import EpsdError
 
@@ -58,8 +58,7 @@ def run_stage(name: str, main: Main) -> None:
     started = time.monotonic()
     try:
         with processes.stops(), _watched(name):
-            params = load(DEFAULT_PATH)
-            check(params)
+            params = check(load(DEFAULT_PATH))
             count = _processes(name, params)
             if count > 1 and distributed.told() == 1:
                 sys.exit(launch.run([sys.executable, *sys.orig_argv[1:]], count))
@@ -140,10 +139,11 @@ def _use_this_copy() -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
-def check(params: Params) -> None:
+def check(params: Params) -> Params:
     """Check every chosen name and its settings, what this machine can compute in, and where runs go, so that a mistake
     fails before any work. Builds nothing heavy.
 
+    Returns `params` without the settings that belong to another variant than the chosen one; a note names them.
     Raises ParamsError with all findings, each with the valid choices, in one line.
     """
     findings = []
@@ -161,6 +161,18 @@ def check(params: Params) -> None:
         findings.append(str(error))
     if findings:
         raise ParamsError(" ".join(findings))
+    return _own_settings(params)
+
+
+def _own_settings(params: Params) -> Params:
+    for where, registry, choice in _choices(params):
+        if others := foreign(registry, choice):
+            say_once(f"{where}: {choice['name']} has no {', '.join(others)}: left out.")
+            kept = {key: value for key, value in choice.items() if key not in others}
+            section, _, key = where.partition(".")
+            whole = getattr(params, section).model_copy(update={key: kept}) if key else kept
+            params = params.model_copy(update={section: whole})
+    return params
 
 
 def _choices(params: Params) -> Iterator[tuple[str, Mapping[str, type[Any]], Mapping[str, Any]]]:

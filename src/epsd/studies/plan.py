@@ -279,8 +279,7 @@ class _Grid:
             variant = ""
         where = variant or at(tree, "prune.score.name")
         try:
-            params = parse(tree)
-            check(params)
+            params = check(parse(tree))
             choose(PROCEDURES, procedure, "procedure").check(params)
         except EpsdError as error:
             objective, sparsity = at(tree, "objective.name"), at(tree, "prune.sparsity")

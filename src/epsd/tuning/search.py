@@ -42,7 +42,7 @@ def search(params: Params, *, trials: int | None = None, workers: int | None = N
     ArtifactError : see `opened`.
     """
     no_telemetry()
-    check(params)
+    params = check(params)
     space = Space(params)
     data = opened(params)
     started = "" if params.start.weights is None else f" {content_of(params.start.weights)}"
