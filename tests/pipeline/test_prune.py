@@ -108,6 +108,17 @@ def test_excluded_layers_stay_whole_and_are_not_counted_anywhere(data: Prepared)
     assert "not_covered" not in card(mine, data, whole.mask, whole.model)
 
 
+def test_few_images_are_scored_by_all_of_them(data: Prepared, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a note, and as where the parameter says so."""
+    size = data.sizes["train"]
+    score = {"prune.score": {"name": "snip"}, "prune.compare": False}
+    many = pruned(params(**score, **{"prune.batch_size": 4096}), data)
+    assert f"by all {size} training images at once, not by 4096" in capsys.readouterr().err
+    same = pruned(params(**score, **{"prune.batch_size": size}), data)
+    assert capsys.readouterr().err == ""
+    assert all(torch.equal(keep, same.mask.keep[name]) for name, keep in many.mask.keep.items())
+
+
 def test_scores_are_not_shared_over_rounds(data: Prepared) -> None:
     several = params(**{"prune.rounds": 2})
     with pytest.raises(ValueError, match="rounds 1"):

@@ -177,10 +177,13 @@ def _begin(params: Params, data: Prepared) -> _Scoring:
     keep_freed_memory(params.prune.memory == "auto")  # faster, for a higher peak: not where memory is counted
     seed_everything(params.seed)
     model, taken = begun(params, data)
+    at_once = min(params.prune.batch_size, data.sizes["train"])
+    if at_once < params.prune.batch_size:
+        note(f"prune.batch_size: scoring by all {at_once} training images at once, not by {params.prune.batch_size}.")
     with naming("prune.batch_size"):
         batches = data.batches(
             "train",
-            batch_size=params.prune.batch_size,
+            batch_size=at_once,
             seed=mix(params.seed, "prune"),
             augmentation=Augmentation(params.data.crop_padding, params.data.flip),
             shuffle=True,
