@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from epsd.architectures import ARCHITECTURES, built
+from epsd.architectures import ARCHITECTURES
 from epsd.compute import distributed
 from epsd.compute.devices import Machine, seed_everything
 from epsd.compute.seeds import mix
@@ -25,9 +25,11 @@ from epsd.detectors import DETECTORS, Picture
 from epsd.figures import style as figures
 from epsd.files.onnx_file import FP32
 from epsd.masks import Mask
-from epsd.pipeline.describe import reopened
+from epsd.pipeline.backbone import backbone, network
+from epsd.pipeline.describe import opened, reopened
 from epsd.pipeline.stage import run_stage
 from epsd.pipeline.train import trained as train_classifier
+from epsd.pipeline.weights import content_of
 from epsd.project import artifacts, code
 from epsd.project.params import Params
 from epsd.project.runtime import counted, note, state_folder
@@ -66,17 +68,16 @@ def main(params: Params, machine: Machine) -> str:
     """Train and score the detector on the pruned backbone, and its twin where one is asked for; save, log."""
     mark = fingerprint(params)
     folder = state_folder("checkpoints", mark)
-    voc, card = VocIndex.load(artifacts.VOC_INDEX), artifacts.read_card(artifacts.MODEL_CARD)
+    voc, (card, model, mask) = VocIndex.load(artifacts.VOC_INDEX), backbone(params)
     task = Task(params, machine, voc, card, folder, mark)
     keep_freed_memory()
     if not distributed.is_main():
-        followed(task)
+        followed(task, model, mask)
         return ""
-    model = classifier(task)
     if "weight_bits" in card:
         note(f"detect: trains in full precision; its backbone begins with weights of {card['weight_bits']} bits.")
-    mask = artifacts.load_mask(model)
-    with reopened("detect", params, {"voc.digest": task.voc.digest}) as tracker:
+    in_run = reopened if params.detect.backbone is None else opened
+    with in_run("detect", params, {"voc.digest": task.voc.digest}) as tracker:
         trained = fitted(task, model, mask, on_epoch=partial(tracker.epoch, prefix="detect/train_"))
         report = judged(task, trained) | beside(task)
         artifacts.write_json(artifacts.DETECT_METRICS, report)
@@ -90,7 +91,11 @@ def main(params: Params, machine: Machine) -> str:
 def fingerprint(params: Params) -> str:
     """Of everything the trainings of this stage depend on, in however many processes."""
     values = params.marked("seed", "device", "threads", "launch", "architecture", "detect")
-    read, uses = [artifacts.VOC_INDEX, artifacts.MODEL, artifacts.MODEL_CARD, artifacts.MASK], ["detect"]
+    read, uses = [artifacts.VOC_INDEX], ["detect"]
+    if params.detect.backbone is None:
+        read += [artifacts.MODEL, artifacts.MODEL_CARD, artifacts.MASK]
+    else:
+        values["backbone"] = content_of(params.detect.backbone, "detect.backbone")
     if params.detect.beside == "dense":
         values |= params.marked("data", "objective", "train")
         read, uses = [*read, artifacts.INITIAL, artifacts.DATA_INDEX], [*uses, "train"]
@@ -98,26 +103,13 @@ def fingerprint(params: Params) -> str:
     return checkpoints.fingerprint(values, [*read, Path(__file__)])
 
 
-def followed(task: Task) -> None:
+def followed(task: Task, model: nn.Module, mask: Mask) -> None:
     """Take part in all that the main process does with the others."""
-    model = classifier(task)
-    trained = fitted(task, model, artifacts.load_mask(model))
+    trained = fitted(task, model, mask)
     found(task, trained.detector, "test")
     if countable(task.voc.scenes["validation"]):
         found(task, trained.detector, "validation")
     beside(task)
-
-
-def classifier(task: Task) -> nn.Module:
-    """The pruned, trained network."""
-    return artifacts.load_into(network(task), artifacts.MODEL)
-
-
-def network(task: Task) -> nn.Module:
-    """The classifier of the card, with random weights."""
-    card = task.card
-    with artifacts.naming(artifacts.MODEL_CARD):
-        return built(card["architecture"], card["num_classes"], tuple(card["image_shape"]), card.get("shapes"))
 
 
 def fitted(
@@ -218,7 +210,7 @@ def beside(task: Task) -> dict[str, float]:
     if params.detect.beside == "none":
         return {}
     seed_everything(mix(params.seed, "beside"))
-    model = network(task)
+    model = network(task.card)
     if params.detect.beside == "dense":
         artifacts.load_into(model, artifacts.INITIAL).to(task.machine.device)
         train_dense(task, model)

@@ -18,6 +18,7 @@ from epsd.datasets import DATASETS
 from epsd.evaluation import compact_file
 from epsd.masks import prunable
 from epsd.pipeline import changes, stage
+from epsd.pipeline.backbone import backbone
 from epsd.pipeline.describe import method, run_name, story
 from epsd.pipeline.prune import begun, pruned, scoring_key
 from epsd.pipeline.train import card, trained
@@ -249,6 +250,19 @@ def test_what_is_not_there_is_told_before_any_work(here: Path) -> None:
 def test_settings_that_say_nothing_are_refused(key: str, value: object, message: str) -> None:
     with pytest.raises(ParamsError, match=message):
         params(**{key: value})
+
+
+def test_a_detector_is_built_on_a_bare_file(
+    projects: dict[str, Elsewhere], digits: Prepared, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the network that params.yaml names; its zeros are the mask."""
+    monkeypatch.setattr(artifacts, "DATA", digits.folder)
+    torch.save(projects["weights"].model.state_dict(), here / "x.pth")
+    card, model, mask = backbone(params(**{"detect.backbone": "x.pth"}))
+    assert same(model, projects["weights"].model) and mask == projects["weights"].mask
+    assert (card["mean"], card["class_names"]) == (digits.mean, digits.class_names)
+    with pytest.raises(ArtifactError, match=r"detect\.backbone: .*y\.pth: no such file"):
+        backbone(params(**{"detect.backbone": "y.pth"}))
 
 
 def test_a_run_says_what_it_began_with(digits: Prepared) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -215,6 +216,24 @@ def test_other_detectors_and_an_untrained_twin(tmp_path: Path, detector: dict[st
     assert list((folder / artifacts.DETECT_PICTURES).iterdir()) == []
 
 
+def test_a_backbone_that_another_folder_trained(tmp_path: Path) -> None:
+    """This one has scenes alone. The mask comes along, and the run is one of its own."""
+    for name in ("theirs", "here"):
+        (tmp_path / name).mkdir()
+    theirs = project(tmp_path / "theirs", SCENES)
+    more = {"pictures": 0, "latency_repeats": 0, "backbone": str(theirs)}
+    folder = project(tmp_path / "here", SCENES | {"validation": 0}, **more)
+    for place in (artifacts.PRUNE, artifacts.TRAIN):
+        shutil.rmtree(folder / place)
+    result = run(folder)
+    assert result.returncode == 0, result.stderr
+    assert f"detect: 100.0% of the parameters are from {theirs}." in result.stderr
+    state, mask = artifacts.load_state(folder / artifacts.DETECTOR), Mask.load(theirs / artifacts.MASK)
+    moved = {name: state[f"backbone.body.{name}"] for name in mask.keep if name != "fc.weight"}
+    assert all(not weights[~mask.keep[name]].any() and weights.any() for name, weights in moved.items())
+    assert artifacts.read_json(folder / artifacts.DETECT_METRICS)["sparsity"] > 0.8
+
+
 def test_own_pictures_in_colour_through_a_grey_network(tmp_path: Path) -> None:
     things = [("nut", (2, 2, 20, 12)), ("screw", (22, 10, 38, 28))]
     sets = {"mine": {"a": things, "b": things}, "yours": {"c": things}}
@@ -241,6 +260,8 @@ def test_real_pictures_of_pascal_voc(tmp_path: Path) -> None:
     ("detect", "message"),
     [
         ({"frozen_stages": 9}, "detect.frozen_stages: 9, but the backbone has 3"),
+        ({"backbone": "nowhere.pth"}, "detect.backbone: "),
+        ({"backbone": "nowhere.pth", "beside": "dense"}, "beside: dense trains this folder's network"),
         ({"lr": 1e6, "clip_norm": None, "warmup_steps": 0}, "the loss is no number in epoch"),
     ],
 )

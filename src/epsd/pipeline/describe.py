@@ -109,6 +109,18 @@ def _narrowing(params: Params) -> str:
     )
 
 
+def opened(stage: str, params: Params, tags: dict[str, Any]) -> AbstractContextManager[Tracker]:
+    """A session of `detect` in a run of its own, on a network that this folder did not train."""
+    return track(
+        stage,
+        experiment=params.tracking.experiment,
+        name=f"{params.voc['name']}-{params.detect.detector['name']}-seed{params.seed}",
+        params=dict(flatten(params.model_dump())),
+        tags={"kind": "detector", "seed": params.seed} | tags,
+        description=f"A detector on the network of `{params.detect.backbone}`.",
+    )
+
+
 def reopened(stage: str, params: Params, tags: dict[str, Any]) -> AbstractContextManager[Tracker]:
     """A session of a later stage in the run that `train` opened; whole again where that is no more in the store."""
     run = artifacts.read_run(artifacts.RUN)

@@ -205,9 +205,10 @@ def images_read(params: Params) -> dict[Path, str]:
 
 
 def check_start(params: Params) -> None:
-    """That the weights which prune begins with can be had, before any work. Raises ArtifactError by their key."""
-    if params.start.weights is not None:
-        weights.start_of(params.start.weights)
+    """That the weights which prune and detect begin with can be had, before any work. Raises ArtifactError by key."""
+    for key, wanted in {"start.weights": params.start.weights, "detect.backbone": params.detect.backbone}.items():
+        if wanted is not None:
+            weights.start_of(wanted, key)
 
 
 def start_read(params: Params) -> dict[str, str]:

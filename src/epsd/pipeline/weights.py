@@ -52,8 +52,8 @@ _WRAPPED = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema", 
 _VALID = "Valid: a file (.safetensors, .pt, .pth), a folder of weights, champion, candidate, models:/epsd/3 or a run"
 
 
-def start_of(wanted: str) -> Path:
-    """The file that `start.weights` means: as `weights_of`, or any file of tensors. Raises its errors, by that key."""
+def start_of(wanted: str, key: str = "start.weights") -> Path:
+    """The file that `start.weights` means: as `weights_of`, or any file of tensors. Raises its errors, by `key`."""
     place = located(wanted)
     try:
         if place.is_file() and place.suffix in (".safetensors", *_TORCH):
@@ -62,26 +62,26 @@ def start_of(wanted: str) -> Path:
             raise ArtifactError(f"{place}: no such file or folder. {_VALID}.")
         return weights_of(place if place.exists() else wanted)
     except (ArtifactError, registered.RegistryError) as error:
-        raise ArtifactError(f"start.weights: {error}") from None
+        raise ArtifactError(f"{key}: {error}") from None
 
 
-def content_of(wanted: str) -> str:
+def content_of(wanted: str, key: str = "start.weights") -> str:
     """A digest of the file that `start.weights` means, and of the mask beside it. Raises as `start_of`."""
-    path = start_of(wanted)
+    path = start_of(wanted, key)
     found = [place for place in (path, _mask_beside(path)) if place is not None]
     return "-".join(digests.digest_of(place) for place in found)
 
 
-def source_of(wanted: str) -> "Source":
+def source_of(wanted: str, key: str = "start.weights") -> "Source":
     """The weights that `start.weights` means, with their card and mask where they have some.
 
-    Raises ArtifactError by that key: nothing there, no file of tensors alone; DamagedFile.
+    Raises ArtifactError by `key`: nothing there, no file of tensors alone; DamagedFile.
     """
     from epsd.evaluation import compact_file
     from epsd.masks import Mask
     from epsd.pruning.start import Source
 
-    path, card = start_of(wanted), dict[str, Any]()
+    path, card = start_of(wanted, key), dict[str, Any]()
     if compact_file.is_compact(path):
         state, card = compact_file.load(path)
     elif digests.kind_of(path) == "weights":
@@ -89,9 +89,10 @@ def source_of(wanted: str) -> "Source":
         beside = path.with_suffix(".json")
         card = artifacts.read_card(beside) if beside.exists() else {}
     else:
-        state = _bare(path)
+        with artifacts.naming(key):
+            state = _bare(path)
     mask = _mask_beside(path) if card else None
-    return Source(wanted, state, card, None if mask is None else Mask.load(mask))
+    return Source(wanted, state, card, None if mask is None else Mask.load(mask), key)
 
 
 def _mask_beside(path: Path) -> Path | None:
@@ -112,10 +113,10 @@ def _bare(path: Path) -> "dict[str, Tensor]":
         else:
             content = torch.load(check_regular(path), map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
-        raise ArtifactError(f"start.weights: {path}: cannot be read ({_first_line(error)}).") from None
+        raise ArtifactError(f"{path}: cannot be read ({_first_line(error)}).") from None
     except Exception as error:  # pickle's own, of many kinds
         raise ArtifactError(
-            f"start.weights: {path}: holds more than tensors, and no code of a file is run: save model.state_dict() "
+            f"{path}: holds more than tensors, and no code of a file is run: save model.state_dict() "
             f"alone ({_first_line(error)})."
         ) from None
     for key in _WRAPPED:
@@ -123,7 +124,7 @@ def _bare(path: Path) -> "dict[str, Tensor]":
     entries = content.items() if isinstance(content, Mapping) else ()
     state = {str(name): value for name, value in entries if isinstance(value, torch.Tensor)}
     if not state:
-        raise ArtifactError(f"start.weights: {path}: holds no tensors by name: save model.state_dict().")
+        raise ArtifactError(f"{path}: holds no tensors by name: save model.state_dict().")
     return state
 
 

@@ -213,8 +213,8 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """What cannot be made of the content of `path` is told with its name."""
+def naming(path: Path | str) -> Iterator[None]:
+    """What cannot be made of the content of `path` is told with its name. A key of params.yaml may name it."""
     try:
         yield
     except EpsdError as error:

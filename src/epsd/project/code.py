@@ -26,6 +26,8 @@ CHANGES = {
     "objectives/${objective.name}.py": "prune train",
     "scores/${prune.score.name}.py": "prune",
     "pruning": "prune",
+    "pruning/start.py": "detect",
+    "pipeline/backbone.py": "detect",
     "pipeline/prune.py": "prune",
     "training": "train detect",
     "pipeline/train.py": "train",

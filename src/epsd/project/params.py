@@ -164,11 +164,18 @@ class DetectParams(_Whole, DetectorRecipe):
     """Detection transfer of the pruned, trained backbone."""
 
     detector: Choice
+    backbone: Annotated[Place | None, replace(_DETECTION, neutral="null")] = None
     beside: Literal["none", "dense", "random"]
     frozen_stages: Natural
     pictures: Annotated[Natural, NOTHING]
     onnx: Annotated[bool, _FILES] = True
     latency_repeats: Annotated[Natural, _FILES] = 20
+
+    @model_validator(mode="after")
+    def _of_this_folder(self) -> Self:
+        if self.backbone is not None and self.beside == "dense":
+            raise ValueError("beside: dense trains this folder's network; with backbone use none or random")
+        return self
 
 
 class TrackingParams(Section):

@@ -23,6 +23,7 @@ class StartError(EpsdError):
 class Source(NamedTuple):
     """Weights from elsewhere. `name`: what the user calls them. `state`: tensors by name, on the CPU.
 
+    key : of params.yaml, under which they were named.
     card : what is known of their network (`class_names`, `shapes`, ...); {} for a bare file.  mask : that they were
         trained under, by the same names; None where none lies beside them.
     """
@@ -31,6 +32,7 @@ class Source(NamedTuple):
     state: Mapping[str, Tensor]
     card: Mapping[str, Any] = {}
     mask: Mask | None = None
+    key: str = "start.weights"
 
 
 class Taken(NamedTuple):
@@ -77,7 +79,7 @@ def narrow_as(model: nn.Module, source: Source) -> nn.Module:
     try:
         return narrow_(model, shapes)
     except EpsdError as error:
-        raise StartError(f"start.weights: {source.name} is a narrow network: {error}") from None
+        raise StartError(f"{source.key}: {source.name} is a narrow network: {error}") from None
 
 
 def take_(model: nn.Module, source: Source, head: Head, class_names: list[str]) -> Taken:
@@ -173,7 +175,7 @@ def _check(model: nn.Module, source: Source, found: Mapping[str, Tensor], head: 
     if not any(name in found for name in weights if not name.startswith(place)):
         own = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1}
         raise StartError(
-            f"start.weights: {source.name} fits nowhere: it has {_shapes(source.state)}, the network {_shapes(own)}."
+            f"{source.key}: {source.name} fits nowhere: it has {_shapes(source.state)}, the network {_shapes(own)}."
         )
     if head == "keep" and (gone := [name for name in weights if name.startswith(place) and name not in found]):
         its = _shape(source.state[gone[0]]) if gone[0] in source.state else "nothing of that name"
@@ -182,9 +184,9 @@ def _check(model: nn.Module, source: Source, found: Mapping[str, Tensor], head: 
             f"{source.name} has {its}. Use auto or new."
         )
     if odd := [name for name, value in found.items() if value.is_floating_point() and not value.isfinite().all()]:
-        raise StartError(f"start.weights: {source.name}: {odd[0]} holds numbers that are not finite.")
+        raise StartError(f"{source.key}: {source.name}: {odd[0]} holds numbers that are not finite.")
     if not any(found[name].any() for name in weights if name in found):
-        raise StartError(f"start.weights: {source.name}: all weights are zero.")
+        raise StartError(f"{source.key}: {source.name}: all weights are zero.")
 
 
 def _shape(tensor: Tensor) -> str:
