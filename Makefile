@@ -8,10 +8,16 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: repro test ui serve tune check
+.PHONY: repro test ui serve tune check compare
 
 repro: .venv/complete  ## run what is stale of prepare, prune, train, evaluate, detect
 	$(BIN)/epsd check --reread && $(BIN)/dvc repro
+	@git ls-files --error-unmatch dvc.lock > /dev/null 2>&1 || echo "Next: make ui; epsd. With dvc.lock in git (git add dvc.lock && git commit) experiments have this run to compare with."
+
+compare: .venv/complete  ## the experiments of dvc by the columns that matter; `epsd compare` has every recorded run
+	@$(BIN)/dvc exp show --drop '^(?!($(COLUMNS))$$).*' $(SHOW)
+
+COLUMNS := Experiment|seed|objective\.name|prune\.(score\.name|structure|sparsity|macs)|test\.(top1|ece)|map50|model\.compression|latency\.(torch|onnx|int8)_batch1_one_thread_ms
 
 test: .venv/complete  ## every test, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -11,6 +11,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from epsd.cli import parser
+from epsd.project.params import flatten, read_yaml
+from epsd.tracking import pages
 from toys import ToyBatches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +111,16 @@ def test_commands_exist_with_their_arguments(document: Path, root: Path) -> None
 def test_the_commands_of_the_documents_are_found(root: Path) -> None:
     found = {command for name in DOCUMENTS for command in commands(root / name)}
     assert {"make repro", "make test", "epsd predict photo.png", "dvc repro detect"} <= found
+
+
+def test_make_compare_shows_columns_that_there_are(root: Path) -> None:
+    """Parameters of params.yaml, metrics of the table of runs: DVC has a dot where MLflow has a slash."""
+    text = (root / "Makefile").read_text(encoding="utf-8")
+    (columns,) = re.findall(r"^COLUMNS := (.*)$", text, re.MULTILINE)
+    metrics = [name.partition("`")[2].strip("`").replace("/", ".") for name in pages.COLUMNS]
+    known = ["Experiment", *metrics, *(name for name, _ in flatten(read_yaml(root / "params.yaml")))]
+    for column in re.split(r"\|(?![^(]*\))", columns):
+        assert any(re.search(rf"(^|\.)({column})$", name) for name in known), column
 
 
 def test_every_page_is_in_the_index_and_the_front_page_is_short(root: Path) -> None:
