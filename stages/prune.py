@@ -6,7 +6,7 @@ from epsd.compute.devices import Machine
 from epsd.data.prepared import Prepared
 from epsd.pipeline import changes
 from epsd.pipeline.prune import pruned
-from epsd.pipeline.stage import run_stage, start_read, warn_of_detection
+from epsd.pipeline.stage import check_training, run_stage, start_read, warn_of_detection
 from epsd.pipeline.weights import content_of
 from epsd.project import artifacts
 from epsd.project.params import Params
@@ -15,6 +15,7 @@ from epsd.project.params import Params
 def main(params: Params, machine: Machine) -> str:
     """Build and score the network on augmented training images; save mask, initial weights and report."""
     data = Prepared.load(artifacts.DATA, machine)
+    check_training(params, data)
     mask, model, report, examined, channels = pruned(params, data)
     if not distributed.is_main():
         return ""

@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from epsd.pipeline.prune import begun, pruned, scoring_key
 from epsd.pipeline.train import card, trained
 from epsd.pipeline.weights import content_of
 from epsd.preparing.write import prepare
-from epsd.project import artifacts
+from epsd.project import artifacts, presets
 from epsd.project.artifacts import ArtifactError
 from epsd.project.params import Params, override, parse, read_yaml
 from epsd.pruning.start import StartError
@@ -180,6 +181,32 @@ def test_a_trained_network_is_pruned_by_the_same_command(
     assert control.mask == projects["weights"].mask and not same(control.model, projects["weights"].model)
 
 
+@pytest.mark.filterwarnings("ignore:no weight survives", "ignore:.*lie on no path")
+@pytest.mark.parametrize("wanted", ["weights", "channels"])
+def test_the_preset_fine_tunes_the_champion(
+    wanted: str, projects: dict[str, Elsewhere], digits: Prepared, here: Path
+) -> None:
+    """`digits-finetune`, and the lines that its head names for channels; from a registered run to a trained network."""
+    with track("train", experiment="epsd", name="digits-run", tags={"kind": "pipeline"}) as tracker:
+        for path in (artifacts.MODEL, artifacts.MODEL_CARD, artifacts.MASK):
+            tracker.artifact(projects["weights"].folder / path, folder="model")
+    tree = presets.read("digits-finetune")
+    assert tree["start"]["weights"] == "champion" and tree["prune"]["sparsity"] == 0.98
+    small = {"start.weights": "digits-run", "architecture.width": 0.5, "train.epochs": 1, "train.batch_size": 16}
+    narrow = {"prune.structure": "channels", "prune.sparsity": 0.0, "prune.macs": 0.25, "prune.round_to": 1}
+    for key, value in {**small, "prune.batch_size": 32, **(narrow if wanted == "channels" else {})}.items():
+        override(tree, key, value)
+    how = parse(tree)
+    found = pruned(how, digits)
+    assert found.report["start_share"] == 1
+    if wanted == "channels":
+        assert found.report["macs"] <= 0.25
+    else:
+        assert found.mask.kept == found.mask.total - round(0.98 * found.mask.total)
+    trained(how, digits, found.model, found.mask, on_epoch=lambda record: None)
+    assert all(not p[~found.mask.keep[name]].any() for name, p in prunable(found.model).items())
+
+
 def test_another_content_is_another_start(
     projects: dict[str, Elsewhere], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +277,22 @@ def test_what_is_not_there_is_told_before_any_work(here: Path) -> None:
 def test_settings_that_say_nothing_are_refused(key: str, value: object, message: str) -> None:
     with pytest.raises(ParamsError, match=message):
         params(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train.freeze": ["layer9"]}, r"train\.freeze: no parameter fits 'layer9'\. Parameters: conv1\.weight, "),
+        ({"train.keep": "best"}, r"train\.keep: best is told by validation, and there is none: use last"),
+    ],
+)
+def test_what_train_would_refuse_is_told_before_anything_is_scored(
+    change: dict[str, Any], message: str, digits: Prepared
+) -> None:
+    bare = replace(digits, sizes={**digits.sizes, "validation": 0})
+    with pytest.raises(EpsdError, match=message):
+        stage.check_training(params(**change), bare)
+    stage.check_training(params(**{"train.freeze": ["conv1", "layer[12].*"], "train.keep": "best"}), digits)
 
 
 def test_a_detector_is_built_on_a_bare_file(

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from epsd.project.runtime import STATE, counted, hush, located, no_telemetry, no
 from epsd.registry import ParamsError, choose, foreign
 from epsd.tracking import tracking_uri
 from epsd.types import EpsdError
+
+if TYPE_CHECKING:
+    from epsd.data.prepared import Prepared
 
 Main = Callable[[Params, Machine], str | None]
 """The body of a stage. What it returns, if anything, is shown in the line that closes the stage."""
@@ -209,6 +212,19 @@ def check_start(params: Params) -> None:
     for key, wanted in {"start.weights": params.start.weights, "detect.backbone": params.detect.backbone}.items():
         if wanted is not None:
             weights.start_of(wanted, key)
+
+
+def check_training(params: Params, data: "Prepared") -> None:
+    """What `train` would refuse, before prune works for it. Raises MaskError (train.freeze), TrainingError."""
+    from epsd.architectures import built
+    from epsd.training.groups import Freeze
+    from epsd.training.result import check_judged
+
+    check_judged(params.train, data.sizes["validation"] > 0)
+    if params.train.freeze:
+        with torch.random.fork_rng(devices=[]):
+            model = built(params.architecture, data.num_classes, data.image_shape)
+        Freeze(model, params.train.freeze, params.train.freeze_epochs)
 
 
 def start_read(params: Params) -> dict[str, str]:

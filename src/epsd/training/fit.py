@@ -30,7 +30,7 @@ from epsd.training.groups import Freeze
 from epsd.training.moving import Moving
 from epsd.training.parts import Fitting, added
 from epsd.training.record import Record, Tally, TrainingError
-from epsd.training.result import Result
+from epsd.training.result import Result, check_judged
 from epsd.training.schedule import lr_at
 from epsd.training.updates import Updates
 from epsd.types import Batch, Batches, Loss, Objective
@@ -143,6 +143,7 @@ class _Loop:
         mark: str | None,
         on_epoch: Callable[[Record], None],
     ) -> list[Record]:
+        check_judged(self.recipe, validation is not None)
         lay_out_(self.model, self.way.layout)
         try:
             self.freeze.begin()

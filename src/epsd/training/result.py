@@ -18,6 +18,14 @@ def kept(history: Sequence[Record], keep: Literal["last", "best"]) -> Record:
     return max(history, key=_rank) if keep == "best" else history[-1]
 
 
+def check_judged(recipe: Recipe, judged: bool) -> None:
+    """TrainingError where nothing will tell which epoch is the best."""
+    if recipe.keep == "best" and not judged:
+        raise TrainingError(
+            "train.keep: best is told by validation, and there is none: use last, or data.validation above 0."
+        )
+
+
 def chosen(record: Record) -> dict[str, float]:
     """What tells of an epoch that was kept as the best: its figures of validation, and which it was."""
     judged = {name: value for name, value in record.items() if name.startswith("val/")}
@@ -60,13 +68,9 @@ class Result:
             distributed.settle_buffers(self._mean.module)
 
     def consider(self, history: Sequence[Record]) -> None:
-        """An epoch is over. TrainingError where nothing tells how good it is."""
+        """An epoch is over."""
         if self._recipe.keep == "last":
             return
-        if "val/top1" not in history[-1]:
-            raise TrainingError(
-                "train.keep: best is told by validation, and there is none. Use last, or data.validation above 0."
-            )
         if kept(history, "best") is history[-1]:
             self._best = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 
