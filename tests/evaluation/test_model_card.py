@@ -120,6 +120,16 @@ def test_a_dense_network_and_a_control_are_called_so() -> None:
     assert model_card.results(report, 359).endswith("ECE 0.0916; dense, 77,754 parameters.")
 
 
+def test_a_narrow_network_is_not_called_dense() -> None:
+    cut = {"score": {"name": "epsd"}, "structure": "channels", "sparsity": 0.0, "macs": 0.25, "allocation": "cost"}
+    params = {**SUBJECT.params, "prune": {**SUBJECT.params["prune"], **cut}}
+    report = {**REPORT, "model": {**REPORT["model"], "sparsity": 0.0, "macs": 0.2476}}
+    text = model_card.model_card(SUBJECT._replace(params=params, report=report)).partition("## Parameters")[0]
+    assert "channels are removed before training" in text and "dense network" not in text and "Zeros" not in text
+    assert "epsd; macs 0.25, allocation cost, sparsity 0" in text and "| 0.248 |" in text
+    assert model_card.results(report, 359).endswith("; cut to 24.8% of its multiply-adds, 77,754 parameters.")
+
+
 @pytest.mark.parametrize(
     "changed, method, words",
     [

@@ -407,7 +407,7 @@ class TestTrial:
             path.unlink()
         params = parse(tree())
         figures = judge.run(params, Prepared.load(artifacts.DATA), lambda record, figures: None)
-        assert set(figures) == set(judge.FIGURES)
+        assert set(figures) == set(judge.FIGURES)  # no file was made, since nothing asks for what it takes
         assert figures["model/sparsity"] == pytest.approx(0.95, abs=1e-3)
 
     def run(self, project: Path, monkeypatch: pytest.MonkeyPatch, result: Callable[..., Any], **changes: Any) -> Ledger:
@@ -415,6 +415,36 @@ class TestTrial:
         count = iter(range(1000))
         monkeypatch.setattr(judge, "run", lambda params, data, watch: result(next(count), watch))
         return self.work(**changes)
+
+    @pytest.mark.filterwarnings("ignore:no weight survives")
+    def test_narrow_networks_are_searched_by_what_their_files_take(self, project: Path) -> None:
+        """Of accuracy and latency a front, with its figure; what a file may weigh is kept to."""
+        latency, size = judge.MEASURED
+        asked = {
+            "objectives": {"val/top1": "maximize", latency: "minimize"},
+            "constraints": {size: {"at_most": 100_000}},
+        }
+        fixed = {"prune.sparsity": 0.0, "prune.structure": "channels", "prune.round_to": 4, "architecture.width": 1.0,
+                 "train.epochs": 1}  # fmt: skip
+        space = {
+            "prune.macs": {"float": [0.1, 0.9]},
+            "prune.allocation": {"choice": ["uniform", "random"]},
+            "prune.floor": {"float": [0.4, 0.6]},
+        }
+        ledger = self.work(**asked, fixed=fixed, space=space, sampler="random", trials=3, current_first=False)
+        trials = ledger.study.get_trials(deepcopy=False)
+        assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
+        figures = [trial.user_attrs["figures"] for trial in trials]
+        assert all(
+            trial.values == [each["val/top1"], each[latency]] for trial, each in zip(trials, figures, strict=True)
+        )
+        assert all(set(each) == {*judge.FIGURES, *judge.MEASURED} and each[latency] > 0 for each in figures)
+        fits = [trial.number for trial, each in zip(trials, figures, strict=True) if each[size] <= 100_000]
+        assert {trial.number for trial in report.best(ledger.study)} <= set(fits)
+        assert 0 < len(fits) < len(trials)
+        table = report.table(ledger.study, list(asked["objectives"]))
+        assert "Pareto front" in table and latency in table and size in table
+        assert project / "pareto.png" in report.figures(ledger.study, list(asked["objectives"]), project)
 
     def work(self, **changes: Any) -> Ledger:
         """One worker, until all trials are done."""

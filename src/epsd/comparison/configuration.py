@@ -25,7 +25,7 @@ def configuration(entry: Entry, metric: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-OF_CHANNELS = ("prune.macs", "prune.allocation", "prune.round_to", "prune.floor")
+OF_CHANNELS = tuple(f"prune.{name}" for name in ("macs", "latency_ms", "bytes", "allocation", "round_to", "floor"))
 
 
 def is_narrow(config: Mapping[str, str]) -> bool:

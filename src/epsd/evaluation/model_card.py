@@ -27,6 +27,7 @@ _DIGITS = {
 _COST = {
     "parameters": ("parameters", ",.0f"),
     "parameters_nonzero": ("of these not zero", ",.0f"),
+    "macs": ("share of the multiply-adds of the network before channels went", ".3f"),
     "compression": ("all parameters / nonzero ones", ".1f"),
     "sparsity": ("share of prunable weights that are zero", ".4f"),
     "gflops_dense": ("GFLOPs of one image, zeros counted", ".4g"),
@@ -86,10 +87,11 @@ def results(report: Mapping[str, Mapping[str, float]], images: int) -> str:
     """One sentence with the headline figures."""
     test, model = report["test"], report["model"]
     judged = f"Top-1 accuracy {test['top1']:.4f} on {images} test images, ECE {test['ece']:.4f}"
+    cut = f"cut to {model['macs']:.1%} of its multiply-adds, " if "macs" in model else ""
     if model["sparsity"] == 0:
-        return f"{judged}; dense, {model['parameters']:,.0f} parameters."
+        return f"{judged}; {cut or 'dense, '}{model['parameters']:,.0f} parameters."
     return (
-        f"{judged}; {model['sparsity']:.2%} of the prunable weights are zero, which leaves "
+        f"{judged}; {cut}{model['sparsity']:.2%} of the prunable weights are zero, which leaves "
         f"{model['parameters_nonzero']:,.0f} of {model['parameters']:,.0f} parameters "
         f"({model['compression']:.1f} times fewer)."
     )
@@ -111,27 +113,36 @@ def _shape(shape: Sequence[int]) -> str:
 
 def _method(tree: Mapping[str, Any]) -> Iterator[str]:
     prune, train = tree["prune"], tree["train"]
+    what = "channels" if _narrow(tree) else "weights"
     if _dense(tree):
         yield "The dense network, for comparison: no weight is removed."
     elif prune["control"] != "none":
         yield f"A control ({prune['control']}): what the score chose is changed, to see whether the choice matters."
     elif prune["score"]["name"] == "epsd":
-        yield "EPSD (Chen et al., AAAI 2024): weights are removed before training, by a score under the very loss that "
+        yield f"EPSD (Chen et al., AAAI 2024): {what} are removed before training, by a score under the very loss that "
         yield "the rest is then trained with."
     else:
-        yield "Early pruning and self-distillation, one after the other: weights are removed before training."
+        yield f"Early pruning and self-distillation, one after the other: {what} are removed before training."
     yield ""
     yield f"* Architecture: {_choice(tree['architecture'])}"
     if not _dense(tree):
         how = "".join(f", {key} {prune[key]}" for key in _HOW if prune.get(key) not in (None, {}, 1, "absolute"))
-        yield f"* Score: {_choice(prune['score'])}; sparsity {prune['sparsity']:g}, scope {prune['scope']}{how}"
+        cut = "".join(f"{key} {prune[key]}, " for key in _CUT if prune.get(key) is not None) if _narrow(tree) else ""
+        yield f"* Score: {_choice(prune['score'])}; {cut}sparsity {prune['sparsity']:g}, scope {prune['scope']}{how}"
     yield f"* Objective: {_choice(tree['objective'])}"
     yield f"* Training: {train['epochs']} epochs, batches of {train['batch_size']}, learning rate {train['lr']:g}"
 
 
 def _dense(tree: Mapping[str, Any]) -> bool:
-    return bool(tree["prune"]["sparsity"] == 0)
+    return bool(tree["prune"]["sparsity"] == 0) and not _narrow(tree)
 
+
+def _narrow(tree: Mapping[str, Any]) -> bool:
+    return bool(tree["prune"].get("structure") == "channels")
+
+
+_CUT = ("macs", "latency_ms", "bytes", "allocation", "round_to")
+"""Settings by which channels go."""
 
 _HOW = ("densities", "channel_cap", "rounds", "batches", "average")
 """Settings of the selection that are said where they change something."""
@@ -204,7 +215,7 @@ def _limits(subject: Subject) -> Iterator[str]:
     yield f"* One training, seed {seed}: another seed gives other figures."
     yield f"* It answers with one of its {len(names)} classes whatever it is shown, and was measured on images like its"
     yield "  training images only."
-    if not _dense(subject.params):
+    if subject.params["prune"]["sparsity"]:
         yield "* Zeros scattered over weight tensors make the compact file small, not dense kernels faster."
     yield f"* Its probabilities are off by {subject.report['test']['ece']:.1%} on average (ECE)."
 

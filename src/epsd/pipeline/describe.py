@@ -5,7 +5,7 @@ from typing import Any
 
 from epsd.data.prepared import Prepared
 from epsd.project import artifacts
-from epsd.project.params import Params, flatten
+from epsd.project.params import Params, PruneParams, flatten
 from epsd.tracking import Tracker, track
 
 
@@ -35,7 +35,17 @@ def removal(params: Params) -> str:
     share = f"s{params.prune.sparsity:g}"
     if params.prune.structure == "weights":
         return share
-    return f"macs{params.prune.macs:g}" + (f"-{share}" if params.prune.sparsity else "")
+    macs, asked = params.prune.macs, params.prune.budget()
+    narrow = f"macs{macs:g}" if macs != "auto" else "-".join(f"{name}{most:.10g}" for name, most in asked.items())
+    return narrow + (f"-{share}" if params.prune.sparsity else "")
+
+
+def stays(prune: PruneParams) -> str:
+    """How many of the multiply-adds stay where channels go: `25.0% of its multiply-adds`, or what they may cost."""
+    if prune.macs != "auto":
+        return f"{prune.macs:.1%} of its multiply-adds"
+    units = {"latency_ms": "ms for an image", "bytes": "bytes of ONNX"}
+    return "what " + " and ".join(f"{most:,.10g} {units[name]}" for name, most in prune.budget().items()) + " allow"
 
 
 def run_name(params: Params, named: str = "") -> str:
@@ -104,7 +114,7 @@ def _narrowing(params: Params) -> str:
     zeros = f" Then {prune.sparsity:.1%} of its weights were removed." if prune.sparsity else ""
     anew = " Its weights were drawn anew." if prune.control == "reinitialised" else ""
     return (
-        f"Its channels, {which}, were cut to {prune.macs:.1%} of the multiply-adds before training "
+        f"Its channels, {which}, were cut to {stays(prune)} before training "
         f"(allocation {prune.allocation}).{zeros}{anew}"
     )
 

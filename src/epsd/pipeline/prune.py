@@ -22,6 +22,7 @@ from epsd.data.streaming import Augmentation
 from epsd.losses import PlainLoss, cross_entropy
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
+from epsd.pipeline.budget import Budget
 from epsd.pipeline.weights import source_of
 from epsd.project.params import Params
 from epsd.project.runtime import note
@@ -213,20 +214,25 @@ def _narrowed(params: Params, data: Prepared, work: _Scoring) -> tuple[_Scoring,
     wanted, structure = params.prune, channels.Structure(work.model, data.image_shape)
     if structure.whole and distributed.is_main():
         note(f"kept whole, as they cannot be narrower: {'; '.join(f'{n} ({r})' for n, r in structure.whole.items())}.")
-    how = wanted.model_dump(include={"macs", "allocation", "round_to", "floor"})
+    macs, auto = wanted.macs, partial(Budget, params, data, work.model, structure)
+    find = auto().share if isinstance(macs, str) else lambda select: (macs, {})
+    how = wanted.model_dump(include={"allocation", "round_to", "floor"})
     how["seed"] = mix(params.seed, "channels")
     lots: Scores = {name: torch.zeros(group.size) for name, group in structure.groups.items()}
     rank = partial(pruning.gates, work.model, work.batches, structure, score=work.score, **_draws(params))
     with within(work.means):
         with _measured(work) as report:
             gates = lots if wanted.allocation == "random" else rank(objective=work.objective)
-        kept = widths.chosen(structure, gates, **how)
+        select = partial(widths.chosen, structure, gates, **how)
+        share, costs = find(select)
+        kept = select(macs=share)
         if wanted.compare and wanted.allocation != "random" and pruning.follows_objective(work.score):
             plain = rank(objective=PlainLoss(cross_entropy, work.objective.needs))
-            report["channels_jaccard_cross_entropy"] = widths.jaccard(kept, widths.chosen(structure, plain, **how))
+            others = widths.chosen(structure, plain, macs=share, **how)
+            report["channels_jaccard_cross_entropy"] = widths.jaccard(kept, others)
     if wanted.control == "shuffled":
         kept = widths.shuffled(structure, kept, mix(params.seed, "shuffle"))
-    report |= widths.summary(structure, kept)
+    report |= widths.summary(structure, kept) | costs
     return work._replace(model=channels.cut(work.model, data.image_shape, kept)), kept, report
 
 

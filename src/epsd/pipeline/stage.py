@@ -21,7 +21,7 @@ from epsd.compute import distributed
 from epsd.compute.devices import Machine, open_machine, pick_device, pick_precision, seed_everything
 from epsd.files.digests import digest_of
 from epsd.pipeline import changes, launch, weights
-from epsd.pipeline.describe import is_dense, method
+from epsd.pipeline.describe import is_dense, method, stays
 from epsd.project import artifacts, processes
 from epsd.project.params import DEFAULT_PATH, Params, load
 from epsd.project.runtime import STATE, counted, hush, located, no_telemetry, note, quiet, say_once
@@ -260,7 +260,7 @@ def describe(params: Params, name: str) -> str:
     data, scenes, network = params.dataset["name"], params.voc["name"], params.architecture["name"]
     objective, sparsity = params.objective["name"], f"sparsity {params.prune.sparsity:g}"
     if params.prune.structure == "channels":
-        sparsity = f"{params.prune.macs:.1%} of its multiply-adds" + (f", {sparsity}" if params.prune.sparsity else "")
+        sparsity = stays(params.prune) + (f", {sparsity}" if params.prune.sparsity else "")
     removed = "stays dense" if is_dense(params) else f"to {sparsity} by {method(params)} under {objective}"
     if params.start.mask == "keep":
         removed, sparsity = f"keeps the mask of {params.start.weights}", "its own sparsity"

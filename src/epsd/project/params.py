@@ -81,7 +81,9 @@ class PruneParams(Section):
     score: Annotated[Choice, Bearing(settings={"graphs_kept": Bearing(only_timing=True)})]
     structure: Annotated[Literal["weights", "channels"], Bearing(neutral="weights")] = "weights"
     sparsity: Share
-    macs: Annotated[float, Field(gt=0, le=1)] = 0.25
+    macs: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = 0.25
+    latency_ms: Annotated[Positive | None, Bearing(neutral="null")] = None
+    bytes: Annotated[Count | None, Bearing(neutral="null")] = None
     allocation: Literal["uniform", "cost", "random"] = "uniform"
     round_to: Count = 8
     floor: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -104,6 +106,19 @@ class PruneParams(Section):
         if self.exclude and self.structure == "channels":
             raise ValueError("exclude: names layers whose weights stay; structure: channels goes by groups")
         return self
+
+    @model_validator(mode="after")
+    def _of_a_budget(self) -> Self:
+        asked, auto = self.budget(), self.macs == "auto"
+        if auto and not asked:
+            raise ValueError("macs: auto needs latency_ms, bytes or both; else a share, (0, 1]")
+        if asked and not (auto and self.structure == "channels"):
+            raise ValueError(f"{next(iter(asked))}: needs structure: channels and macs: auto, which goes by it")
+        return self
+
+    def budget(self) -> dict[str, float]:
+        """What the ONNX file may take at most, of `latency_ms` and `bytes`; {} where no budget is given."""
+        return {name: float(most) for name in ("latency_ms", "bytes") if (most := getattr(self, name)) is not None}
 
 
 class _Whole(Section):

@@ -51,6 +51,8 @@ class Slice(NamedTuple):
 class Group:
     """Channels of one width. `name`: the first layer that makes them. `blocks`: they are kept in equal numbers from so
     many equal runs (grouped convolutions). `made`, `seen`: slices of the weights that make and that consume them.
+    `normed`: a LayerNorm or GroupNorm runs over them, so that what stays is normalised by less: there, unlike behind a
+    BatchNorm, the cut network is not quite the gated one.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Group:
     blocks: int
     made: tuple[Slice, ...]
     seen: tuple[Slice, ...]
+    normed: bool
 
 
 class Structure:
@@ -91,9 +94,10 @@ class Structure:
     def _group(self, root: str, traced: "_Traced") -> Group | None:
         made: list[Slice] = []
         seen: list[Slice] = []
-        blocks = 1
+        blocks, normed = 1, False
         for dep, places, channels in traced.items(root):
             module = dep.target.module
+            normed |= isinstance(module, nn.LayerNorm | nn.GroupNorm)
             if not isinstance(module, _MAKERS):
                 continue
             weight = f"{traced.names[module]}.weight"
@@ -106,7 +110,7 @@ class Structure:
         if not seen:  # its channels are the network's outputs
             return None
         size = int(max(part.channel.max() for part in made)) + 1
-        return Group(root, size, blocks, tuple(made), tuple(seen))
+        return Group(root, size, blocks, tuple(made), tuple(seen), normed)
 
     def _failing(self, model: nn.Module) -> dict[str, str]:
         """Groups that cannot be made narrower, with the reason; all are tried together first."""
@@ -170,6 +174,9 @@ class _Use(NamedTuple):
     positions: int
     groups: int
 
+
+_COUNTED = 2**24
+"""Up to here single precision holds every whole number."""
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MAKERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
@@ -297,7 +304,8 @@ def cut(model: nn.Module, image_shape: tuple[int, int, int], kept: Mapping[str, 
     """
     traced = _Traced(model, image_shape)
     state = {name: tensor for name, tensor in model.state_dict().items() if tensor.dim()}
-    traced.model.double()
+    if max(tensor.numel() for tensor in state.values()) > _COUNTED:
+        traced.model.double()
     numbered = traced.model.state_dict()
     for name, tensor in state.items():  # every entry holds its own number: what is left says where it came from
         numbered[name].copy_(torch.arange(tensor.numel()).view_as(tensor))
@@ -319,7 +327,7 @@ def _compare(expected: nn.Module, narrow: nn.Module, image_shape: tuple[int, int
     expected.load_state_dict(narrow.state_dict())
     images = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
     wanted, got = _evaluated(expected, images), _evaluated(narrow, images)
-    if not torch.allclose(wanted, got.double().cpu(), rtol=1e-3, atol=1e-4 * float(wanted.abs().max())):
+    if not torch.allclose(wanted.double(), got.double().cpu(), rtol=1e-3, atol=1e-4 * float(wanted.abs().max())):
         raise ChannelError("the narrow network does not compute what it computes when it is built anew.")
 
 

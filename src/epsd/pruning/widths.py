@@ -65,18 +65,18 @@ def shuffled(structure: Structure, kept: Mapping[str, Tensor], seed: int) -> Kep
 
 
 class Widths:
-    """Widths within a budget, in steps of `round_to` channels."""
+    """Widths within a budget, in steps of `round_to` channels. `least`: of the narrowest network that they allow."""
 
     def __init__(self, structure: Structure, macs: float, round_to: int) -> None:
         self._structure = structure
         self._steps = {name: math.lcm(round_to, group.blocks) for name, group in structure.groups.items()}
         self._most = structure.dense()
+        self.least = {name: self._rounded(name, 0.0) for name in self._most}
         self._budget = macs * structure.macs(self._most)
-        least = {name: self._rounded(name, 0.0) for name in self._most}
-        if structure.macs(least) > self._budget:
+        if structure.macs(self.least) > self._budget:
             whole = structure.macs(self._most)
             raise ChannelError(
-                f"prune.macs: {macs:g} is below {structure.macs(least) / whole:.3g}, the share that {round_to} "
+                f"prune.macs: {macs:g} is below {structure.macs(self.least) / whole:.3g}, the share that {round_to} "
                 "channels in every group take. Raise it, or lower prune.round_to."
             )
 

@@ -257,7 +257,7 @@ class _Grid:
         for key, value in (named.set if named else {}).items():
             _set(tree, key, value, f"variants '{named.name if named else ''}'.set")
         procedure = (named.procedure if named else None) or self.study.procedure
-        return self._check(tree, procedure, named.name if named else "")
+        return self._check(tree, procedure, named)
 
     def _apply(self, tree: dict[str, Any], key: str, value: Any, given: Mapping[str, Mapping[str, Any]]) -> None:
         """Set a value of `set` or `vary`; one under a choice only where the choice has it and the file does not say."""
@@ -272,11 +272,12 @@ class _Grid:
             if setting not in given[section]:
                 choice[setting] = value
 
-    def _check(self, tree: dict[str, Any], procedure: Mapping[str, Any], variant: str) -> Cell:
+    def _check(self, tree: dict[str, Any], procedure: Mapping[str, Any], named: VariantParams | None) -> Cell:
+        variant = named.name if named else ""
         whole = at(tree, "prune.sparsity") == 0 and at(tree, "prune.structure") != "channels"
         if whole and procedure.get("name") == "pipeline":
             tree = _dense(tree, self.base)
-            variant = ""
+            variant = variant if named and not all(key.startswith("prune.") for key in named.set) else ""
         where = variant or at(tree, "prune.score.name")
         try:
             params = check(parse(tree))

@@ -18,6 +18,7 @@ from epsd.data.prepared import Prepared
 from epsd.evaluation import compact_file
 from epsd.evaluation import evaluate as evaluation
 from epsd.masks import Mask
+from epsd.pipeline import budget
 from epsd.pipeline.prune import pruned
 from epsd.pipeline.train import card, trained
 from epsd.project.params import Params
@@ -40,9 +41,15 @@ FIGURES = (
 )
 """What a trial can be judged by or held to, under the names that the stages log. The test split is not among them."""
 
+MEASURED = {"latency/onnx_batch1_one_thread_ms": "latency_ms", "deploy/onnx_bytes": "bytes"}
+"""Likewise, of the trial's ONNX file on this machine (`epsd.pipeline.budget`), where they are asked for: it takes
+seconds to make one.
+"""
+
 
 def run(params: Params, data: Prepared, watch: Callable[[Record, Callable[[], Figures]], None]) -> Figures:
-    """Prune and train with `params`; the figures of the trained network after the last epoch.
+    """Prune and train with `params`; the figures of the trained network after the last epoch, and what `params.tune`
+    asks for of MEASURED.
 
     `watch` is called after each epoch with its record and a function that gives the figures as they stand; it ends the
     trial by raising.
@@ -51,11 +58,17 @@ def run(params: Params, data: Prepared, watch: Callable[[Record, Callable[[], Fi
         params.model_copy(update={"prune": params.prune.model_copy(update={"compare": False})}), data
     )
 
+    asked = {
+        name: what for name, what in MEASURED.items() if name in {**params.tune.objectives, **params.tune.constraints}
+    }
+    costs = budget.measured(params, data, model, mask, asked.values()) if asked else {}
+    taken = {name: costs[what] for name, what in asked.items()}  # no training changes it
+
     def on_epoch(record: Record) -> None:
-        watch(record, lambda: figures(params, data, model, mask, record))
+        watch(record, lambda: figures(params, data, model, mask, record) | taken)
 
     history = trained(params, data, model, mask, on_epoch=on_epoch, meter=Meter.of(report))
-    return figures(params, data, model, mask, kept(history, params.train.keep))
+    return figures(params, data, model, mask, kept(history, params.train.keep)) | taken
 
 
 def repeat(params: Params, data: Prepared, number: int) -> tuple[Params, Prepared]:

@@ -18,6 +18,7 @@ from epsd.project.artifacts import replacing
 from epsd.project.params import DEFAULT_PATH, Params, at, flatten, load, parse, read_yaml
 from epsd.project.runtime import note
 from epsd.tuning import TuningError
+from epsd.tuning.judge import MEASURED
 from epsd.tuning.space import REGISTRIES, SEARCHABLE, Space
 from epsd.tuning.worker import shown_value
 
@@ -145,7 +146,8 @@ def table(study: optuna.Study, objectives: list[str]) -> str:
         grid.add_column(
             f"trial {trial.number}" + ("\nparams.yaml" if trial.user_attrs.get("origin") else ""), justify="right"
         )
-    for name in dict.fromkeys([*objectives, *SHOWN_FIGURES]):
+    known = {name for trial in columns for name in trial.user_attrs["figures"]}
+    for name in dict.fromkeys([*objectives, *SHOWN_FIGURES, *(name for name in MEASURED if name in known)]):
         grid.add_row(name, *(shown_value(t.user_attrs["figures"].get(name)) for t in columns))
         if repeats > 1 and name in objectives:
             grid.add_row("  standard deviation", *(shown_value(t.user_attrs["deviations"].get(name)) for t in columns))

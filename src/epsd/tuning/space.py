@@ -13,7 +13,7 @@ from epsd.project import code
 from epsd.project.params import Params, RangeParams, TuneParams, at, flatten, override, parse
 from epsd.registry import ParamsError, choose, settings_of, shown, unknown
 from epsd.scores import SCORES
-from epsd.tuning.judge import FIGURES
+from epsd.tuning.judge import FIGURES, MEASURED
 
 REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
     "architecture": ARCHITECTURES,
@@ -78,8 +78,8 @@ class Space:
         return tree
 
     def params(self, chosen: Mapping[str, Any]) -> Params:
-        """`tree`, checked."""
-        return parse(self.tree(chosen))
+        """`tree`, checked, with the section that it was made by."""
+        return parse(self.tree(chosen)).model_copy(update={"tune": self.tune})
 
     def current(self) -> Values:
         """The present params.yaml as a point of the space: the first trial."""
@@ -154,8 +154,8 @@ class Space:
             )
         for where in ("objectives", "constraints"):
             for name in getattr(self.tune, where):
-                if name not in FIGURES:
-                    raise unknown(f"tune.{where}", name, FIGURES)
+                if name not in (*FIGURES, *MEASURED):
+                    raise unknown(f"tune.{where}", name, [*FIGURES, *MEASURED])
 
     def _check_key(self, where: str, key: str) -> None:
         known = {name for name, _ in flatten(self.base)}
