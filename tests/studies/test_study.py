@@ -168,6 +168,20 @@ def test_a_variant_has_the_last_word(project: Path) -> None:
     assert found[0].params.prune.score == load(ROOT / "params.yaml").prune.score
 
 
+def test_a_dense_variant_is_named_where_it_is_another_network(project: Path) -> None:
+    path = write(
+        project / "grid.yaml", sparsities=[0], seeds=1, scores=[],
+        variants=[
+            {"name": "whole", "set": {"prune.scope": "erk"}},
+            {"name": "slim", "set": {"architecture.width": 0.5}},
+            {"name": "cut", "set": {"prune.structure": "channels"}},
+        ],
+    )  # fmt: skip
+    found = cells(path)
+    assert [cell.method for cell in found] == ["dense", "slim", "cut"]
+    assert found[1].params.prune == found[0].params.prune
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
