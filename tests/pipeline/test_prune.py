@@ -134,7 +134,8 @@ def test_another_scoring_has_another_key(change: dict[str, Any]) -> None:
 
 # --- channels -------------------------------------------------------------------------------------------------------
 
-CHANNELS = {"prune.structure": "channels", "prune.macs": 0.25, "prune.sparsity": 0.0, "prune.round_to": 2}
+CHANNELS = {"prune.structure": "channels", "prune.macs": 0.25, "prune.sparsity": 0.0, "prune.round_to": 4,
+            "architecture.width": 1.0}  # fmt: skip
 
 
 def widths(model: torch.nn.Module) -> dict[str, int]:
@@ -143,7 +144,7 @@ def widths(model: torch.nn.Module) -> dict[str, int]:
 
 def test_channels_are_cut_before_anything_is_trained(data: Prepared) -> None:
     """The network is narrow, its weights are those of the whole one, and no weight is masked."""
-    mine = params(**CHANNELS, **{"architecture.width": 1.0})
+    mine = params(**CHANNELS)
     found = pruned(mine, data)
     whole = pruned(params(**{"prune.sparsity": 0.0, "architecture.width": 1.0}), data).model
     assert 0.2 <= found.report["macs"] <= 0.25

@@ -36,7 +36,7 @@ from preparing.test_write import arrays
 
 SMALL = {
     "data.limit": 12, "architecture.width": 0.5, "prune.batch_size": 32, "threads": 1, "prune.sparsity": 0.8,
-    "prune.compare": False, "train.epochs": 2, "train.batch_size": 16, "prune.round_to": 1, "prune.macs": 0.5,
+    "prune.compare": False, "train.epochs": 2, "train.batch_size": 16, "prune.round_to": 4, "prune.macs": 0.5,
 }  # fmt: skip
 KINDS = ["weights", "channels"]
 
