@@ -289,8 +289,8 @@ def test_best_and_what_is_not_told_apart_from_it() -> None:
     assert [row.cells[0.9].best for row in made.rows] == [True, True, False, False]
     single = table([*runs([0.9]), *runs([0.5], prune__score__name="snip")], "test/ece")
     mark_best(single)
-    assert [row.cells[0.9].best for row in single.rows] == [False, True]  # the lower one; of the other nothing is known
-    assert "lowest mean" in single.notes[-1] and "1 cells have too few seeds" in single.notes[-1]
+    assert [row.cells[0.9].best for row in single.rows] == [False, False]
+    assert "lowest mean" in single.notes[-1] and "2 cells have fewer than 3 seeds" in single.notes[-1]
 
 
 # --- timings --------------------------------------------------------------------------------------------------------

@@ -81,9 +81,13 @@ def _ways_timed(table: Table) -> list[list[Row]]:
     return list(ways.values())
 
 
+SEEDS = 3
+"""By two of them a difference of a fifth is "not significant"."""
+
+
 def mark_best(table: Table) -> None:
     """Mark in each column the best mean and the cells that are not significantly different from it (Holm within the
-    column). With fewer than two seeds nothing can be said of a cell, and it is not marked. Timings have a best among
+    column). With fewer than SEEDS seeds too much would equal it, and no cell is marked. Timings have a best among
     those taken alike, a metric of which it is not known which way is better has none.
     """
     way = better(table.metric)
@@ -97,12 +101,15 @@ def mark_best(table: Table) -> None:
             continue
         first = max(column, key=lambda cell: sign * cell.summary.mean)
         others = [cell for cell in column if cell is not first]
-        first.best = True
+        first.best = len(first.values) >= SEEDS
+        untold += not first.best
         for cell, found in zip(others, corrected([difference(c.runs, first.runs) for c in others]), strict=True):
-            cell.best = not math.isnan(found.p) and not found.significant
-            untold += math.isnan(found.p)
+            told = first.best and len(cell.values) >= SEEDS and not math.isnan(found.p)
+            cell.best = told and not found.significant
+            untold += not told
     if len(_ways_timed(table)) > 1:
         table.notes.append("Rows that were timed otherwise than each other have a best of their own.")
     extreme = f"{way.removesuffix('er')}est"
     note = f"Bold: the {extreme} mean of a column and what is not significantly different from it (p ≥ {LEVEL:g})"
-    table.notes.append(f"{note}; {untold} cells have too few seeds or no spread to tell." if untold else f"{note}.")
+    rest = f"; {untold} cells have fewer than {SEEDS} seeds or no spread to tell" if untold else ""
+    table.notes.append(f"{note}{rest}.")
