@@ -828,13 +828,15 @@ def test_search_apply_and_the_pipeline_gives_the_same_accuracy(project: Path) ->
     done = tune("--trials", "3", "--workers", "2", "--export", "trials.csv", EPSD_QUIET="0")
     assert done.returncode == 0, done.stderr
     assert "Best trials" in done.stdout and "Next: epsd tune --apply" in done.stdout
+    assert "tune: held fixed: prune.sparsity 0.8 (params.yaml: " in done.stdout
+    assert "are in the run 'tune-quick'" in done.stdout
     assert [line.split()[1] for line in done.stderr.splitlines() if line.startswith("tune: ")][-1] == "3/3"
     ledger = ledger_of()
     assert count_done(ledger) == 3
     assert len(Path("trials.csv").read_text().splitlines()) == 4
 
     logged = runs()
-    parent = logged["study-quick"]
+    parent = logged["tune-quick"]
     assert parent["kind"] == "search" and parent["status"] == "FINISHED"
     for number in range(3):
         child = logged[f"trial-{number}"]
@@ -848,6 +850,7 @@ def test_search_apply_and_the_pipeline_gives_the_same_accuracy(project: Path) ->
     best = report.best(ledger.study)[0]
     applied = tune("--apply")
     assert f"params.yaml is now trial {best.number}" in applied.stdout, applied.stderr
+    assert "  prune.sparsity: 0.95 -> 0.8\n" in applied.stdout, "what changes, line by line"
     for name in ("prune", "train"):
         ran = subprocess.run(
             [sys.executable, ROOT / f"stages/{name}.py"], capture_output=True, text=True, env=environment()

@@ -17,11 +17,11 @@ QUERY = f"workflowType=machine_learning&viewStateShareKey={KEY}"
 """What the address of the page ends in: the view, in MLflow's surroundings for training rather than for prompts."""
 
 COLUMNS = (
+    "params.`prune.sparsity`",
+    "metrics.`test/top1`",
     "params.`prune.score.name`",
     "params.`objective.name`",
-    "params.`prune.sparsity`",
     "params.`seed`",
-    "metrics.`test/top1`",
     "metrics.`test/balanced_accuracy`",
     "metrics.`test/macro_f1`",
     "metrics.`val/top1`",

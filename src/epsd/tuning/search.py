@@ -16,7 +16,7 @@ from epsd.engine.storage import shown, storage_errors, unreachable
 from epsd.pipeline.prepared import opened
 from epsd.pipeline.stage import check
 from epsd.pipeline.weights import content_of
-from epsd.project.params import DEFAULT_PATH, Params, load
+from epsd.project.params import DEFAULT_PATH, Params, flatten, load, read_yaml
 from epsd.project.processes import Stopped
 from epsd.project.runtime import no_telemetry, note
 from epsd.tracking import Tracker, track
@@ -75,6 +75,8 @@ class _Search:
             if self.made or "run_id" not in self.ledger.facts:
                 self.ledger.write("run_id", tracker.run_id)
             print(f"tune: study '{name}' in {where_}: {self._plan()}", flush=True)
+            if fixed := self._fixed():
+                print(f"tune: held fixed: {fixed}", flush=True)
             try:
                 self._oversee(tracker)
             except Stopped as stop:
@@ -95,6 +97,15 @@ class _Search:
         done = sum(trial.state in DONE for trial in trials)
         todo = len(self.ledger.open_slots(trials))
         return f"{todo} trials to run" + (f" after {done}" if done else "") + f", {self.words}"
+
+    def _fixed(self) -> str:
+        """What all trials have in common by `tune.fixed`, beside what the file says where that is something else."""
+        signature, present = self.ledger.facts["epsd"]["signature"], dict(flatten(self.params.model_dump()))
+        return ", ".join(
+            f"{key} {shown_value(value)}"
+            + (f" (params.yaml: {present[key]})" if present.get(key, value) != value else "")
+            for key, value in signature["fixed"].items()
+        )
 
     # --- while it runs ---
 
@@ -156,7 +167,7 @@ class _Search:
         return track(
             "tune",
             experiment=self.params.tracking.experiment,
-            name=f"study-{tune.study}",
+            name=f"tune-{tune.study}",
             run_id=known_run(self.ledger, self.made),
             params={**judged, **fixed, **space},
             tags={
@@ -256,6 +267,7 @@ def _say_result(ledger: Ledger, interrupted: bool) -> None:
     if ranked := report.best(ledger.study):
         if len(objectives) == 1 and (gain := report.against_current(ledger.study, ranked[0], objectives[0])):
             print(f"tune: {gain}.")
+        print(f"tune: figures and a table of all trials are in the run 'tune-{ledger.study.study_name}' (make ui).")
         number = str(ranked[0].number) if len(objectives) == 1 else "NUMBER"
         print(f"Next: epsd tune --apply {number} && dvc repro")
 
@@ -266,5 +278,8 @@ def _apply(ledger: Ledger, params: Params, number: int | None) -> None:
     if copy is None:
         print(f"params.yaml already is trial {trial.number}.")
         return
+    before, after = (dict(flatten(read_yaml(path))) for path in (copy, DEFAULT_PATH))
+    for key in [key for key in {**before, **after} if before.get(key) != after.get(key)]:
+        print(f"  {key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}")
     print(f"params.yaml is now trial {trial.number} ({report.judged(trial)}). What was there: {copy}")
     print("Next: dvc repro")
