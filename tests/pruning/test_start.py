@@ -166,3 +166,20 @@ def test_a_narrow_network_stays_narrow_under_a_new_head() -> None:
     assert mine(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
     with pytest.raises(StartError, match=r"start\.weights: x\.pth is a narrow network: 'layer3\.0\.conv1"):
         narrow_as(built({"name": "vgg"}, 10, (1, 32, 32)), other)
+
+
+@pytest.mark.parametrize(("zoo", "package"), [("torchvision_zoo", "torchvision.models"), ("timm_zoo", "timm")])
+def test_a_checkpoint_of_a_zoo_fits_the_network_of_its_name(zoo: str, package: str) -> None:
+    """As its authors publish it: 1,000 classes, three channels, their names."""
+    library = pytest.importorskip(package)
+    torch.manual_seed(1)
+    state = (
+        library.resnet18(weights=None).state_dict()
+        if zoo == "torchvision_zoo"
+        else (library.create_model("resnet18", pretrained=False).state_dict())
+    )
+    mine = built({"name": zoo, "model": "resnet18"}, 5, (1, 32, 32))
+    begun = take_(mine, Source("resnet18.pth", state), "auto", names(5))
+    assert begun.drawn == ["fc.weight", "fc.bias"] and begun.left == ["fc.weight", "fc.bias"]
+    assert begun.adapted == ["conv1.weight"] and begun.share > 0.99
+    assert torch.equal(mine.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
