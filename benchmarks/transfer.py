@@ -39,9 +39,10 @@ from epsd.registry import choose
 FIRST, LAST = ["airplane", "automobile", "bird", "cat", "deer"], ["dog", "frog", "horse", "ship", "truck"]
 Changes = dict[str, Any]
 DENSE: Changes = {"prune.sparsity": 0.0, "prune.score": {"name": "random"}}
-NARROW: Changes = {"prune.structure": "channels", "prune.sparsity": 0.0, "prune.macs": 0.25}
+NARROW: Changes = {"prune.rounds": 1, "prune.structure": "channels", "prune.sparsity": 0.0, "prune.macs": 0.25}
+ONE: Changes = {"prune.rounds": 1}
 ROUNDS: Changes = {"prune.rounds": 20}
-MAGNITUDE: Changes = {"prune.score": {"name": "magnitude"}}
+MAGNITUDE: Changes = {**ONE, "prune.score": {"name": "magnitude"}}
 RANDOM: Changes = {"start.weights": None, "start.mask": "new", "start.head": "auto"}
 SMALL: Changes = {"architecture.depth": 8, "architecture.width": 0.5}
 
@@ -68,8 +69,8 @@ class Row(NamedTuple):
 
 FINETUNE = {
     "dense, the champion": Model("digits", "digits", DENSE),
-    "98 % off the champion": Model("digits-finetune", "digits", {}, "dense, the champion"),
-    "98 % off random weights, as long": Model("digits-finetune", "digits", RANDOM),
+    "98 % off the champion": Model("digits-finetune", "digits", ONE, "dense, the champion"),
+    "98 % off random weights, as long": Model("digits-finetune", "digits", ONE | RANDOM),
     "98 % off the champion, 20 rounds": Model("digits-finetune", "digits", ROUNDS, "dense, the champion"),
     "98 % off the champion, by magnitude": Model("digits-finetune", "digits", MAGNITUDE, "dense, the champion"),
     "98 % off random weights, 20 rounds, as long": Model("digits-finetune", "digits", ROUNDS | RANDOM),
