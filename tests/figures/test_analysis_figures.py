@@ -160,6 +160,14 @@ def test_flat_and_broken_landscapes_are_drawn(surface: torch.Tensor) -> None:
     assert grey(figure, figure.axes[0]).size > 0
 
 
+@pytest.mark.parametrize("span", [(0.5, 0.52), (0.01, 3.0)], ids=["narrow", "wide"])
+def test_no_two_contours_have_one_name(span: tuple[float, float]) -> None:
+    across = torch.linspace(*span, 17, dtype=torch.float64)
+    figure = analysis.loss_landscapes({"epsd": across.expand(17, 17)}, 1.0)
+    names = [text.get_text() for text in figure.axes[0].texts]
+    assert len(names) > 3 and len(set(names)) == len(names)
+
+
 def test_no_landscape_is_an_error() -> None:
     for nothing in ({}, {"epsd": torch.full((3, 3), math.nan)}):
         with pytest.raises(FigureError, match="no finite loss"):
@@ -182,13 +190,24 @@ def test_features_are_signs_of_their_class_and_the_wrong_ones_are_ringed() -> No
     assert ink(figure, axes) > 0.001
 
 
+@pytest.mark.parametrize("classes", [10, 20])
+def test_every_class_has_a_colour_of_its_own(classes: int) -> None:
+    labels = torch.arange(classes)
+    points = np.stack([np.arange(classes)] * 2, axis=1).astype(float)
+    figure = analysis.features(
+        {"epsd": (points, labels, torch.ones(classes, dtype=torch.bool))}, [str(n) for n in labels], titles={"epsd": ""}
+    )
+    assert len({str(line.get_color()) for line in figure.axes[0].lines[:classes]}) == classes
+
+
 def test_long_names_get_markers_and_many_classes_are_cut() -> None:
     labels = torch.arange(60) % 30
     points = np.random.default_rng(0).normal(size=(60, 2))
     names = [f"class {number}" for number in range(30)]
     axes = analysis.features({"a": (points, labels, labels < 0)}, names, titles={"a": "a"}).axes[0]
     assert len(axes.lines) == 20 + 1
-    assert len({(line.get_marker(), line.get_color()) for line in axes.lines}) == 21
+    assert len({(line.get_marker(), line.get_color()) for line in axes.lines[:20]}) == 20
+    assert axes.lines[20].get_markeredgecolor() == "black"
     assert len(axes.lines[-1].get_xdata()) == 40, "rings only around what is shown"
 
 

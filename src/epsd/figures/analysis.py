@@ -258,7 +258,8 @@ def _contours(
     greys = matplotlib.colormaps["Greys"](np.linspace(0, 0.6, len(levels) - 1))
     shades = axes.contourf(places, places, values, levels=levels, colors=greys)
     lines = axes.contour(places, places, values, levels=levels, colors="black", linewidths=0.6)
-    axes.clabel(lines, fontsize=6, fmt="%.2g")
+    digits = next(n for n in range(2, 17) if n == 16 or len({f"{level:.{n}g}" for level in levels}) == len(levels))
+    axes.clabel(lines, fontsize=6, fmt=f"%.{digits}g")  # so that no two neighbours are named alike
     axes.plot(0, 0, marker="P", color="white", markeredgecolor="black", markersize=9)
     axes.set_aspect("equal")
     return shades
@@ -299,12 +300,15 @@ def _scatter(
     right: "NDArray[np.bool_]",
     class_names: Sequence[str],
 ) -> None:
+    import matplotlib
+
     shown = class_names[:CLASSES_SHOWN]
+    colours = matplotlib.color_sequences["tab10" if len(shown) <= 10 else "tab20"]
     written = all(name.isascii() and name.isalnum() and len(name) <= 2 for name in shown)
     for number, name in enumerate(shown):
         mine = points[labels == number]
         marker = f"${name}$" if written else MARKERS[number % len(MARKERS)]
-        look: dict[str, Any] = {"marker": marker, "color": style(number).colour, "markersize": 5, "linestyle": "none"}
+        look: dict[str, Any] = {"marker": marker, "color": colours[number], "markersize": 5, "linestyle": "none"}
         axes.plot(mine[:, 0], mine[:, 1], **look, label=plain(name))
     wrong = points[~right & (labels < len(shown))]
     ring: dict[str, Any] = {
