@@ -163,7 +163,9 @@ class Space:
             for variant in [*self._variants(section), *(REGISTRIES[section] if self._alone else ())]:
                 known |= {f"{section}.{setting}" for setting in settings_of(REGISTRIES[section][variant])}
         if key not in known:
-            raise unknown(where, key, sorted(name for name in known if name.startswith(SEARCHABLE)))
+            searchable = sorted(name for name in known if name.startswith(SEARCHABLE))
+            beside = [name for name in searchable if name.partition(".")[0] == key.partition(".")[0]]
+            raise unknown(where, key, beside or searchable)
         if not key.startswith(SEARCHABLE):
             raise ParamsError(
                 f"{where}: '{key}' is the same for all trials, which share one prepared data set, one seed and one "
