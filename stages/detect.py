@@ -242,7 +242,7 @@ def told(task: Task, report: dict[str, float]) -> str:
     twin = f" (its {params.detect.beside} twin: {report['beside_map50']:.4f})" if "beside_map50" in report else ""
     return (
         f"As backbone of `{params.detect.detector['name']}`, trained for {counted(params.detect.epochs, 'epoch')} on "
-        f"`{params.voc['name']}`: mAP@0.5 {report['map50']:.4f}{twin}, COCO mAP {report['map']:.4f} on "
+        f"`{params.scenes_title}`: mAP@0.5 {report['map50']:.4f}{twin}, COCO mAP {report['map']:.4f} on "
         f"{len(task.voc.scenes['test'])} test scenes."
     )
 

@@ -84,7 +84,7 @@ def save(params: Params, data: Prepared, model: nn.Module, mask: Mask, history: 
     artifacts.write_csv(artifacts.HISTORY, list(history[0]), [list(record.values()) for record in history])
     about = {"tags": tags(params, data), "description": story(params, data), "history": digest_of(artifacts.HISTORY)}
     artifacts.write_json(artifacts.RUN, {"run_id": tracker.run_id, "name": run_name(params), **about})
-    tracker.dataset(params.dataset["name"], data.digest, str(data.index.get("source", "")), data.sizes)
+    tracker.dataset(params.data_title, data.digest, str(data.index.get("source", "")), data.sizes)
     tracker.artifact(artifacts.MODEL, folder="model")
     tracker.artifact(artifacts.MODEL_CARD, folder="model")
     tracker.artifact(artifacts.MASK, folder="model")

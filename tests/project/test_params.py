@@ -115,3 +115,20 @@ def test_flatten_and_override_are_each_others_inverse(tree: dict[str, Any]) -> N
     assert dict(flatten(tree))["prune.score.steps"] == 7
     with pytest.raises(ParamsError, match=r"prune\.scor: unknown 'scor'\. Did you mean 'score'"):
         override(tree, "prune.scor.steps", 1)
+
+
+@pytest.mark.parametrize(
+    "where, title",
+    [
+        ("photos.zip", "photos"),
+        ("~/pictures/blood.cells.tar.gz", "blood.cells"),
+        ("data/my photos/", "my photos"),
+        (".", "image_folder"),
+    ],
+)
+def test_a_data_set_of_ones_own_is_called_by_its_name(tree: dict[str, Any], where: str, title: str) -> None:
+    assert (parse(tree).data_title, parse(tree).scenes_title) == ("digits", "digit_scenes")
+    tree["dataset"] = {"name": "image_folder", "root": where}
+    tree["voc"] = {"name": "devkit", "root": where}
+    assert parse(tree).data_title == title
+    assert parse(tree).scenes_title == ("devkit" if where == "." else title)

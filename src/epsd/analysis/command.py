@@ -80,7 +80,7 @@ def _plan(params: Params, request: Request) -> list[Params]:
 def _described(params: Params, plan: list[Params]) -> str:
     names = ", ".join(dict.fromkeys(str(each.prune.score["name"]) for each in plan))
     return (
-        f"{names} under {params.objective['name']} at sparsity {params.prune.sparsity:g}, {params.dataset['name']}, "
+        f"{names} under {params.objective['name']} at sparsity {params.prune.sparsity:g}, {params.data_title}, "
         f"{params.architecture['name']}; {len(plan)} trainings of {plan[0].train.epochs} epochs,"
     )
 
@@ -100,7 +100,7 @@ def _run(params: Params, request: Request, plan: list[Params], data: Prepared) -
         for path in paths:
             tracker.artifact(path, folder=None if path.suffix == ".png" else "analysis")
         tracker.artifact(DEFAULT_PATH)
-        tracker.dataset(params.dataset["name"], data.digest, str(data.index.get("source", "")), data.sizes)
+        tracker.dataset(params.data_title, data.digest, str(data.index.get("source", "")), data.sizes)
     return report
 
 
@@ -125,9 +125,9 @@ def _tracked(params: Params, request: Request, plan: list[Params]) -> contextlib
     return track(
         "analyse",
         experiment=params.tracking.experiment,
-        name=f"analysis-{params.dataset['name']}-{params.objective['name']}-s{params.prune.sparsity:g}",
+        name=f"analysis-{params.data_title}-{params.objective['name']}-s{params.prune.sparsity:g}",
         params=flat | {f"analyse.{key}": value for key, value in asked.items()},
-        tags={"kind": "analysis", "dataset": params.dataset["name"], "objective": params.objective["name"]},
+        tags={"kind": "analysis", "dataset": params.data_title, "objective": params.objective["name"]},
         description=(
             f"Why the pruning matters: `{OURS}` beside the simple combinations {', '.join(names[1:])}, each pruned to "
             f"{params.prune.sparsity:.1%} and trained with `{params.objective['name']}` for {plan[0].train.epochs} "

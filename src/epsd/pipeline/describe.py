@@ -51,7 +51,7 @@ def stays(prune: PruneParams) -> str:
 def run_name(params: Params, named: str = "") -> str:
     """The run's story in a few words: data, method (`named`, or the score), objective, sparsity, seed."""
     return (
-        f"{params.dataset['name']}-{(named or method(params)).replace(' ', '_')}-{params.objective['name']}"
+        f"{params.data_title}-{(named or method(params)).replace(' ', '_')}-{params.objective['name']}"
         f"-{removal(params)}-seed{params.seed}"
     )
 
@@ -61,7 +61,7 @@ def tags(params: Params, data: Prepared, kind: str = "pipeline") -> dict[str, An
     return {
         "kind": kind,
         "method": f"{method(params)}+{params.objective['name']}",
-        "dataset": params.dataset["name"],
+        "dataset": params.data_title,
         "data.digest": data.digest,
         "seed": params.seed,
     }
@@ -71,7 +71,7 @@ def story(params: Params, data: Prepared) -> str:
     """What the run was, in plain words, for its page."""
     shape = "x".join(str(size) for size in data.image_shape)
     return (
-        f"A {params.architecture['name']} network for {data.num_classes} classes of `{params.dataset['name']}` "
+        f"A {params.architecture['name']} network for {data.num_classes} classes of `{params.data_title}` "
         f"({shape}, {data.sizes['train']} training images). {_beginning(params)}{_removal(params)} "
         f"`{params.objective['name']}` trained it for {params.train.epochs} epochs{_rounding(params)}. "
         f"Seed {params.seed}."
@@ -124,7 +124,7 @@ def opened(stage: str, params: Params, tags: dict[str, Any]) -> AbstractContextM
     return track(
         stage,
         experiment=params.tracking.experiment,
-        name=f"{params.voc['name']}-{params.detect.detector['name']}-seed{params.seed}",
+        name=f"{params.scenes_title}-{params.detect.detector['name']}-seed{params.seed}",
         params=dict(flatten(params.model_dump())),
         tags={"kind": "detector", "seed": params.seed} | tags,
         description=f"A detector on the network of `{params.detect.backbone}`.",

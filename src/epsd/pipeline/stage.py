@@ -257,7 +257,7 @@ def warn_of_detection(params: Params, model: nn.Module) -> None:
 
 def describe(params: Params, name: str) -> str:
     """What the stage does and on what data, in a few words."""
-    data, scenes, network = params.dataset["name"], params.voc["name"], params.architecture["name"]
+    data, scenes, network = params.data_title, params.scenes_title, params.architecture["name"]
     objective, sparsity = params.objective["name"], f"sparsity {params.prune.sparsity:g}"
     if params.prune.structure == "channels":
         sparsity = stays(params.prune) + (f", {sparsity}" if params.prune.sparsity else "")

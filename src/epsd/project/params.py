@@ -6,6 +6,7 @@ Optuna. A choice (`dataset`, `architecture`, `objective`, `prune.score`, `voc`, 
 """
 
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -318,10 +319,25 @@ class Params(Section):
     tracking: Annotated[TrackingParams, NOTHING]
     tune: Annotated[TuneParams, NOTHING] = Field(default_factory=TuneParams, exclude=True)
 
+    @property
+    def data_title(self) -> str:
+        """What people call the data set: of a folder or archive of one's own its name (`photos.zip` is "photos")."""
+        return _title(self.dataset, "image_folder")
+
+    @property
+    def scenes_title(self) -> str:
+        """Likewise of what is detected."""
+        return _title(self.voc, "devkit")
+
     def marked(self, *sections: str) -> dict[str, Any]:
         """Dotted name -> value of what a mark holds (of these sections; none given: of all)."""
         named = flatten(self.model_dump(include=set(sections) or None))
         return {name: value for name, value in named if bearing(name).marked}
+
+
+def _title(choice: Mapping[str, Any], own: str) -> str:
+    name, root = str(choice["name"]), Path(str(choice.get("root") or ""))
+    return re.sub(r"\.(zip|tar|tgz|tar\.\w+)$", "", root.name) or name if name == own else name
 
 
 @functools.cache

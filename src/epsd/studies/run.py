@@ -154,7 +154,7 @@ class _Study:
             experiment=first.tracking.experiment,
             name=f"study-{study.name}",
             run_id=known_run(self.ledger, self.queue.made) or self.place.parent(),
-            tags={"kind": "study", "study": study.name, "dataset": first.dataset["name"]},
+            tags={"kind": "study", "study": study.name, "dataset": first.data_title},
             description=_story(self.study),
         )
 

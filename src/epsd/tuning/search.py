@@ -177,7 +177,7 @@ class _Search:
                 "pruner": tune.pruner,
                 "storage": shown(where(tune)),
                 "trials": len(self.ledger.slots),
-                "dataset": self.params.dataset["name"],
+                "dataset": self.params.data_title,
                 "seed": self.params.seed,
             },
             description=f"Search over {', '.join(signature['space'])}. The trials are the runs below this one.",

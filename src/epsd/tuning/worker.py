@@ -193,7 +193,7 @@ class Worker:
             tags={
                 "kind": "trial",
                 "method": f"{method(params)}+{params.objective['name']}",
-                "dataset": params.dataset["name"],
+                "dataset": params.data_title,
                 "seed": params.seed,
                 "study": self.tune.study,
                 "trial.number": trial.number,
