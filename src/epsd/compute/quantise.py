@@ -6,9 +6,8 @@ that rounding does not harm. The grid is that of `epsd.evaluation.deploy.quantis
 a whole number of ±127 or ±7, s = max |w| / 127 or / 7. It is symmetric. So a zero stays a zero, and a BatchNorm behind
 the layer, which multiplies whole channels by factors of either sign, changes s alone: the file holds the same q.
 
-Activations are not rounded in training. `evaluate` finds their ranges afterwards, on training images: eight bits of
-them cost next to nothing (`benchmarks/results/quantise-cpu.md`), and ranges that are learnt would be one more state, to
-be averaged over processes and kept in checkpoints.
+Activations are not rounded in training. `evaluate` finds their ranges afterwards, on training images, as for every
+network: ranges that are learnt would be one more state, to be averaged over processes and kept in checkpoints.
 
 The rounding is torch's own kernel, one forwards and one backwards. torchao's `IntxFakeQuantizer` gives the same numbers
 by a dozen kernels, for matrices alone (`tests/compute/test_quantise.py` compares the two).
