@@ -14,7 +14,7 @@ from epsd.compute.devices import Machine
 from epsd.data.prepared import Prepared
 from epsd.files.digests import digest_of
 from epsd.masks import Mask
-from epsd.pipeline.describe import run_name, story, tags
+from epsd.pipeline.describe import begun, run_name, story, tags
 from epsd.pipeline.stage import run_stage
 from epsd.pipeline.train import card, trained
 from epsd.project import artifacts, code
@@ -41,7 +41,6 @@ def main(params: Params, machine: Machine) -> str:
         trained(params, data, model, mask, on_epoch=lambda record: None, **settings)
         return ""
     with opened(params, data, folder) as tracker:
-        artifacts.write_json(folder / "run.json", {"run_id": tracker.run_id})
         history = trained(params, data, model, mask, on_epoch=tracker.epoch, **settings)
         save(params, data, model, mask, history, tracker)
         tracker.metrics({f"mask/{name}": value for name, value in report.items()})
@@ -66,12 +65,11 @@ def fingerprint(params: Params) -> str:
 
 def opened(params: Params, data: Prepared, folder: Path) -> Any:
     """The run of this model: a new one, or the one that an interrupted training of the same fingerprint began."""
-    begun = artifacts.read_run(folder / "run.json").run_id if (folder / "run.json").exists() else None
     return track(
         "train",
         experiment=params.tracking.experiment,
         name=run_name(params),
-        run_id=begun,
+        run_id=begun(folder),
         params=dict(flatten(params.model_dump())),
         tags=tags(params, data),
         description=story(params, data),

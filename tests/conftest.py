@@ -61,8 +61,8 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store without runs: to make one takes MLflow a second or more."""
-    from mlflow import MlflowClient
+    from epsd.tracking.database import complete
 
     file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{file}").search_experiments()
+    complete(file, file.parent)
     return file

@@ -124,6 +124,8 @@ def test_the_run_holds_the_figures(project: Path, done: subprocess.CompletedProc
         group, _, key = name.partition("/")
         assert run_.data.metrics[name] == pytest.approx(report[group][key])
     assert run_.data.params["evaluate.ece_bins"] == "15"
+    losses = client.get_metric_history(run_.info.run_id, "train/loss")
+    assert [(p.step, p.value) for p in losses] == [(1, 2.3), (2, 2.0)], "the curves of a run that had to be made anew"
 
 
 def test_the_run_says_what_came_out_and_its_model_is_the_candidate(

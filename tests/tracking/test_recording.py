@@ -1,5 +1,4 @@
 import contextlib
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,14 +13,15 @@ import pytest
 
 import tracking_server
 from conftest import ROOT
-from epsd.project import runtime
-from epsd.tracking import pages, store, track
+from epsd.project import processes, runtime
+from epsd.tracking import new_id, pages, store, track
 from epsd.tracking.addresses import AddressError, shown, tracking_uri
 from epsd.tracking.replay import replay
 from epsd.tracking.spool import resolve
 from epsd.tracking.store import Store
 from epsd.tracking.texts import as_text, conflicts
 from epsd.tracking.ui import ui_address
+from forks import in_processes
 
 PARAMS = {
     "train.lr": 0.1,
@@ -229,6 +229,22 @@ def test_a_run_that_is_gone_is_replaced(capsys):
     assert again.run_id != tracker.run_id
 
 
+@pytest.mark.parametrize("spool", [False, True])
+def test_a_run_that_was_made_anew_gets_its_curves_once(spool, project, empty_store, away):
+    epochs = [{"epoch": n, "train/loss": 1 / (n + 1), "val/top1": n / 4 if n else None} for n in range(4)]
+    with session() as tracker:
+        tracker.epoch({"epoch": 0, "train/loss": 1.0})
+    shutil.copy(empty_store, project)
+    away(spool)
+    with session("evaluate", tracker.run_id) as later:
+        later.curves(epochs)
+    away(False)
+    with session("detect", tracker.run_id) as later:
+        later.curves(epochs)
+    assert points(later.run_id, "train/loss") == [(n, 1 / (n + 1)) for n in range(4)]
+    assert points(later.run_id, "val/top1") == [(n, n / 4) for n in range(1, 4)]
+
+
 def test_a_store_that_was_wiped_gets_one_whole_run_again(project, empty_store, away):
     """DVC keeps the id of the first run for ever."""
     told = {"tags": {"kind": "pipeline"}, "description": "A network."}
@@ -338,49 +354,66 @@ def test_an_error_of_the_stage_passes_through():
 
 # --- processes ------------------------------------------------------------------------------------------------------
 
-FORK = multiprocessing.get_context("spawn")
-
-
-def _one_run(number: int) -> None:
-    with session(name=f"run-{number}") as tracker:
-        for epoch in range(5):
-            tracker.metrics({"train/loss": float(number)}, step=epoch)
-
 
 def _open_and_die(run_id: str | None = None) -> None:
     with session(run_id=run_id):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def together(*calls) -> None:
-    processes = [FORK.Process(target=target, args=arguments) for target, *arguments in calls]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-
-
-def test_many_processes_create_the_store_at_once():
-    Path("mlflow.db").unlink()
-    together((_one_run, 0), (_one_run, 1), (_one_run, 2))
-    runs = all_runs()
-    assert sorted(run.info.run_name for run in runs) == ["run-0", "run-1", "run-2"]
-    assert all(run.info.status == "FINISHED" and len(points(run.info.run_id, "train/loss")) == 5 for run in runs)
-    assert len({run.info.experiment_id for run in runs}) == 1
-    assert spooled() == []
-
-
 def test_a_killed_run_does_not_run_for_ever():
-    together((_open_and_die,))
+    in_processes((_open_and_die,))
     (dead,) = all_runs()
     assert dead.info.status == "RUNNING"
     with session() as alive:
         assert client().get_run(dead.info.run_id).info.status == "KILLED"
         with session():
             assert client().get_run(alive.run_id).info.status == "RUNNING", "the living are left alone"
-    together((_open_and_die, alive.run_id))
+    in_processes((_open_and_die, alive.run_id))
     with session():
         assert client().get_run(alive.run_id).info.status == "FINISHED", "what has finished stays so"
+
+
+def test_a_run_that_was_announced_is_one_run_however_its_opening_ends(away):
+    announced = new_id()
+    in_processes((_open_and_die, announced))
+    with pytest.raises(ValueError), session(run_id=announced):
+        raise ValueError
+    away(True)
+    with session(run_id=announced) as kept:
+        assert kept.run_id == announced
+    away(False)
+    with session(run_id=announced) as tracker:
+        pass
+    (run,) = all_runs()
+    assert (run.info.run_id, run.info.status) == (tracker.run_id, "FINISHED")
+    with session("evaluate", announced, params={**PARAMS, "evaluate.ece_bins": 20}) as sibling:
+        assert sibling.run_id != tracker.run_id
+    with session("evaluate", announced) as tracker:
+        assert tracker.run_id == run.info.run_id
+
+
+@pytest.mark.parametrize("spool", [False, True])
+def test_a_session_that_is_stopped_while_it_opens_leaves_no_run_of_its_own(spool, away, monkeypatch):
+    with session() as before:
+        pass
+    opening = Store.open
+
+    def interrupted(*arguments, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return opening(*arguments, **named)
+
+    for run_id in (None, new_id(), before.run_id):
+        with monkeypatch.context() as patch, pytest.raises(processes.Stopped), processes.stops():
+            patch.setattr(Store, "open", interrupted)
+            away(spool)
+            with session("evaluate", run_id):
+                pytest.fail("the work began")
+    away(False)
+    with session("detect", before.run_id):
+        pass
+    (run,) = all_runs()
+    assert run.info.run_id == before.run_id and run.info.status == "FINISHED" and spooled() == []
+    assert run.data.tags["failed_stage"] == "evaluate"
 
 
 # --- a project that moves -------------------------------------------------------------------------------------------
@@ -417,7 +450,7 @@ def test_a_store_without_the_right_to_write_can_be_read(folder, moved, project, 
         project = project.rename(project.parent / "moved")
         monkeypatch.chdir(project)
     if folder:
-        shutil.rmtree(".epsd")
+        Path("mlflow.db.lock").unlink()
     readable = {project / "mlflow.db": 0o444} | ({project: 0o555} if folder else {})
     with restricted(readable):
         assert list(read_runs()["run_id"]) == [tracker.run_id]

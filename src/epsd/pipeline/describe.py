@@ -1,12 +1,15 @@
 """What a run of a trained model says about itself: name, tags, plain words. For the stages and for cells of a study."""
 
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from epsd.data.prepared import Prepared
 from epsd.project import artifacts
 from epsd.project.params import Params, PruneParams, flatten
-from epsd.tracking import Tracker, track
+from epsd.tracking import Tracker, new_id, track
+from epsd.types import EpsdError
 
 
 def method(params: Params) -> str:
@@ -119,7 +122,7 @@ def _narrowing(params: Params) -> str:
     )
 
 
-def opened(stage: str, params: Params, tags: dict[str, Any]) -> AbstractContextManager[Tracker]:
+def opened(stage: str, params: Params, tags: dict[str, Any]) -> contextlib.AbstractContextManager[Tracker]:
     """A session of `detect` in a run of its own, on a network that this folder did not train."""
     return track(
         stage,
@@ -131,10 +134,19 @@ def opened(stage: str, params: Params, tags: dict[str, Any]) -> AbstractContextM
     )
 
 
-def reopened(stage: str, params: Params, tags: dict[str, Any]) -> AbstractContextManager[Tracker]:
+def begun(folder: Path) -> str:
+    """The id of the run of the training whose checkpoints are in `folder`; noted there before the run is opened."""
+    note = folder / "run.json"
+    if not note.exists():
+        artifacts.write_json(note, {"run_id": new_id()})
+    return artifacts.read_run(note).run_id
+
+
+@contextlib.contextmanager
+def reopened(stage: str, params: Params, tags: dict[str, Any]) -> Iterator[Tracker]:
     """A session of a later stage in the run that `train` opened; whole again where that is no more in the store."""
     run = artifacts.read_run(artifacts.RUN)
-    return track(
+    with track(
         stage,
         experiment=params.tracking.experiment,
         name=run.name or stage,
@@ -142,4 +154,8 @@ def reopened(stage: str, params: Params, tags: dict[str, Any]) -> AbstractContex
         params=dict(flatten(params.model_dump())),
         tags=run.tags | tags,
         description=run.description,
-    )
+    ) as tracker:
+        with contextlib.suppress(EpsdError):  # detect runs without the curves of the training
+            history = artifacts.read_history(run)
+            tracker.curves(dict(zip(history, row, strict=True)) for row in zip(*history.values(), strict=True))
+        yield tracker

@@ -206,7 +206,6 @@ def run_cell(plan: Plan, place: Place, own: str, wanted: Marked, cache: Cache, t
     data, folder = place.data(params, plan.split_seed), place.folder / "work" / own
     started, clock = time.time(), time.monotonic()
     with opened(plan, cell, data, folder, *runs) as tracker:
-        artifacts.write_json(folder / "run.json", {"run_id": tracker.run_id})
         tell(run_id=tracker.run_id)
         trained = cell.how()(params, data, Desk(folder, own, tracker.epoch, cache, wanted.key))
         figures = {**trained.figures, **evaluated(params, data, trained, tracker, keep=plan.study.keep_models)}
@@ -238,7 +237,6 @@ def _finite(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def opened(plan: Plan, cell: Cell, data: Prepared, folder: Path, parent: str, lost: str | None) -> Any:
     """The cell's run: a new one under the study's, or the one that an interrupted attempt began."""
-    begun = artifacts.read_run(folder / "run.json").run_id if (folder / "run.json").exists() else None
     params = cell.params
     method = {"method": f"{cell.method}+{params.objective['name']}"}
     method |= {"variant": cell.variant} if cell.variant else {}
@@ -247,9 +245,9 @@ def opened(plan: Plan, cell: Cell, data: Prepared, folder: Path, parent: str, lo
         "study",
         experiment=params.tracking.experiment,
         name=describe.run_name(params, cell.method),
-        run_id=begun,
+        run_id=describe.begun(folder),
         parent_run_id=parent,
-        lost_run_id=None if lost == begun else lost,
+        lost_run_id=lost,
         params=cell.logged(),
         tags={**describe.tags(params, data, kind="cell"), "study": plan.study.name, **method, **_machine()},
         description=f"{cell.how().story(params, data)} A cell of the study `{plan.study.name}`.",

@@ -8,7 +8,7 @@ import contextlib
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ _SHARE = 0.01
 
 def _milliseconds() -> int:
     return time.time_ns() // 1_000_000
+
+
+def new_id() -> str:
+    """An id for a run that is to be opened: written down before, the run is found whenever its opening is cut off."""
+    return f"{LOCAL}{uuid.uuid4().hex}"
 
 
 class Tracker:
@@ -57,6 +62,15 @@ class Tracker:
         """Log the figures of one epoch at that epoch, which is `record["epoch"]`; `prefix` begins their names."""
         figures = {f"{prefix}{name}": value for name, value in record.items() if name != "epoch"}
         self.metrics(figures, step=int(record["epoch"]))
+
+    def curves(self, records: Iterable[Mapping[str, float | None]], prefix: str = "") -> None:
+        """Log the figures of those epochs that the run lacks, as `epoch` does: those before it had to be made anew."""
+        epochs = []
+        for record in records:
+            figures = {as_key(f"{prefix}{key}"): as_number(value) for key, value in record.items() if key != "epoch"}
+            finite = {key: value for key, value in figures.items() if value is not None and math.isfinite(value)}
+            epochs.append((int(record["epoch"] or 0), finite))
+        self._do("curves", epochs=epochs)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Further parameters, flat, with the dotted names of params.yaml."""
@@ -189,13 +203,13 @@ class Tracker:
             self._lost(error)
             self._kept()  # the run exists from here on, though only on disk
 
-    def finish(self, status: str, error: BaseException | None = None) -> None:
-        """End the session: `status` is MLflow's word (FINISHED, FAILED)."""
+    def finish(self, status: str, error: BaseException | None = None, begun: bool = True) -> None:
+        """End the session: `status` is MLflow's word (FINISHED, FAILED). Of one that has not begun no new run stays."""
         if error is not None:
             self.tags({"error": f"{type(error).__name__}: {brief(error)}"})
         elif f"time/{self.stage}" not in self._logged:
             self.metrics({f"time/{self.stage}": time.monotonic() - self._started})
-        self._do("end", status=status, stage=self.stage)
+        self._do("end" if begun else "withdraw", status=status, stage=self.stage)
         if not self._online:
             self._safely(self._try_again)
         if self._spool is not None:
@@ -223,9 +237,10 @@ def track(
     ----------
     experiment : MLflow experiment, created where it does not exist.
     name : the run's name, which tells its story in the table of runs (`epsd-cskd-s0.95-seed0`).
-    run_id : the run to go on in, as a former session gave it (`Tracker.run_id`); None makes a new run. A run that is
-        not there any more is replaced by a new one, with a warning. If `params` contradict those of the run, the
-        session gets a sibling run (tag `derived_from`) that starts with the metrics that still hold.
+    run_id : the run to go on in, as a former session gave it (`Tracker.run_id`); None makes a new run. One of `new_id`
+        that no run has yet becomes that of the new run. A run that is not there any more is replaced by a new one,
+        with a warning. If `params` contradict those of the run, the session gets a sibling run (tag `derived_from`)
+        that starts with the metrics that still hold.
     parent_run_id : the run that this one is shown under (the study of a trial); for a new run only.
     lost_run_id : the run of a session whose process is gone, on whatever machine: it is marked KILLED.
     params : flat, dotted names as in params.yaml; numbers are logged as numbers.
@@ -238,7 +253,7 @@ def track(
     opening: Event = {
         "op": "open",
         "time": _milliseconds(),
-        "local": f"{LOCAL}{uuid.uuid4().hex}",
+        "local": new_id(),
         "run": run_id,
         "parent": parent_run_id,
         "lost": lost_run_id,
@@ -249,11 +264,12 @@ def track(
         "identity": identity(stage, texts),
         "description": description,
     }
-    tracker = Tracker(stage, opening)
+    tracker, begun = Tracker(stage, opening), False
     try:
         tracker.start()
+        begun = True
         yield tracker
     except BaseException as error:
-        tracker.finish("FAILED", error)
+        tracker.finish("FAILED", error, begun)
         raise
     tracker.finish("FINISHED")

@@ -6,8 +6,9 @@ from filelock import Timeout
 
 from epsd.project.runtime import brief, note, say_once, state_folder
 from epsd.tracking.addresses import shown, tracking_uri
+from epsd.tracking.database import locked
 from epsd.tracking.spool import Event, remember, waiting
-from epsd.tracking.store import Store, locked, refused
+from epsd.tracking.store import Store, refused
 
 
 def send_kept(store: Store, events: list[Event]) -> str:
@@ -41,7 +42,7 @@ def replay(store: Store) -> int:
     if not any(folder.glob("*.jsonl")):
         return 0
     try:
-        with locked("replay", timeout=0):
+        with locked(state_folder("locks", "replay.lock"), timeout=0):
             for spool in waiting(folder):
                 events = spool.events()
                 if events and events[0].get("store") != store.name:

@@ -1,24 +1,22 @@
 """Runs in a store of MLflow: opened, continued, doubled where settings contradict, and all that is logged in them."""
 
 import contextlib
-import errno
 import json
 import os
 import platform
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from filelock import FileLock
-
 from epsd.project.runtime import located, no_telemetry, note, project_root, state_folder
 from epsd.tracking import models, pages
 from epsd.tracking.addresses import shown, tracking_uri
+from epsd.tracking.database import complete, locked
 from epsd.tracking.identity import is_gone
 from epsd.tracking.relocation import relocate
-from epsd.tracking.spool import Event, resolve
+from epsd.tracking.spool import LOCAL, Event, resolve
 from epsd.tracking.texts import conflicts, with_paragraph
 
 _FAILED = "failed_stage"
@@ -116,19 +114,25 @@ class Store:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         if self.remote:
             return MlflowClient(tracking_uri=self.uri)
-        with locked("store", timeout=120):
+        with self.alone():
             if self.database:
-                self.database.parent.mkdir(parents=True, exist_ok=True)
+                os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")  # none to a file that is gone
+                complete(self.database, self.home / "mlruns")
                 relocate(self.database, self.home)
             client = MlflowClient(tracking_uri=self.uri)
             client.search_experiments(max_results=1)
         return client
 
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """One process at a time makes something: of all that use the database, or else of this project."""
+        beside = self.database and Path(f"{self.database.resolve()}.lock")
+        return locked(beside or state_folder("locks", "store.lock"), timeout=120)
+
     def experiment(self, name: str) -> str:
         """The id of the experiment, created or brought back from the bin where need be."""
         found = self.client.get_experiment_by_name(name)
         if found is None:
-            with locked("experiment", timeout=60):
+            with self.alone():
                 found = self.client.get_experiment_by_name(name)
                 if found is None:
                     return self._new_experiment(name)
@@ -161,13 +165,20 @@ class Store:
             return str(made.info.run_id)
         run = self.find(opening["run"]) if opening["run"] else None
         if run is None:
-            if opening["run"]:
-                note(f"tracking: run {opening['run']} is no more in {shown(self.uri)}; a new one takes its place.")
-            return self.create(experiment, opening, {REPLACES: opening["run"]} if opening["run"] else None)
+            return self.create(experiment, opening, self._known_as(opening["run"]))
         if clash := conflicts(run.data.params, opening["params"]):
             return self.sibling(experiment, run, clash, opening)
         self.reopen(run, opening)
         return str(run.info.run_id)
+
+    def _known_as(self, run_id: str | None) -> dict[str, str]:
+        """Tags by which a new run is found under the id that was asked for: announced for it, or of a run now gone."""
+        if not run_id:
+            return {}
+        if run_id.startswith(LOCAL):
+            return {_LOCAL_ID: run_id}
+        note(f"tracking: run {run_id} is no more in {shown(self.uri)}; a new one takes its place.")
+        return {REPLACES: run_id}
 
     def find(self, run_id: str) -> Any:
         """The run, or what was made for its local id or in its place; None when it was deleted or never was here."""
@@ -188,9 +199,8 @@ class Store:
 
     def create(self, experiment: str, opening: Event, extra: Mapping[str, str] | None = None) -> str:
         """A new run with its identity, tags, description and parameters."""
-        described = {"mlflow.note.content": opening["description"]}
+        described = {"mlflow.note.content": opening["description"], _LOCAL_ID: opening["local"]}
         tags = {**described, **(extra or {}), **opening["identity"], **opening["tags"]}
-        tags[_LOCAL_ID] = opening["local"]
         if parent := opening.get("parent"):
             found = self.find(parent)
             tags["mlflow.parentRunId"] = found.info.run_id if found else resolve(parent)
@@ -245,6 +255,8 @@ class Store:
         match event["op"]:
             case "metrics":
                 self.metrics(run_id, event)
+            case "curves":
+                self.curves(run_id, event)
             case "params":
                 self.params(run_id, event["params"])
             case "tags":
@@ -259,6 +271,21 @@ class Store:
                 self.describe(run_id, event["label"], event["text"])
             case "end":
                 self.end(run_id, event)
+            case "withdraw":
+                self.withdraw(run_id, event)
+
+    def curves(self, run_id: str, event: Event) -> None:
+        """Log the points of the epochs that the run lacks: all of them where it was made anew."""
+        for step, metrics in event["epochs"]:
+            if any(not self._has(run_id, key, metrics[key], step, event["time"]) for key in list(metrics)[:1]):
+                self.metrics(run_id, {**event, "metrics": metrics, "step": step})
+
+    def withdraw(self, run_id: str, event: Event) -> None:
+        """A session that never began leaves no run of its own; one that was there before it, as after any failure."""
+        if run_id in self._fresh:
+            self.client.delete_run(run_id)
+        else:
+            self.end(run_id, event)
 
     def end(self, run_id: str, event: Event) -> None:
         """The run's status. Of a finished training a tag names the later stages that failed, until they succeed."""
@@ -355,17 +382,3 @@ def refused(event: Event, error: BaseException) -> bool:
 def connection() -> Any:
     """The MLflow client of the store, for those who read. Raises what MLflow raises."""
     return Store(tracking_uri()).client
-
-
-@contextlib.contextmanager
-def locked(name: str, timeout: float) -> Iterator[None]:
-    """One process at a time. In a project that can only be read there is nothing to make, and no lock."""
-    path = state_folder("locks", f"{name}.lock")
-    with contextlib.ExitStack() as held:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(path, timeout=timeout))
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EROFS):
-                raise
-        yield

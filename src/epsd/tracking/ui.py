@@ -6,7 +6,7 @@ import sqlite3
 from epsd.tracking import pages
 from epsd.tracking.addresses import shown, tracking_uri
 from epsd.tracking.relocation import relocate
-from epsd.tracking.store import Store, locked
+from epsd.tracking.store import Store
 
 
 def ui_address(port: int = 5000) -> str:
@@ -19,7 +19,7 @@ def ui_address(port: int = 5000) -> str:
     address = f"http://127.0.0.1:{port}/"
     if store.database is None or not store.database.is_file():
         return shown(store.uri) if store.remote else address
-    with locked("store", timeout=120):
+    with store.alone():
         relocate(store.database, store.home)
     with contextlib.closing(sqlite3.connect(store.database)) as link, contextlib.suppress(sqlite3.Error):
         newest = link.execute("SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1").fetchone()
