@@ -1,5 +1,6 @@
 """The `epsd` command: what it prints, its exit status, and one line for a mistake."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -84,6 +85,29 @@ def test_an_interrupt_is_one_line(
     monkeypatch.setattr("epsd.project.presets.names", interrupted)
     assert main(["preset", "--list"]) == 130
     assert capsys.readouterr().err == "epsd: interrupted.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "study.db"), "study.db: No space left on device."),
+        (
+            ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+            "not enough memory (libtorch_cpu.so:",
+        ),
+        (MemoryError("Unable to allocate 8 GiB"), "out of memory"),
+    ],
+)
+def test_a_machine_without_room_is_one_line(
+    error: Exception, message: str, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_room() -> list[str]:
+        raise error
+
+    monkeypatch.setattr("epsd.project.presets.names", without_room)
+    assert main(["preset", "--list"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"epsd: {message}") and told.count("\n") == 1
 
 
 def test_an_unknown_preset_is_one_line_and_changes_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from epsd.project.processes import Stopped, stops
-from epsd.types import EpsdError
+from epsd.project.processes import Stopped, one_line, stops
 
 Command = Callable[[argparse.Namespace], int | None]
 
@@ -343,11 +342,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 os.environ["EPSD_QUIET"] = "1"
             command: Command = arguments.command
             return command(arguments) or 0
-    except EpsdError as error:
-        print(f"epsd: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # `epsd preset NAME | head`
         sys.stderr.close()
+    except Exception as error:
+        if (line := one_line(error)) is None:
+            raise
+        print(f"epsd: {line}", file=sys.stderr)
+        return 1
     except Stopped as stop:  # most commands deal with it themselves, once they are at work
         print(f"epsd: {stop}.", file=sys.stderr)
         return stop.status

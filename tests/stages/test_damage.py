@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,14 @@ from ruamel.yaml import YAML
 
 from conftest import ROOT
 from epsd.compute.devices import Machine
+from epsd.datasets.digit_scenes import DigitScenes
 from epsd.files import digests
 from epsd.project import artifacts
 from epsd.project.params import load
 from epsd.project.processes import one_line
+from epsd.tracking import models
+from epsd.types import EpsdError
+from handed_on import contents, servable
 
 SMALL: dict[str, dict[str, Any]] = {
     "data": {"limit": 12},
@@ -226,3 +231,46 @@ def test_labels_and_images_that_cannot_be_are_one_line(project: Path) -> None:
                 refused("evaluate", path, content)
     finally:
         artifacts.write_json(artifacts.DATA_INDEX, index)
+
+
+# --- no room --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Whoever writes beyond that many bytes is refused, as on a full disk, by the system itself."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+FULL = [("prepare", 64, "train_images.npy"), ("prune", 64, "channels.safetensors"), ("prune", 4096, "mask.safetensors"),
+        ("train", 64, "run.json"), ("train", 300, "last.safetensors"), ("evaluate", 64, "model.sparse.safetensors"),
+        ("evaluate", 100_000, "model.onnx"), ("detect", 4096, "detector.safetensors")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "size", "file"), FULL)
+def test_a_disk_without_room_is_one_line_that_names_the_file(
+    name: str, size: int, file: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object
+) -> None:
+    """`capsys` holds in memory what pytest otherwise writes to a file."""
+    shutil.copytree(project, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with contextlib.chdir(tmp_path), pytest.raises(Exception) as caught, files_up_to(size):
+        stage(name)(load(), Machine())
+    line = one_line(caught.value)
+    assert line is not None and file in line and "File too large" in line and "\n" not in line, repr(caught.value)
+    left = {path.name for path in (tmp_path / "artifacts").rglob(".*")}
+    assert left == set(), "nothing half-written stays"
+
+
+def test_scenes_and_models_that_do_not_fit_on_the_disk_are_named(tmp_path: Path) -> None:
+    with files_up_to(300), pytest.raises(EpsdError, match=r"VOCdigits: cannot be written \(File too large\)\.$"):
+        DigitScenes()(tmp_path, seed=0)
+    given = contents(tmp_path)
+    with files_up_to(300), pytest.raises(EpsdError, match=r"model: cannot be written \(File too large\)\.$"):
+        models.write(tmp_path / "model", servable(), given)
+    assert {path.name for path in tmp_path.iterdir()} == {"VOCdigits", "model_card.md", "model.json"}

@@ -62,6 +62,11 @@ def wait(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
             time.sleep(0.1)
 
 
+def ask(address: str, inputs: str) -> requests.Response:
+    told = {"Content-Type": "application/json"}
+    return requests.post(f"{address}/invocations", data=f'{{"inputs": {inputs}}}', headers=told, timeout=30)
+
+
 @pytest.mark.slow
 def test_an_image_array_gets_its_probabilities(address: str) -> None:
     for shape in ((1, 1, 4, 4), (3, 1, 9, 13)):
@@ -71,5 +76,10 @@ def test_an_image_array_gets_its_probabilities(address: str) -> None:
         shares = torch.tensor(answer.json()["predictions"])
         resized = 0.01 if shape[2:] != (4, 4) else 1e-5
         torch.testing.assert_close(shares, servable()(torch.from_numpy(images)).detach(), atol=resized, rtol=1e-5)
-    refused = requests.post(f"{address}/invocations", json={"inputs": [[1, 2], [3, 4]]}, timeout=30)
-    assert refused.status_code == 400 and "hape" in refused.text
+    pixels = "[[[[{0}, 2], [3, 4]]]]"
+    bad = [pixels.format(value) for value in ("NaN", "Infinity", "-Infinity", "null", "1e999", '"a"', "[1, 2]")]
+    for inputs in [*bad, "[[1, 2], [3, 4]]", "null", "{}", "[" * 20_000 + "]" * 20_000, "[" * 300 + "]" * 300]:
+        refused = ask(address, inputs)
+        assert refused.status_code == 400, (inputs[:40], refused.status_code, refused.text[:300])
+    assert "a pixel is NaN, infinite or missing" in ask(address, pixels.format("null")).text
+    assert ask(address, pixels.format("1")).status_code == 200

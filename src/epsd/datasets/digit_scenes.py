@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from epsd.project.artifacts import writing
 from epsd.project.settings import Count, Natural, Share
 from epsd.registry import ParamsError, variant
 
@@ -94,13 +95,14 @@ class DigitScenes:
         pools = _pools(images if list(class_names) == CLASS_NAMES else None, seed, bool(self.validation))
         home = folder / FOLDER
         shutil.rmtree(home, ignore_errors=True)
-        for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
-            (home / part).mkdir(parents=True)
-        listed = {split: self._write(home, split, pools, seed) for split in SETS}
-        listed["trainval"] = listed["train"] + listed["validation"]
-        for split, ids in listed.items():
-            text = "".join(f"{identifier}\n" for identifier in ids)
-            (home / "ImageSets" / "Main" / f"{SETS.get(split, split)}.txt").write_text(text, encoding="utf-8")
+        with writing(home):
+            for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+                (home / part).mkdir(parents=True)
+            listed = {split: self._write(home, split, pools, seed) for split in SETS}
+            listed["trainval"] = listed["train"] + listed["validation"]
+            for split, ids in listed.items():
+                text = "".join(f"{identifier}\n" for identifier in ids)
+                (home / "ImageSets" / "Main" / f"{SETS.get(split, split)}.txt").write_text(text, encoding="utf-8")
         return {split: [(home, name)] if listed[split] else [] for split, name in SETS.items()}
 
     def _write(self, home: Path, split: str, pools: Mapping[str, Pool], seed: int) -> list[str]:

@@ -70,6 +70,8 @@ def deployed(
     samples = [pictures[place][0] for place in range(len(pictures))]
     try:
         export(here, samples[0], path, {CARD: json.dumps(card)})
+    except OSError:  # a full disk
+        raise
     except Exception as error:  # torch's exporter raises nearly any type
         note(f"detect: no ONNX file: torch cannot export this detector ({type(error).__name__}: {brief(error)}).")
         return {}

@@ -37,7 +37,8 @@ class Servable(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) float32 -> (B, K)."""
+        """(B, C, H, W) float32 -> (B, K). RuntimeError, also of the export of torch, where a pixel is no number."""
+        torch.ops.aten._assert_async.msg(images.isfinite().all(), "a pixel is NaN or infinite")
         floats = self._fitted(_levels(images)).to(torch.float32).mul(self.scale).add(self.shift)
         logits: Tensor = self.network(floats)
         return logits.softmax(dim=1)

@@ -98,7 +98,10 @@ def save(model: Any, path: Path, words: Mapping[str, str]) -> None:
         model.metadata_props.add(key=key, value=value)
     model.producer_name, model.producer_version, graph.name = "epsd", "", "network"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(sealed(model.SerializeToString(deterministic=True)))
+    try:
+        path.write_bytes(sealed(model.SerializeToString(deterministic=True)))
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def words_of(model: Any) -> dict[str, str]:

@@ -124,6 +124,8 @@ def _written(subject: Subject, settings: EvaluateParams, folder: Path, elsewhere
     files = {"onnx": folder / FP32, "dense_onnx": elsewhere / _DENSE}
     try:
         export(subject.network, subject.card, subject.weights, files["onnx"])
+    except OSError:  # a full disk
+        raise
     except Exception as error:  # torch.export raises nearly any type
         note(f"evaluate: no ONNX file: torch cannot export this network ({type(error).__name__}: {brief(error)}).")
         return {}

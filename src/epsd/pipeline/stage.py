@@ -302,7 +302,8 @@ def _folder_lock(name: str) -> Iterator[None]:
             f"another stage is running in {Path.cwd()} ({_read(holder)}). Wait for it, or run in another folder."
         ) from None
     try:
-        holder.write_text(f"{name}, PID {os.getpid()}", encoding="utf-8")
+        with artifacts.writing(holder):
+            holder.write_text(f"{name}, PID {os.getpid()}", encoding="utf-8")
         yield
     finally:
         holder.unlink(missing_ok=True)

@@ -70,6 +70,7 @@ DETECTOR_CARD = DETECT / "model.json"
 T = TypeVar("T")
 Columns = dict[str, list[float | None]]
 _MISSING = "missing. `dvc repro` runs the stage that writes it."
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAMES = "surrogateescape"
 """How text is encoded: the name of a file may hold bytes that are no UTF-8, and they are written as they are."""
 
@@ -139,17 +140,30 @@ def replacing(path: Path) -> Iterator[Path]:
         raise ArtifactError(f"{path}: cannot be written ({error.strerror or error}).") from None
     temporary = Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be written ({error.strerror or error}).") from error
-    except Exception as error:  # safetensors wraps the system's error in its own
-        if os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        raise ArtifactError(f"{path}: cannot be written ({os.strerror(errno.ENOSPC)}).") from error
+        with writing(path):
+            yield temporary
+            temporary.chmod(0o644)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the file system refuses in the block is told with the name of `path`, which a full disk does not tell.
+
+    Raises ArtifactError.
+    """
+    try:
+        yield
+    except EpsdError:
+        raise
+    except Exception as error:  # safetensors and others wrap the system's error in their own
+        full = next((reason for reason in map(os.strerror, _FULL) if reason in str(error)), None)
+        if full is None and not isinstance(error, OSError):
+            raise
+        reason = full or getattr(error, "strerror", None) or error
+        raise ArtifactError(f"{path}: cannot be written ({reason}).") from error
 
 
 @contextmanager
@@ -160,15 +174,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ArtifactError(f"{path}: is there already. Name a new folder.")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
             made = Path(beside) / path.name
             made.mkdir()
             yield made
             made.replace(path)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
 def check_writable(folder: Path) -> None:

@@ -31,7 +31,7 @@ _A_MOMENT = 0.01
 
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHELLS = {"sh", "dash", "bash", "zsh", "fish", "ksh", "tcsh", "csh", "ash", "busybox"}
-_USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST}
+_USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST}
 
 
 # --- asked to stop --------------------------------------------------------------------------------------------------
@@ -240,19 +240,22 @@ def end(children: Sequence[Child], leave_within: float) -> None:
 # --- its last line --------------------------------------------------------------------------------------------------
 
 
+_NO_ROOM = ("failed to map segment", "annot allocate memory")
+
+
 def one_line(error: Exception) -> str | None:
     """The message for a mistake or shortage that the user can mend; None for anything else."""
-    from epsd.compute import distributed  # not above: commands that train nothing start without torch
-    from epsd.compute.shortage import is_shortage
-
     if isinstance(error, EpsdError):
         return str(error)
-    if is_shortage(error):
-        return f"out of memory on the device: lower the batch size. ({str(error).split('. ')[0]})"
-    if distributed.lost(error):
-        return "another process is gone, or the connection to it."
+    if isinstance(error, ImportError | OSError) and any(words in str(error) for words in _NO_ROOM):
+        return f"not enough memory ({' '.join(str(error).split())[:160]})."
     if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
         return f"{error.filename or 'file'}: {error.strerror}."
     if os.strerror(errno.ENOSPC) in str(error):  # libraries wrap the system's error in their own
         return f"{os.strerror(errno.ENOSPC)} ({error})."
-    return None
+    from epsd.compute import distributed  # not above: commands that train nothing start without torch
+    from epsd.compute.shortage import is_shortage
+
+    if is_shortage(error):
+        return f"out of memory on the device: lower the batch size. ({str(error).split('. ')[0]})"
+    return "another process is gone, or the connection to it." if distributed.lost(error) else None

@@ -113,8 +113,9 @@ def versions() -> dict[str, str]:
 
 
 def note(text: str) -> None:
-    """One line on stderr, at once (stdout may be a pipe that is read late)."""
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    """One line on stderr, at once (stdout may be a pipe that is read late). Work goes on where it cannot be written."""
+    with contextlib.suppress(OSError):
+        print(" ".join(text.split()), file=sys.stderr, flush=True)
 
 
 def counted(number: int, what: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from epsd.project.artifacts import writing
 from epsd.project.runtime import brief, no_telemetry, note
 from epsd.types import EpsdError
 
@@ -70,7 +71,7 @@ def write(folder: Path, module: Any, contents: Contents) -> Format:
     without pickled code (`torch.export`): for images of any size, else for those of the network's own, and as a pickle
     where the network cannot be exported at all; the two latter are said in a line.
 
-    Raises FileNotFoundError for one of `files` that is not there, OSError where `folder` cannot be written.
+    Raises FileNotFoundError for one of `files` that is not there, ArtifactError where `folder` cannot be written.
     """
     for path in contents.files:
         path.stat()
@@ -83,7 +84,7 @@ def write(folder: Path, module: Any, contents: Contents) -> Format:
             try:
                 attempt(folder, module, contents)
                 return "pt2"
-            except OSError:
+            except (OSError, EpsdError):
                 raise
             except Exception as error:  # torch.export raises nearly any type
                 note(f"evaluate: {attempt.__doc__} was not possible ({type(error).__name__}: {brief(error)}).")
@@ -112,9 +113,14 @@ def _onnx(folder: Path, module: Any, contents: Contents) -> None:
             pip_requirements=_requirements("mlflow", "onnxruntime", "numpy", "pillow"),
             **_described(module, contents, contents.example, _shape(contents)),
         )
-        (made / "extra_files").mkdir()
-        for path in contents.files:
-            shutil.copy(path, made / "extra_files")
+        _add(contents.files, made)
+
+
+def _add(files: Sequence[Path], folder: Path) -> None:
+    """MLflow would refuse a link that leads elsewhere, such as DVC's to its cache; and those have no right to write."""
+    (folder / "extra_files").mkdir()
+    for path in files:
+        shutil.copyfile(path, folder / "extra_files" / path.name)
 
 
 def _shape(contents: Contents) -> tuple[int, ...]:
@@ -153,10 +159,10 @@ def _save(
             module,
             str(made),
             pip_requirements=_requirements("mlflow", "torch", "numpy"),
-            extra_files=[str(path) for path in files],
             serialization_format=form,
             **_described(module, contents, example, shape),
         )
+        _add(files, made)
 
 
 def _described(module: Any, contents: Contents, example: NDArray[np.float32], shape: tuple[int, ...]) -> dict[str, Any]:
@@ -177,7 +183,7 @@ def _described(module: Any, contents: Contents, example: NDArray[np.float32], sh
 def _beside(folder: Path) -> Iterator[Path]:
     """A place beside `folder`, which is put in its place when the block ends well: what was there stays until then."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+    with writing(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
         yield Path(beside) / folder.name
         shutil.rmtree(folder, ignore_errors=True)
         (Path(beside) / folder.name).rename(folder)
@@ -234,10 +240,10 @@ def load_exported(folder: Path) -> Any:
     before = os.environ.get(variable)
     os.environ[variable] = "false"
     try:
-        with quietly():
+        with quietly(), _without_links(folder) as whole:
             import mlflow.pytorch
 
-            return mlflow.pytorch.load_model(str(folder))
+            return mlflow.pytorch.load_model(str(whole))
     except Exception as error:
         raise ModelError(f"{folder}: its model cannot be loaded ({brief(error)}).") from None
     finally:
@@ -245,6 +251,16 @@ def load_exported(folder: Path) -> Any:
             del os.environ[variable]
         else:
             os.environ[variable] = before
+
+
+@contextlib.contextmanager
+def _without_links(folder: Path) -> Iterator[Path]:
+    """The folder, or a copy for the time being where it holds links: MLflow follows none that leads elsewhere."""
+    if not any(path.is_symlink() for path in folder.rglob("*")):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as elsewhere:
+        yield Path(shutil.copytree(folder, Path(elsewhere) / folder.name))
 
 
 def card_of(folder: Path) -> dict[str, Any]:
