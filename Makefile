@@ -34,7 +34,9 @@ ui: .venv/complete  ## the recorded runs in the browser; a server at MLFLOW_TRAC
 
 serve: .venv/complete  ## the champion over HTTP; MODEL=models:/epsd@candidate (or a folder) PORT=5001
 	@$(BIN)/python -m epsd.tracking > /dev/null
-	MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" $(BIN)/mlflow models serve --env-manager local --host 127.0.0.1 --port $(PORT) -m $(MODEL)
+	@model="$(MODEL)"; if [ -d "$$model" ] && [ -n "$$(find "$$model" -type l)" ]; then \
+	  mkdir -p .epsd && rm -rf .epsd/served && cp -rL "$$model" .epsd/served && model=.epsd/served; fi; \
+	  MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" $(BIN)/mlflow models serve --env-manager local --host 127.0.0.1 --port $(PORT) -m "$$model"
 
 # Made again when the lock or the package's own settings change.
 .venv/complete: requirements.lock pyproject.toml

@@ -1,5 +1,6 @@
 """The same parameters give the same bytes: two runs of every stage, compared file by file, but for times and dates."""
 
+import contextlib
 import csv
 import io
 import json
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from ruamel.yaml import YAML
 
 from conftest import ROOT
+from epsd.datasets.image_folder import ImageFolder
+from epsd.preparing.write import prepare
 
 SMALL: dict[str, dict[str, Any]] = {
     "data": {"limit": 12},
@@ -47,14 +51,19 @@ def rounds(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> list[
         (folder / "dvc.yaml").touch()
         with (folder / "params.yaml").open("w") as file:
             yaml.dump(params, file)
-        environment = {**os.environ, "PYTHONHASHSEED": number, "OMP_NUM_THREADS": "1"}
-        environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-        environment.pop("DVC_ROOT", None)
-        command = [sys.executable, str(Path(__file__).with_name("rounds.py")), str(ROOT / "stages"), *STAGES]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        run(folder, *STAGES, PYTHONHASHSEED=number)
         folders.append(folder / "artifacts")
     return folders
+
+
+def run(folder: Path, *stages: str, **more: str) -> str:
+    """The stages in one process; what it said."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", **more}
+    environment.pop("DVC_ROOT", None)
+    command = [sys.executable, str(Path(__file__).with_name("rounds.py")), str(ROOT / "stages"), *stages]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def lasting(path: Path) -> object:
@@ -99,3 +108,59 @@ def test_what_a_later_stage_depends_on_is_the_same_to_the_byte(rounds: list[Path
         assert files
         for path in files:
             assert path.read_bytes() == (rounds[1] / path.relative_to(rounds[0])).read_bytes(), path
+
+
+# --- links into DVC's cache -----------------------------------------------------------------------------------------
+
+
+def dvc(folder: Path, *commands: str) -> None:
+    """Commands of DVC in `folder`, as a shell gives them."""
+    from dvc.cli import main
+
+    with contextlib.chdir(folder):
+        for command in commands:
+            assert main(command.split()) == 0, command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["symlink", "hardlink", "reflink"])
+def test_stages_read_links_into_the_cache_and_write_beside_them(kind: str, rounds: list[Path], tmp_path: Path) -> None:
+    """From the last stage to the first, so that each of them reads links and replaces others."""
+    if kind == "reflink":
+        (tmp_path / "a").touch()
+        if subprocess.run(
+            ["cp", "--reflink=always", "a", "b"], cwd=tmp_path, check=False, capture_output=True
+        ).returncode:
+            pytest.skip(f"the file system of {tmp_path} makes no reflinks")
+    shutil.copytree(rounds[0].parent, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "dvc.yaml").unlink()
+    dvc(tmp_path, "init --no-scm -q", f"config cache.type {kind}", "add -q artifacts")
+    files = [path for path in (tmp_path / "artifacts").rglob("*") if path.is_file()]
+    assert kind == "reflink" or all(
+        path.is_symlink() or path.stat().st_nlink > 1 for path in files if path.stat().st_size
+    )
+    cache = {path: path.read_bytes() for path in (tmp_path / ".dvc" / "cache").rglob("*") if path.is_file()}
+    assert len(cache) > 40
+    said = run(tmp_path, *reversed(STAGES))
+    assert "tracking: " not in said and "not possible" not in said
+    assert [path for path, content in cache.items() if path.read_bytes() != content] == []
+    for path in files:
+        assert not path.is_symlink() and path.stat().st_nlink == 1, path
+        assert lasting(path) == lasting(rounds[0] / path.relative_to(tmp_path / "artifacts")), path
+
+
+def test_a_data_set_under_dvc_is_read_through_its_links(tmp_path: Path) -> None:
+    for number in range(12):
+        place = tmp_path / "data" / "photos" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * number).save(place / f"{number}.png")
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    dvc(tmp_path, "init -q", "config cache.type symlink", "add -q data/photos")
+    told = subprocess.run(
+        ["git", "status", "-s", "-uall", "data"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.split() == ["??", "data/photos.dvc"]
+    assert (place / "11.png").is_symlink()
+    index = prepare(ImageFolder(root=str(tmp_path / "data" / "photos"))(), tmp_path / "out")
+    assert sum(index["sizes"].values()) == 12 and index["class_names"] == ["a", "b"]

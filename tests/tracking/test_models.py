@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from epsd.evaluation.intake import Intake
 from epsd.evaluation.servable import asking
+from epsd.pipeline.export import SCRIPT
 from epsd.tracking import models
-from handed_on import INTAKE, asked, contents, exported_folder, model_folder, servable
+from handed_on import INTAKE, asked, contents, exported_folder, model_folder, onnx_folder, servable
 
 
 @pytest.fixture(scope="module", params=["onnx", "pt2"])
@@ -43,6 +44,16 @@ def test_mlflow_knows_signature_example_and_class_names(folder: Path) -> None:
     assert answer.shape == (2, 3) and answer.sum(1) == pytest.approx([1, 1], abs=1e-5)
     with pytest.raises(mlflow.MlflowException, match="shape"):
         loaded.predict(np.zeros((2, 4, 4, 1), dtype=np.float32))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_pixel_that_is_no_number_is_refused(folder: Path, value: float) -> None:
+    import mlflow
+
+    images = np.ones((2, 1, 4, 4), dtype=np.float32)
+    images[1, 0, 2, 2] = value
+    with pytest.raises(Exception, match="a pixel is NaN"):
+        mlflow.pyfunc.load_model(str(folder)).predict(images)
 
 
 def test_nothing_in_it_is_pickled_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +106,27 @@ def test_what_cannot_be_exported_is_pickled_and_said(tmp_path: Path, capsys: pyt
     assert answer == pytest.approx(servable()(torch.from_numpy(images)).detach().numpy(), abs=1e-6)
     with pytest.raises(models.ModelError, match="nothing is unpickled here"):
         models.load_exported(tmp_path / "model")
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_links_without_the_right_to_write_are_read_and_left(form: str, tmp_path: Path) -> None:
+    """As DVC lays them in place of its outputs."""
+    cache, made = tmp_path / "cache", tmp_path / "made"
+    cache.mkdir()
+    given = contents(cache, onnx=onnx_folder(cache), script=SCRIPT) if form == "onnx" else contents(cache)
+    made.mkdir()
+    for file in given.files:
+        (made / file.name).symlink_to(file)
+        file.chmod(0o444)
+    given = given._replace(files=[made / file.name for file in given.files])
+    assert models.write(made / "model", servable(), given) == form
+    copies = [path for path in (made / "model").rglob("*") if path.is_file()]
+    assert all(path.stat().st_mode & 0o200 and not path.is_symlink() for path in copies)
+    for number, path in enumerate(copies):
+        path.symlink_to(path.rename(cache / str(number)))
+    images = np.ones((3, 1, 4, 4), dtype=np.float32)
+    ask = asked(made / "model") if form == "onnx" else asking(models.load_exported(made / "model"))
+    assert ask(images) == pytest.approx(asking(servable())(images), abs=1e-5)
 
 
 def test_writing_again_replaces_the_old_one_only_when_the_new_is_whole(tmp_path: Path) -> None:
