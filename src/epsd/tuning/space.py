@@ -138,8 +138,9 @@ class Space:
                     f"{_shown(self.tune.space[key])}."
                 )
         check(self.params({}))
-        for key, entry in self.ranges.items():
-            self._check_when(key, entry)
+        for key, entry in self.tune.space.items():  # also what is fixed at present
+            if key in self.ranges:
+                self._check_when(key, entry)
             self._check_ends(key, entry)
         if self.tune.current_first and not self._alone:
             self._check_current()
@@ -195,7 +196,7 @@ class Space:
     def _check_ends(self, key: str, entry: RangeParams) -> None:
         """Both ends of the range are values that the parameter takes, in some trial in which it is active."""
         beside = next((chosen for chosen in self._surroundings() if self.active(key, chosen)), None)
-        if beside is None and self._alone:
+        if beside is None and (self._alone or key in self.fixed):
             return
         if beside is None:
             raise ParamsError(f"tune.space.{key}: no trial would ever use it: no variant that may be chosen has it.")
