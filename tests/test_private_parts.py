@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import mmap
 import os
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ NAMES = (
     "torch.nn.modules.conv._ConvNd",
     "torch.nn.modules.pooling._AdaptiveMaxPoolNd",
     "torch.nn.modules.pooling._MaxPoolNd",
+    "torch.ops.aten._assert_async",  # a check of values that stays in a graph that is exported
     "torch.utils._pytree.tree_leaves",  # tuples and mappings of tensors, as networks of users' own give them
     "torch.utils._pytree.tree_map",
 )
@@ -51,7 +53,7 @@ ATTRIBUTES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", NAMES)
 def test_a_private_name_is_there(name: str) -> None:
     place, _, last = name.rpartition(".")
-    assert hasattr(importlib.import_module(place), last), f"{name} is gone: find who uses it in src"
+    assert hasattr(pkgutil.resolve_name(place), last), f"{name} is gone: find who uses it in src"
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
@@ -342,9 +344,17 @@ def test_mlflow_hears_the_variables_that_are_set() -> None:
 
     from epsd.tracking import models, store
 
-    told = {*store._HTTP, *models.PLAIN, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "MLFLOW_DISABLE_TELEMETRY"}
+    told = {*store._HTTP, *models.PLAIN, store._UNPOOLED[0]}
+    told |= {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "MLFLOW_DISABLE_TELEMETRY"}
     missing = [name for name in told if name.startswith("MLFLOW_") and not hasattr(known, name)]
     assert not missing
+
+
+def test_mlflow_serves_by_the_function_that_is_wrapped() -> None:
+    from mlflow.pyfunc import scoring_server
+
+    assert "to_thread(invocations, " in inspect.getsource(scoring_server.init)
+    assert scoring_server.BAD_REQUEST and issubclass(scoring_server.MlflowException, Exception)
 
 
 def test_mlflow_names_its_tags_as_they_are_written() -> None:

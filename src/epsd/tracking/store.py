@@ -45,6 +45,9 @@ _HTTP = {
 }
 """A server that dies at work costs seconds instead of MLflow's four minutes, or for ever with PostgreSQL."""
 
+_UNPOOLED = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool"
+"""A database file that is deleted would live on in a connection that is kept."""
+
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 _ANSWER_WITHIN = 2.0
@@ -116,7 +119,7 @@ class Store:
             return MlflowClient(tracking_uri=self.uri)
         with self.alone():
             if self.database:
-                os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")  # none to a file that is gone
+                os.environ.setdefault(*_UNPOOLED)
                 complete(self.database, self.home / "mlruns")
                 relocate(self.database, self.home)
             client = MlflowClient(tracking_uri=self.uri)
