@@ -1,6 +1,7 @@
 """What a training step costs: against the machine's peak, the usual way of training, and bare loops; side by side.
 
-    python benchmarks/training.py [--parts step objectives epoch] [--precisions bf16 fp32] [--rounds 5] [--write FILE]
+    python benchmarks/training.py [--parts step objectives epoch auto] [--precisions bf16 fp32] [--rounds 5]
+        [--write FILE]
 
 ResNet-18 (CIFAR stem, 10 classes), batch 128 of 3x32x32, random images. A bare step is forward, loss, backward and SGD
 with momentum in plain PyTorch, with the layout, precision, kernels and memory that `train` picks; `fit` is the
@@ -13,9 +14,13 @@ objectives : a step of `fit`, all included, in units of the bare cross-entropy s
     each against the shortest bare one, which other jobs on the machine disturb least.
 epoch : epochs of `fit` with pad-crop, flip, partners, a mask at 95 % and bookkeeping, against the bare steps of the
     same objective; and what an epoch pays once: logging to MLflow, a checkpoint.
+auto : shortest steps of `fit` in every way that the recipe leaves open, and in the one that `auto` takes after it has
+    measured them; ResNet-18 and the narrow ResNet-20 and ResNet-8.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import statistics
 import tempfile
@@ -39,7 +44,7 @@ from epsd.objectives import OBJECTIVES
 from epsd.project.recipes import Recipe
 from epsd.project.runtime import versions
 from epsd.registry import choose
-from epsd.training import checkpoints
+from epsd.training import autotune, checkpoints
 from epsd.training.fit import fit
 from epsd.training.record import Record
 from epsd.training.updates import MaskHolder
@@ -55,10 +60,10 @@ Step = Callable[[], object]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-def network() -> nn.Module:
-    """ResNet-18 for CIFAR."""
+def network(depth: int = 18) -> nn.Module:
+    """A ResNet for CIFAR."""
     torch.manual_seed(0)
-    model: nn.Module = choose(ARCHITECTURES, {"name": "resnet", "depth": 18, "stem": "cifar"})(10, SHAPE)
+    model: nn.Module = choose(ARCHITECTURES, {"name": "resnet", "depth": depth, "stem": "cifar"})(10, SHAPE)
     return model
 
 
@@ -75,16 +80,22 @@ def clock(call: Step) -> float:
     return time.perf_counter() - start
 
 
-class Repeated:
-    """One batch again and again; `seconds`: how long training took over each."""
+class Enough(Exception):
+    """A training has done the steps that are measured."""
 
-    def __init__(self, batch: Batch, steps: int) -> None:
+
+class Repeated:
+    """One batch again and again; `seconds`: how long training took over each. `announced`: steps of a training that
+    is to be taken for longer than it is; it ends in `Enough`.
+    """
+
+    def __init__(self, batch: Batch, steps: int, announced: int = 0) -> None:
         self.size, self.num_classes = len(batch.labels), 10
-        self._batch, self._steps = batch, steps
+        self._batch, self._steps, self._announced = batch, steps, announced
         self.seconds: list[float] = []
 
     def __len__(self) -> int:
-        return self._steps
+        return self._announced or self._steps
 
     def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]:
         """`steps` times the batch."""
@@ -92,6 +103,8 @@ class Repeated:
             start = time.perf_counter()
             yield self._batch
             self.seconds.append(time.perf_counter() - start)
+        if self._announced:
+            raise Enough
 
 
 def usual_step(batch: Batch) -> Step:
@@ -304,7 +317,40 @@ def saving() -> float:
         return statistics.median(clock(lambda: checkpoints.save(path, state, "mark")) for _ in range(3))
 
 
-PARTS = {"step": step_table, "objectives": objective_table, "epoch": epoch_table}
+def auto_table(arguments: argparse.Namespace) -> Iterator[str]:
+    """What `auto` takes, against every candidate."""
+    yield "| network | candidates, seconds of a step | `auto` takes | seconds | against the best candidate |"
+    yield "|---|---|---|---|---|"
+    batch = drawn(arguments.batch_size)
+    for depth in (18, 20, 8):
+        ways = autotune.ways(Recipe(), network(depth), CPU)
+        shortest = dict.fromkeys(map(str, ways), float("inf"))
+        for name in list(shortest) * arguments.rounds:
+            shortest[name] = min(shortest[name], stepped(depth, batch, explicit(name))[0])
+        announced = int(2 * autotune.LEAST / shortest[str(ways[0])])
+        found = [stepped(depth, batch, Recipe(lr=0.01, epochs=1), announced) for _ in range(arguments.rounds)]
+        names, auto, best = {name for _, name in found}, min(found)[0], min(shortest.values())
+        each = ", ".join(f"{name} {seconds:.3f}" for name, seconds in shortest.items())
+        cells = [f"ResNet-{depth}", each, ", ".join(sorted(names)), f"{auto:.3f}", f"{100 * (auto / best - 1):+.1f} %"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def explicit(way: str) -> Recipe:
+    """The recipe that leaves nothing open."""
+    precision, layout = way.split()
+    open_ways: dict[str, Any] = {"precision": precision, "memory_format": layout, "compile": "none"}
+    return Recipe(lr=0.01, epochs=1, **open_ways)
+
+
+def stepped(depth: int, batch: Batch, recipe: Recipe, announced: int = 0) -> tuple[float, str]:
+    """The shortest step of a training, and the way that it says it takes."""
+    model, source, said = network(depth), Repeated(batch, 4, announced), io.StringIO()
+    with contextlib.suppress(Enough), contextlib.redirect_stderr(said):
+        fit(model, source, objective=OBJECTIVES["cross_entropy"](), mask=half(model), recipe=recipe)
+    return min(source.seconds[2:]), said.getvalue().partition("train: ")[2].partition(" is taken")[0]
+
+
+PARTS = {"step": step_table, "objectives": objective_table, "epoch": epoch_table, "auto": auto_table}
 
 
 def report(arguments: argparse.Namespace) -> Iterator[str]:

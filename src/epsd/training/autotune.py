@@ -24,8 +24,9 @@ from epsd.types import Batch, EpsdError
 if TYPE_CHECKING:
     from epsd.training.fit import _Loop
 
-ROUNDS = 3
-"""Steps of each way that are timed; the shortest counts."""
+ROUNDS, MOST = 3, 10
+"""Steps of each way that are timed, at least and at most: as many as `SHARE` allows. The shortest counts, which of many
+is one that no other job on the machine has disturbed."""
 SHARE = 0.02
 """Of the training that measuring may take."""
 LEAST = 600.0
@@ -96,7 +97,8 @@ def autotuned(loop: "_Loop", batch: Batch) -> dict[Way, float]:
     if whole < LEAST:
         return {}
     times = dict.fromkeys(open_ways, math.inf)
-    for way in open_ways * (ROUNDS if len(open_ways) > 1 else 1):
+    rounds = min(MOST, int(steps * SHARE / (2 * len(open_ways))))
+    for way in open_ways * (rounds if len(open_ways) > 1 else 1):
         times[way] = min(times[way], _agreed(bench.seconds(way)))
     if loop.recipe.compile == "auto" and whole > COMPILING and distributed.world() == 1:
         merged = best(times)._replace(compile="kernels")
