@@ -67,7 +67,7 @@ def _cut_off(database: Path) -> bool:
     except sqlite3.OperationalError:
         raise
     except sqlite3.DatabaseError as error:
-        raise DatabaseError(f"{database}: {brief(error)}; once it is moved away, a new one is made") from None
+        raise DatabaseError(f"{brief(error)}; once it is moved away, a new one is made") from None
     from mlflow.store.db.base_sql_model import Base
     from mlflow.store.tracking.dbmodels import initial_models
 
