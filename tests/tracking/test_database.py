@@ -143,7 +143,10 @@ def test_a_file_that_is_no_database_is_named_and_left(project, capsys):
     with session():
         pass
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"{project}/mlflow.db cannot be used (file is not a database; once it is moved away" in said
+    assert (
+        said.count("\n") == 1
+        and f"{project}/mlflow.db cannot be used (file is not a database; once it is moved away" in said
+    )
     assert Path("mlflow.db").read_text().startswith("not a database")
     Path("mlflow.db").rename("notes")
     with session("another"):

@@ -24,9 +24,11 @@ from epsd.types import Batch, EpsdError
 if TYPE_CHECKING:
     from epsd.training.fit import _Loop
 
-ROUNDS, MOST = 3, 10
-"""Steps of each way that are timed, at least and at most: as many as `SHARE` allows. The shortest counts, which of many
-is one that no other job on the machine has disturbed."""
+ROUNDS, MOST = 3, 30
+"""Steps of each way that are timed, at least and at most: as many as `SHARE` and `LONGEST` allow. The shortest counts,
+which of many is one that no other job on the machine has disturbed."""
+LONGEST = 60.0
+"""Seconds that measuring takes at most, but for steps of seconds."""
 SHARE = 0.02
 """Of the training that measuring may take."""
 LEAST = 600.0
@@ -97,7 +99,8 @@ def autotuned(loop: "_Loop", batch: Batch) -> dict[Way, float]:
     if whole < LEAST:
         return {}
     times = dict.fromkeys(open_ways, math.inf)
-    rounds = min(MOST, int(steps * SHARE / (2 * len(open_ways))))
+    seconds = min(LONGEST, whole * SHARE)
+    rounds = min(MOST, max(ROUNDS, int(seconds * steps / whole / (2 * len(open_ways)))))
     for way in open_ways * (rounds if len(open_ways) > 1 else 1):
         times[way] = min(times[way], _agreed(bench.seconds(way)))
     if loop.recipe.compile == "auto" and whole > COMPILING and distributed.world() == 1:
