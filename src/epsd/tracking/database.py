@@ -32,7 +32,8 @@ def locked(path: Path, timeout: float) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(path, timeout=timeout, mode=path.parent.stat().st_mode & 0o666))
+            mode = path.parent.stat().st_mode & 0o666 | 0o600
+            held.enter_context(FileLock(path, timeout=timeout, mode=mode))
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EROFS):
                 raise
