@@ -96,6 +96,17 @@ def rounded(objective: str, folder: Path) -> Found:
     return {**model.state_dict(), "loss": torch.tensor(history[-1]["train/loss"])}
 
 
+def tuned(objective: str, folder: Path) -> Found:
+    """What is frozen thaws after the first epoch; the running mean of the best epoch is kept."""
+    model, data = network(), ToyBatches(dtype=torch.float64)
+    thawing: dict[str, Any] = {"freeze": ["0", "1"], "freeze_epochs": 1, "head_lr": 2.0, "decay_norms": False}
+    recipe = Recipe(epochs=EPOCHS, lr=0.05, precision="fp32", ema=0.7, keep="best", **thawing)
+    validation = ToyBatches(size=21, dtype=torch.float64)
+    loss = OBJECTIVES[objective](class_weights=[0.5, 1.0, 2.0])
+    history = fit(model, data, objective=loss, mask=half(model), recipe=recipe, validation=validation, seed=4)
+    return {**model.state_dict(), "loss": torch.tensor(history[-1]["train/loss"])}
+
+
 def stop(record: dict[str, float]) -> None:
     if record["epoch"] == 2:
         raise Stopped
@@ -204,6 +215,7 @@ def detect_resumed(name: str, folder: Path) -> Found:
 WORK: dict[str, Callable[[str, Path], Found]] = {
     "train": train,
     "rounded": rounded,
+    "tuned": tuned,
     "parts": parts,
     "parts_that_never_fit": parts_that_never_fit,
     "broken": broken,

@@ -34,7 +34,8 @@ NAMES = sorted(OBJECTIVES)
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything of `worlds` in this process and in two others; each number goes on from the other's checkpoints."""
     folder = tmp_path_factory.mktemp("worlds")
-    both = ["train", "broken", "scores", "masks", "detect", "detect_broken", "rounded", "parts", "parts_that_never_fit"]
+    both = ["train", "broken", "scores", "masks", "detect", "detect_broken", "rounded", "tuned", "parts"]
+    both.append("parts_that_never_fit")
     after = ["resumed", "detect_resumed"]
     worlds.main(folder, both)
     with pytest.MonkeyPatch.context() as patch:
@@ -63,6 +64,12 @@ def test_two_processes_find_the_weights_and_figures_of_one(results: Path, object
     one = found(results, "train", objective, 1)
     assert {"train/loss", "train/top1", "val/top1", "val/nll"} <= one.keys()
     assert difference(one, found(results, "train", objective, 2)) < 1e-9
+
+
+@pytest.mark.parametrize("objective", NAMES)
+def test_two_processes_fine_tune_as_one(results: Path, objective: str) -> None:
+    one, other = (found(results, "tuned", objective, world) for world in (1, 2))
+    assert difference(one, other) < 1e-9
 
 
 @pytest.mark.parametrize("objective", NAMES)
