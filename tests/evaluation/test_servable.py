@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from epsd.data.streaming import Normalise
+from epsd.data.sampling import Normalise
 from epsd.evaluation.intake import Answer, Intake, ServingError, answers, find_images
 from epsd.evaluation.servable import Servable, asking, example
 from epsd.files.images import ImageError, fit, pixels

@@ -114,11 +114,9 @@ class Report:
         written = []
         for name, table in tables.items():
             if len(table):
-                with artifacts.replacing(folder / f"{name}.csv") as temporary:
-                    table.to_csv(temporary, index=False)
+                artifacts.write_text(folder / f"{name}.csv", table.to_csv(index=False))
                 written.append(folder / f"{name}.csv")
-        with artifacts.replacing(folder / "summary.md") as temporary:
-            temporary.write_text(self.markdown(), encoding="utf-8")
+        artifacts.write_text(folder / "summary.md", self.markdown())
         written.append(folder / "summary.md")
         for name, draw in self._figures():
             figures.save(draw(), folder / f"{name}.png")

@@ -9,7 +9,7 @@ from epsd.comparison import rows, significance, tables
 from epsd.comparison.configuration import MACHINE
 from epsd.comparison.tables import ENDINGS, Format
 from epsd.comparison.types import ComparisonError, Entry, Table
-from epsd.project.artifacts import replacing
+from epsd.project.artifacts import write_text
 from epsd.project.params import DEFAULT_PATH, load
 from epsd.registry import unknown
 from epsd.tracking.runs import is_trained, read_runs
@@ -46,8 +46,7 @@ def command(request: Request, draw: Callable[[Sequence[Entry], Path], None] | No
     if request.out is None:
         print(text)
     else:
-        with replacing(request.out) as temporary:
-            temporary.write_text(f"{text}\n", encoding="utf-8")
+        write_text(request.out, f"{text}\n")
         print(f"{request.out} is written.")
     if request.figure and draw:
         draw(runs, request.figure)

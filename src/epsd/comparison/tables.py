@@ -1,6 +1,5 @@
 """A comparison written down: for the terminal, as Markdown, CSV and LaTeX."""
 
-import csv
 import math
 import sys
 from io import StringIO
@@ -113,31 +112,20 @@ def _inline(cell: Cell | None, places: int, before: str, after: str) -> str:
 
 def comma_separated(table: Table) -> str:
     """One line per cell, every number in full."""
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for row in table.rows:
-        for sparsity, cell in sorted(row.cells.items()):
-            writer.writerow(_csv_row(table, row, sparsity, cell))
-    return text.getvalue().rstrip("\n")
+    import pandas as pd
+
+    cells = [_csv_row(table, row, *pair) for row in table.rows for pair in sorted(row.cells.items())]
+    return pd.DataFrame(cells, columns=CSV_COLUMNS, dtype=object).to_csv(index=False).rstrip("\n")
 
 
 def _csv_row(table: Table, row: Row, sparsity: float, cell: Cell) -> list[object]:
     mean, deviation, count = cell.summary
     differs = "; ".join(f"{key}={shown}" for key, shown in row.context.items())
+    about = [row.method, row.objective, differs, sparsity, table.metric, mean, deviation, count, cell.best]
     found = cell.against
-    tail = ["", "", "", "", "", ""]
-    if found is not None:
-        tail = [repr(found.by), found.test, str(found.seeds), _full(found.p), _full(found.corrected), found.reason]
-    baseline = table.baseline if found is not None else ""
-    return [
-        row.method, row.objective, differs, sparsity, table.metric, mean, _full(deviation), count, cell.best, baseline,
-        *tail,
-    ]  # fmt: skip
-
-
-def _full(number: float) -> str:
-    return "" if math.isnan(number) else repr(number)
+    if found is None:
+        return [*about, *[None] * (len(CSV_COLUMNS) - len(about))]
+    return [*about, table.baseline, found.by, found.test, found.seeds, found.p, found.corrected, found.reason]
 
 
 def latex(table: Table) -> str:

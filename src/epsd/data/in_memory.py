@@ -1,13 +1,12 @@
 """Batches of images that live on the device: cropped, mirrored and normalised there, many at once."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from epsd.data.sampling import Sampled, Sampler, generator, partner_positions
-from epsd.data.streaming import Normalise
+from epsd.data.sampling import Sampled, generator, partner_positions
 from epsd.types import Batch, BatchNeeds
 
 
@@ -38,34 +37,15 @@ class Pixels(NamedTuple):
 
 
 class MemoryBatches(Sampled):
-    """Batches of a split that lives on the device.
+    """Batches of a split that lives on the device. `drawing`: as of `Sampled`.
 
-    Parameters
-    ----------
-    pixels : the images. labels : (N,) int64. mean, std : per channel, of pixels in [0, 1].
-    flip : mirror half of the images; crops move by up to `pixels.padding`. With neither, a second view equals the
-        first.
+    `flip`: mirror half of the images; crops move by up to `pixels.padding`. With neither, a second view equals the
+    first.
     """
 
-    def __init__(
-        self,
-        pixels: Pixels,
-        labels: Tensor,
-        *,
-        num_classes: int,
-        mean: list[float],
-        std: list[float],
-        batch_size: int,
-        seed: int = 0,
-        flip: bool = False,
-        shuffle: bool = False,
-        drop_last: bool = False,
-    ) -> None:
-        super().__init__(labels, num_classes, Sampler(len(labels), batch_size, seed, shuffle, drop_last))
+    def __init__(self, pixels: Pixels, labels: Tensor, *, flip: bool = False, **drawing: Any) -> None:
+        super().__init__(labels, pixels.padded.device, **drawing)
         self._pixels, self._flip = pixels, flip
-        self._device = pixels.padded.device
-        self._labels = labels.to(self._device)
-        self._normalise = Normalise(mean, std, self._device)
 
     def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]:
         """The batches of epoch `number`; `partner` is filled as `needs` asks, `indices` always."""

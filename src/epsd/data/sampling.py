@@ -124,13 +124,47 @@ def partner_positions(needs: BatchNeeds, order: Tensor, epoch: int, same_class: 
     return order if needs.partner == "view" else None
 
 
-class Sampled:
-    """Batches of a split by a `Sampler`; `size`: images of the split, `labels` (N,). Subclasses draw them."""
+class Normalise:
+    """(B, C, H, W) uint8 -> float32, (x / 255 - mean) / std as one multiplication and one addition."""
 
-    def __init__(self, labels: Tensor, num_classes: int, sampler: Sampler) -> None:
+    def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
+        means, stds = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
+        self.scale = (1 / (255 * stds)).float().to(device)
+        self.shift = (-means / stds).float().to(device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """A new tensor, contiguous, on the device of `images`."""
+        floats = images.to(torch.float32, memory_format=torch.contiguous_format)
+        return floats.mul_(self.scale).add_(self.shift)
+
+
+class Sampled:
+    """Batches of a split by a `Sampler`, whose images subclasses make. `labels`: of all its images, (N,).
+
+    Parameters
+    ----------
+    labels : (N,) int64.  device : of the batches.  mean, std : per channel, of pixels in [0, 1].
+    batch_size, seed, shuffle, drop_last : as of `Sampler`.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        device: torch.device,
+        *,
+        num_classes: int,
+        mean: list[float],
+        std: list[float],
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = False,
+        drop_last: bool = False,
+    ) -> None:
         self.size, self.num_classes, self.labels = len(labels), num_classes, labels
-        self._sampler = sampler
-        self._same_class = SameClass(labels.cpu(), sampler.seed)
+        self._sampler = Sampler(len(labels), batch_size, seed, shuffle, drop_last)
+        self._same_class = SameClass(labels.cpu(), seed)
+        self._labels, self._device = labels.to(device), device
+        self._normalise = Normalise(mean, std, device)
 
     def __len__(self) -> int:
         return len(self._sampler)

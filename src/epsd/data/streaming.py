@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from epsd.compute.devices import Machine
+from epsd.compute.random_state import keeping_random_state
 from epsd.compute.seeds import mix
-from epsd.data.sampling import Sampled, Sampler, partner_positions
+from epsd.data.sampling import Sampled, partner_positions
 from epsd.files.digests import digest
 from epsd.files.images import ImageError, decode, decode_planes, fit, pixels
 from epsd.files.layouts import Files, Reading
 from epsd.types import Batch, BatchNeeds, EpsdError
 
+_CPU = torch.device("cpu")
 _SCALE, _RATIO = [0.08, 1.0], [3 / 4, 4 / 3]
 """Share of the area and aspect (width / height) of a random resized crop: the ImageNet recipe."""
 
@@ -37,20 +39,6 @@ class Augmentation(NamedTuple):
 
     crop_padding: int = 0
     flip: bool = False
-
-
-class Normalise:
-    """(B, C, H, W) uint8 -> float32, (x / 255 - mean) / std as one multiplication and one addition."""
-
-    def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
-        means, stds = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
-        self.scale = (1 / (255 * stds)).float().to(device)
-        self.shift = (-means / stds).float().to(device)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """A new tensor, contiguous, on the device of `images`."""
-        floats = images.to(torch.float32, memory_format=torch.contiguous_format)
-        return floats.mul_(self.scale).add_(self.shift)
 
 
 class _Crop(NamedTuple):
@@ -132,21 +120,9 @@ class Pictures:
 @contextmanager
 def drawing_from(*parts: int | str) -> Iterator[None]:
     """Seed the global generators (torch's CPU one, numpy, random) by `parts` inside the block, restore them after."""
-    with _restored():
+    with keeping_random_state(_CPU):
         _seed(*parts)
         yield
-
-
-@contextmanager
-def _restored() -> Iterator[None]:
-    """Whatever is drawn inside leaves no trace in the global generators."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def _seed(*parts: int | str) -> None:
@@ -189,7 +165,7 @@ class Requests(Dataset[Drawn | EpsdError]):
             return error
 
     def _batch(self, purpose: str, epoch: int, anchors: list[int], positions: list[int]) -> Any:
-        with _restored():
+        with keeping_random_state(_CPU):
             pairs = zip(anchors, positions, strict=True)
             samples = [self._sample(purpose, epoch, anchor, position) for anchor, position in pairs]
             _seed(self._seed, purpose, epoch, anchors[0], "collate")
@@ -223,9 +199,9 @@ def _as_is(answer: Any) -> Any:
 
 
 class StreamedBatches(Sampled):
-    """Batches of a split that is read from files. Parameters as `epsd.data.in_memory.MemoryBatches`.
+    """Batches of a split that is read from files. `drawing`: as of `Sampled`.
 
-    `augmentation` None: resized and cut as for evaluation. `workers`: processes that decode, 0 = this one.
+    `augmentation` None: resized and cut as for evaluation. `machine`: its workers decode, where it has any.
     """
 
     def __init__(
@@ -233,21 +209,14 @@ class StreamedBatches(Sampled):
         pictures: Pictures,
         labels: Tensor,
         *,
-        num_classes: int,
-        mean: list[float],
-        std: list[float],
-        batch_size: int,
-        seed: int = 0,
         augmentation: Augmentation | None = None,
-        shuffle: bool = False,
-        drop_last: bool = False,
         machine: Machine = Machine(),
+        **drawing: Any,
     ) -> None:
-        super().__init__(labels, num_classes, Sampler(len(labels), batch_size, seed, shuffle, drop_last))
-        self._labels, self._device, self._workers = labels, machine.device, machine.workers
+        super().__init__(labels, machine.device, **drawing)
+        self._workers = machine.workers
         draw = partial(pictures.augmented, flip=augmentation.flip) if augmentation else pictures.__getitem__
-        self._requests = Requests(draw, torch.stack, seed)
-        self._normalise = Normalise(mean, std, self._device)
+        self._requests = Requests(draw, torch.stack, self._sampler.seed)
 
     def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]:
         """The batches of epoch `number`; `partner` is filled as `needs` asks, `indices` always."""
@@ -261,7 +230,7 @@ class StreamedBatches(Sampled):
         for indices, drawn in zip(batches, answers, strict=True):
             partner = None if drawn.partners is None else self._ready(drawn.partners)
             moved = indices.to(self._device)
-            yield Batch(self._ready(drawn.samples), self._labels[indices].to(self._device), moved, partner)
+            yield Batch(self._ready(drawn.samples), self._labels[moved], moved, partner)
 
     def _ready(self, images: Tensor) -> Tensor:
         return self._normalise(images.to(self._device, non_blocking=True))

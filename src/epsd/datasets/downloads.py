@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from epsd.files.regular import check_regular
+from epsd.files.regular import check_regular, refused
 from epsd.project.runtime import note, watched
 from epsd.types import EpsdError
 
@@ -39,7 +39,7 @@ class Published(NamedTuple):
 
 def checksum(path: Path, algorithm: str) -> str:
     """The file's digest as `algorithm:hex`. Raises DownloadError where it cannot be read."""
-    with _written(path, "read"), check_regular(path).open("rb") as file:
+    with refused(DownloadError, path, "read"), check_regular(path).open("rb") as file:
         return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
@@ -66,7 +66,7 @@ def fetch(published: Published, folder: Path, *, tries: int = 5, pause: float = 
         verify(target, published.checksum)
         return target
     part = target.with_name(f"{target.name}.part")
-    with _written(part):
+    with refused(DownloadError, part):  # errors of the network have become `_Lost` before
         folder.mkdir(parents=True, exist_ok=True)
         came = _fetch_part(published, part, tries, pause)
         found = checksum(came, published.checksum.partition(":")[0])
@@ -78,15 +78,6 @@ def fetch(published: Published, folder: Path, *, tries: int = 5, pause: float = 
         came.replace(target)
         part.unlink(missing_ok=True)
     return target
-
-
-@contextlib.contextmanager
-def _written(path: Path, doing: str = "written") -> Iterator[None]:
-    """What the file system refuses, as a DownloadError. Errors of the network have become `_Lost` before."""
-    try:
-        yield
-    except OSError as error:
-        raise DownloadError(f"{path}: cannot be {doing} ({error.strerror or error}).") from None
 
 
 def locate(root: Path, published: Published, download: bool, terms: str = "") -> Path:

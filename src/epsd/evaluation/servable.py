@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from epsd.data.streaming import Normalise
+from epsd.data.sampling import Normalise
 from epsd.evaluation.intake import Ask, Intake
 
 EXAMPLE_UP_TO = 64

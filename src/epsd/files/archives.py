@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from epsd.files.images import Shortage
-from epsd.files.regular import LARGEST, read_bytes, too_large
+from epsd.files.regular import LARGEST, read_bytes, refused, too_large
 from epsd.types import EpsdError
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -33,6 +33,9 @@ _SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Errors of the system that say nothing about the file."""
 
 T = TypeVar("T")
+Listing = tuple[tuple[str, ...], frozenset[str]]
+"""Files, sorted, and folders."""
+
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
 
 
@@ -52,15 +55,19 @@ class Tree(ABC):
     def __init__(self, where: Path) -> None:
         self.where = where
 
-    @property
     @abstractmethod
-    def names(self) -> tuple[str, ...]:
-        """Every file, sorted."""
+    def _listing(self) -> Listing:
+        """Every file, sorted; every folder below the root, also those that hold nothing."""
 
     @property
-    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Every file, sorted."""
+        return self._listing()[0]
+
+    @property
     def folders(self) -> frozenset[str]:
         """Every folder below the root, also those that hold nothing."""
+        return self._listing()[1]
 
     @abstractmethod
     def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
@@ -102,22 +109,12 @@ class FolderTree(Tree):
     def __init__(self, where: Path, root: Path | None = None) -> None:
         super().__init__(where)
         self.root = root or where
-        self._listed: tuple[tuple[str, ...], frozenset[str]] | None = None
+        self._listed: Listing | None = None
 
-    def _listing(self) -> tuple[tuple[str, ...], frozenset[str]]:
+    def _listing(self) -> Listing:
         if self._listed is None:  # only when asked for: a loader that knows its names need not walk a million files
             self._listed = _walk(self.root)
         return self._listed
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every file, sorted."""
-        return self._listing()[0]
-
-    @property
-    def folders(self) -> frozenset[str]:
-        """Every folder."""
-        return self._listing()[1]
 
     def resolved(self, folder: str) -> str:
         """The real path."""
@@ -147,9 +144,9 @@ class ZipTree(Tree):
         self._open()
         entries = list(_counted(self._zip.infolist(), self.where))
         wanted = {_clean(info.filename): info.filename for info in entries if _wanted_zip(info, self)}
-        self._names = tuple(sorted(name for name in wanted if not _hidden(name)))
+        names = tuple(sorted(name for name in wanted if not _hidden(name)))
         self._written = {name: entry for name, entry in wanted.items() if name != entry}  # as the archive spells it
-        self._folders = _folders(self._names, (_clean(info.filename) for info in entries if info.is_dir()))
+        self._listed = names, _folders(names, (_clean(info.filename) for info in entries if info.is_dir()))
 
     def _open(self) -> None:
         try:
@@ -159,22 +156,15 @@ class ZipTree(Tree):
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: self.__dict__[name] for name in ("where", "_names", "_written", "_folders")}
+        return {name: self.__dict__[name] for name in ("where", "_written", "_listed")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
         self._open()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every file, sorted."""
-        return self._names
-
-    @property
-    def folders(self) -> frozenset[str]:
-        """Every folder."""
-        return self._folders
+    def _listing(self) -> Listing:
+        return self._listed
 
     def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """In the order given."""
@@ -275,11 +265,9 @@ def unpack(tree: Tree, names: Iterable[str], target: Path) -> None:
         _inside(name, tree.where)
     for name, content in tree.read_many(names):
         path = target / name
-        try:
+        with refused(ArchiveError, path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        except OSError as error:
-            raise ArchiveError(f"{path}: cannot be written ({error.strerror or error}).") from None
 
 
 def _counted(entries: Iterable[T], archive: Path) -> Iterable[T]:
@@ -324,7 +312,7 @@ def _folders(names: Iterable[str], explicit: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name in found if not _hidden(name))
 
 
-def _walk(root: Path) -> tuple[tuple[str, ...], frozenset[str]]:
+def _walk(root: Path) -> Listing:
     """Files and folders below `root`. Links are followed, but for one to a folder that it lies in: else for ever.
 
     Raises ArchiveError naming a folder that cannot be listed.

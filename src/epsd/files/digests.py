@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from epsd.files.regular import check_regular
+from epsd.files.regular import check_regular, refused
 from epsd.types import EpsdError
 
 if TYPE_CHECKING:
@@ -46,10 +46,8 @@ def digest_of(path: Path) -> str:
 
 def check(path: Path, wanted: str) -> None:
     """Raises DamagedFile where the file at `path` is missing, or not that of which `digest_of` gave `wanted`."""
-    try:
+    with refused(DamagedFile, path, "read"):
         found = digest_of(path)
-    except OSError as error:
-        raise DamagedFile(f"{path}: cannot be read ({error.strerror or error}).") from None
     if found != wanted:
         raise DamagedFile(f"{path}: damaged or replaced: its digest is {found}, {wanted} was written.")
 

@@ -1,8 +1,12 @@
 """Regular files only: a FIFO would be waited for, and a device read, for ever."""
 
+import contextlib
 import errno
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+
+from epsd.types import EpsdError
 
 LARGEST = 1 << 31
 """Bytes of one file or archive entry that is read as a whole. No image, list or pickle of a data set comes near."""
@@ -20,6 +24,15 @@ def read_bytes(path: Path) -> bytes:
     if (size := check_regular(path).stat().st_size) > LARGEST:
         raise OSError(errno.EFBIG, too_large(size))
     return path.read_bytes()
+
+
+@contextlib.contextmanager
+def refused(kind: type[EpsdError], path: object, what: str = "written") -> Iterator[None]:
+    """What the file system refuses, as an error of this kind: `PATH: cannot be written (why).`"""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{path}: cannot be {what} ({error.strerror or error}).") from None
 
 
 def too_large(size: int) -> str:

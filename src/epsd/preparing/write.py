@@ -19,6 +19,7 @@ from epsd.files.archives import open_tree, unpack
 from epsd.files.digests import digest_of
 from epsd.files.duplicates import Marks, duplicates, mark, marks
 from epsd.files.layouts import SPLITS, UNPACKED, Files, Labelled, Source, SourceError, Split, check_labels
+from epsd.files.regular import refused
 from epsd.preparing.decoding import Read, decoded, image_shape, shown
 from epsd.preparing.splits import carved, limited, of_classes
 from epsd.preparing.tally import Tally
@@ -96,18 +97,16 @@ class Writer:
     def __post_init__(self) -> None:
         self._hash = hashlib.sha256(repr(self.source.class_names).encode())
         self.left_out += self.source.left_out
-        try:
+        with refused(ArtifactError, self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "data.json").unlink(missing_ok=True)
             shutil.rmtree(self.out / UNPACKED, ignore_errors=True)
-        except OSError as error:
-            raise ArtifactError(f"{self.out}: cannot be written ({error.strerror or error}).") from None
 
     def write(self, split: Split, labelled: Labelled) -> None:
         """Verify and write one split."""
         if isinstance(labelled.images, np.ndarray):
             images, kept = labelled.images, np.ones(len(labelled), dtype=bool)
-            self.marks[split], self.names[split] = marks(map(_bytes, images)), range(len(images))
+            self.marks[split], self.names[split] = marks(image.tobytes() for image in images), range(len(images))
         elif self.in_memory:
             images, kept = self._load(split, labelled.images)
         else:
@@ -211,10 +210,6 @@ class Writer:
     def _unreadable(self) -> list[str]:
         lost = list(chain(*self.skipped.values()))
         return [f"{len(lost):,} unreadable ({lost[0]}{', ...' if len(lost) > 1 else ''})"] if lost else []
-
-
-def _bytes(image: NDArray[np.uint8]) -> bytes:
-    return image.tobytes()
 
 
 def written_arrays(

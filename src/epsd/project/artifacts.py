@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from epsd.files import digests
-from epsd.files.regular import read_bytes
+from epsd.files.regular import read_bytes, refused
 from epsd.registry import explain
 from epsd.types import EpsdError
 
@@ -132,12 +132,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises ArtifactError where the folder cannot be written or the disk is full; `path` then is what it was before.
     """
-    try:
+    with refused(ArtifactError, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be written ({error.strerror or error}).") from None
     temporary = Path(name)
     try:
         with writing(path):
@@ -185,19 +183,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def check_writable(folder: Path) -> None:
     """Before hours of work for what goes there. Makes the folder. Raises ArtifactError where no file can be written."""
-    try:
+    with refused(ArtifactError, folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ArtifactError(f"{folder}: cannot be written ({error.strerror or error}).") from None
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """`content` as indented JSON, with a digest as its last entry. NaN and infinity are refused: they are not JSON."""
-    text = digests.sealed(content)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, digests.sealed(content))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -208,13 +201,11 @@ def write_text(path: Path, text: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote. Raises ArtifactError (missing, unreadable), DamagedFile (not what was written)."""
-    try:
-        text = read_bytes(path)
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: {_MISSING}") from None
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error}).") from None
-    return digests.unsealed(text, path)
+    with refused(ArtifactError, path, "read"):
+        try:
+            return digests.unsealed(read_bytes(path), path)
+        except FileNotFoundError:
+            raise ArtifactError(f"{path}: {_MISSING}") from None
 
 
 def read_card(path: Path) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """What came of a study: table, figure and files under artifacts/studies/NAME."""
 
-import csv
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +9,7 @@ from epsd.comparison.configuration import MACHINE
 from epsd.comparison.significance import against, mark_best
 from epsd.comparison.types import ComparisonError, Entry, Table
 from epsd.project import artifacts
-from epsd.project.artifacts import replacing
+from epsd.project.artifacts import write_text
 from epsd.project.runtime import note, quiet
 from epsd.studies.plan import Cell, Plan, StudyParams
 from epsd.studies.work import Place, Result, results
@@ -28,7 +26,7 @@ def conclude(plan: Plan, place: Place) -> list[Path]:
     done = list(results(plan, place))
     study, folder = plan.study, FOLDER / plan.study.name
     files = [folder / "cells.csv"]
-    _write(files[0], _cells(done))
+    write_text(files[0], _cells(done))
     try:
         found = table([entry(cell, result) for cell, result in done], study)
     except ComparisonError as error:
@@ -37,7 +35,7 @@ def conclude(plan: Plan, place: Place) -> list[Path]:
     if not quiet():
         print(tables.written(found, "terminal"))
     for name, style in (("table.md", "markdown"), ("table.csv", "csv"), ("table.tex", "latex")):
-        _write(folder / name, tables.written(found, style))  # type: ignore[arg-type]
+        write_text(folder / name, f"{tables.written(found, style)}\n")  # type: ignore[arg-type]
         files.append(folder / name)
     files += figure(found, folder) + cost_figure(done, study.metric, folder)
     if not quiet():
@@ -88,8 +86,7 @@ def _drawn(name: str, data: "pd.DataFrame", metric: str, folder: Path) -> list[P
 
     path, csv_path = folder / f"{name}.png", folder / f"{name}.csv"
     style.save(getattr(study, name)(data, metric=metric), path)
-    with replacing(csv_path) as temporary:
-        data.to_csv(temporary, index=False)
+    write_text(csv_path, data.to_csv(index=False))
     return [path, csv_path]
 
 
@@ -123,17 +120,13 @@ def cost_figure(done: list[tuple[Cell, Result]], metric: str, folder: Path) -> l
 
 def _cells(done: list[tuple[Cell, Result]]) -> str:
     """Every finished cell with all its figures, as CSV."""
-    metrics = list(dict.fromkeys(name for _, result in done for name in result.metrics))
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "objective", "sparsity", "seed", "run_id", "seconds", *metrics])
+    import pandas as pd
+
+    about = ["method", "objective", "sparsity", "seed", "run_id", "seconds"]
+    rows = []
     for cell, result in done:
-        params = cell.params
-        about = [cell.method, params.objective["name"], params.prune.sparsity, params.seed, result.run_id]
-        writer.writerow([*about, result.seconds, *(result.metrics.get(name, "") for name in metrics)])
-    return text.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        params, own = cell.params, (result.run_id, result.seconds)
+        known = cell.method, params.objective["name"], params.prune.sparsity, params.seed, *own
+        rows.append(dict(zip(about, known, strict=True)) | result.metrics)
+    frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=about)
+    return str(frame.to_csv(index=False))

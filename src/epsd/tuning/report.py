@@ -14,8 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from epsd.engine.ledger import slot
 from epsd.project import commented, presets
-from epsd.project.artifacts import replacing
-from epsd.project.params import DEFAULT_PATH, Params, at, flatten, load, parse, read_yaml
+from epsd.project.artifacts import replacing, write_text
+from epsd.project.params import DEFAULT_PATH, Params, at, flatten, load, override, parse, read_yaml
 from epsd.project.runtime import note
 from epsd.tuning import TuningError
 from epsd.tuning.judge import MEASURED
@@ -171,8 +171,7 @@ def export(study: optuna.Study, path: Path) -> int:
     rows = [_row(study, trial) for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
     if not rows:
         raise TuningError(f"study '{study.study_name}': no trial has begun yet: nothing to write to {path}.")
-    with replacing(path) as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
+    write_text(path, pd.DataFrame(rows).to_csv(index=False))
     return len(rows)
 
 
@@ -254,12 +253,11 @@ def figures(study: optuna.Study, objectives: list[str], folder: Path) -> list[Pa
             note(f"tune: figure '{plot.name}' left out ({' '.join(str(error).split())[:120] or type(error).__name__}).")
     page = folder / "study.html"
     title = html.escape(f"Study {study.study_name}")
-    with replacing(page) as temporary:
-        temporary.write_text(
-            f"<!doctype html><meta charset='utf-8'><title>{title}</title>"
-            f"<body style='font-family: sans-serif; margin: 2em'><h1>{title}</h1>{''.join(sections)}",
-            encoding="utf-8",
-        )
+    write_text(
+        page,
+        f"<!doctype html><meta charset='utf-8'><title>{title}</title>"
+        f"<body style='font-family: sans-serif; margin: 2em'><h1>{title}</h1>{''.join(sections)}",
+    )
     return [page, *files]
 
 
@@ -277,9 +275,8 @@ def _still(study: optuna.Study, plot: Plot, path: Path) -> Path:
     before = plt.get_backend()
     plt.switch_backend("agg")
     try:
-        axes = getattr(drawn, plot.function)(study, **plot.settings)
-        figure = np.ravel(axes)[0].figure
-        figure.set_size_inches(max(figure.get_size_inches()[0], 9), max(figure.get_size_inches()[1], 5))
+        figure = np.ravel(getattr(drawn, plot.function)(study, **plot.settings))[0].figure
+        figure.set_size_inches(np.maximum(figure.get_size_inches(), (9, 5)))
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
     finally:
@@ -305,10 +302,7 @@ def apply(study: optuna.Study, trial: FrozenTrial, params: Params, target: Path 
     import torch
 
     threads = int(trial.user_attrs["threads"])
-    if threads != (params.threads or torch.get_num_threads()):
-        wanted["threads"] = threads
-    else:
-        wanted["threads"] = params.threads
+    wanted["threads"] = params.threads if threads == (params.threads or torch.get_num_threads()) else threads
     changes = _changes(read_yaml(target), wanted)
     if not changes:
         return None
@@ -337,14 +331,11 @@ def _changes(present: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str,
 def _rewrite(target: Path, changes: Mapping[str, Any]) -> None:
     tree = commented.load(target.read_text(encoding="utf-8"))
     for key, value in changes.items():
-        *parents, last = key.split(".")
-        node = at(tree, ".".join(parents)) if parents else tree
         if isinstance(value, Mapping):
-            _replace_choice(node[last], value)
+            _replace_choice(at(tree, key), value)
         else:
-            node[last] = value
-    with replacing(target) as temporary:
-        temporary.write_text(commented.dump(tree), encoding="utf-8")
+            override(tree, key, value)
+    write_text(target, commented.dump(tree))
 
 
 def _replace_choice(node: Any, wanted: Mapping[str, Any]) -> None:

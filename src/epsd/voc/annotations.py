@@ -22,7 +22,7 @@ from epsd.files.digests import digest
 from epsd.files.duplicates import Marks, duplicates, mark
 from epsd.files.images import decode, named, pixels
 from epsd.files.layouts import check_spelling
-from epsd.files.regular import read_bytes
+from epsd.files.regular import read_bytes, refused
 from epsd.voc.scenes import SPLITS, Floats, Scene, VocError, VocIndex
 
 Sources = Mapping[str, Sequence[tuple[Path, str]]]
@@ -132,10 +132,8 @@ def _probe(path: Path) -> tuple[tuple[int, int], int, bytes]:
 
 
 def _content(path: Path) -> bytes:
-    try:
+    with refused(VocError, path, "read"):
         return read_bytes(path)
-    except OSError as error:
-        raise VocError(f"{path}: cannot be read ({error.strerror or error}).") from None
 
 
 def read_picture(scene: Scene, channels: int) -> npt.NDArray[np.uint8]:
