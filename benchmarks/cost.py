@@ -31,7 +31,7 @@ from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
 from epsd.evaluation import evaluate as evaluation
 from epsd.masks import Mask
-from epsd.pipeline.prune import pruned
+from epsd.pipeline.prune import initial, pruned
 from epsd.pipeline.train import trained
 from epsd.preparing.write import prepare
 from epsd.project import presets
@@ -40,7 +40,7 @@ from epsd.project.params import Params, override, parse
 from epsd.project.runtime import versions
 from epsd.registry import choose
 from epsd.studies.prune_then_distill.rewinding import Rewinding
-from epsd.studies.prune_then_distill.student import StudentKind, distilled, initial
+from epsd.studies.prune_then_distill.student import StudentKind, distilled
 from epsd.training.checkpoints import fingerprint
 from epsd.training.record import Record
 from epsd.training.result import kept

@@ -14,7 +14,7 @@ from epsd.datasets import DATASETS
 from epsd.evaluation import metrics
 from epsd.masks import prunable
 from epsd.pipeline.deploy import masked
-from epsd.pipeline.prune import pruned, scored, scoring_key, uncontrolled
+from epsd.pipeline.prune import pruned, scored, scoring_key
 from epsd.pipeline.train import card
 from epsd.preparing.write import prepare
 from epsd.project.params import Params, override, parse, read_yaml
@@ -82,7 +82,7 @@ def test_controls_share_the_mask_in_which_rounds_end(data: Prepared) -> None:
     for control in ("shuffled", "reinitialised"):
         mine = params(**several, **{"prune.control": control})
         assert shares(mine) == shares(params(**several)) != shares(params(**{"prune.sparsity": 0.9}))
-        known = pruned(uncontrolled(mine), data)._replace(model=nn.Identity())
+        known = pruned(mine.pruning(control="none"), data)._replace(model=nn.Identity())
         apart, shared = pruned(mine, data), pruned(mine, data, known)
         assert apart.mask == shared.mask
         weights = dict(shared.model.named_parameters())

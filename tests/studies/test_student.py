@@ -10,13 +10,13 @@ from conftest import ROOT
 from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
 from epsd.masks import Mask, prunable
-from epsd.pipeline.prune import pruned
+from epsd.pipeline.prune import initial, pruned
 from epsd.preparing.write import prepare
 from epsd.project.params import Params, override, parse, read_yaml
 from epsd.registry import ParamsError
 from epsd.studies.prune_then_distill import student as made
 from epsd.studies.prune_then_distill.rewinding import Rewinding
-from epsd.studies.prune_then_distill.student import Distilled, distilled, initial, narrowed, nonzero, parameters
+from epsd.studies.prune_then_distill.student import Distilled, distilled, narrowed, nonzero, parameters
 
 SETTINGS = Rewinding(share=0.5, select="last")
 QUICK = {

@@ -23,7 +23,7 @@ from epsd.comparison import command
 from epsd.data.prepared import Prepared
 from epsd.evaluation import evaluate as evaluation
 from epsd.masks import Mask
-from epsd.pipeline.prune import network, pruned
+from epsd.pipeline.prune import initial, pruned
 from epsd.pipeline.train import trained
 from epsd.project.params import Params, load, read_yaml
 from epsd.registry import ParamsError, variant
@@ -482,7 +482,7 @@ class Lazy:
     def __call__(self, params: Params, data: Prepared, desk: Desk) -> Trained:
         desk.shared(lambda: self.made.append("x"))
         assert desk.mark and desk.folder.parent.name == "work"
-        network_ = network(params, data)
+        network_ = initial(params, data)
         mask = Mask.dense(network_)
         history = trained(params, data, network_, mask, on_epoch=desk.log)
         return Trained(network_, mask, history, {"cost/patience": self.patience})

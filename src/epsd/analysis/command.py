@@ -106,7 +106,7 @@ def _run(params: Params, request: Request, plan: list[Params], data: Prepared) -
 
 def _warm_up(params: Params, data: Prepared) -> None:
     """Score once for nothing: what libraries do at their first call is in no method's seconds."""
-    pruned(params.model_copy(update={"prune": params.prune.model_copy(update={"rounds": 1})}), data)
+    pruned(params.pruning(rounds=1), data)
 
 
 def _say(finding: Finding, number: int, total: int) -> None:

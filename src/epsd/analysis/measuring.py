@@ -80,8 +80,7 @@ def with_score(params: Params, name: str) -> Params:
     given = params.prune.score
     valid = settings_of(SCORES[name])
     score: dict[str, Any] = {"name": name, **{key: value for key, value in given.items() if key in valid}}
-    plain = {"score": score, "compare": False, "control": "none"}
-    return params.model_copy(update={"prune": params.prune.model_copy(update=plain)})
+    return params.pruning(score=score, compare=False, control="none")
 
 
 def examine(params: Params, data: Prepared, *, points: int, slice_seed: int) -> Finding:

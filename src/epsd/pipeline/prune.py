@@ -79,7 +79,7 @@ def pruned(params: Params, data: Prepared, known: Scored | Pruned | None = None)
 
     `known`: what `scored` gave for parameters with an equal `scoring_key`; it is selected from instead of scoring
     again, with the same mask. It needs `prune.rounds: 1`, as later rounds score what earlier ones left. With more of
-    them it is what this function gave for the `uncontrolled` parameters.
+    them it is what this function gave for the parameters without their control.
     """
     work, kept = _begin(params, data), None
     if params.start.mask == "keep" and work.taken is not None:
@@ -108,11 +108,6 @@ def pruned(params: Params, data: Prepared, known: Scored | Pruned | None = None)
         mask, report = _cut(known, params)
     report |= {} if work.taken is None else {"start_share": work.taken.share}
     return _examined(params, data, _controlled(params, data, Pruned(mask, work.model, report, channels=kept)))
-
-
-def uncontrolled(params: Params) -> Params:
-    """Of one scoring, or of one course of rounds, several controls can be made."""
-    return params.model_copy(update={"prune": params.prune.model_copy(update={"control": "none"})})
 
 
 def scored(params: Params, data: Prepared) -> Scored:
@@ -176,7 +171,6 @@ def _cut(known: Scored, params: Params) -> tuple[Mask, dict[str, Any]]:
 
 def _begin(params: Params, data: Prepared) -> _Scoring:
     keep_freed_memory(params.prune.memory == "auto")  # faster, for a higher peak: not where memory is counted
-    seed_everything(params.seed)
     model, taken = begun(params, data)
     at_once = min(params.prune.batch_size, data.sizes["train"])
     if at_once < params.prune.batch_size:
@@ -202,8 +196,7 @@ def _controlled(params: Params, data: Prepared, found: Pruned) -> Pruned:
     mask = pruning.controlled(found.mask, params.prune.control, mix(params.seed, "shuffle"))
     if params.prune.control != "reinitialised":
         return found._replace(mask=mask)
-    seed_everything(mix(params.seed, "reinitialise"))
-    model = begun(params, data, anew=True).model
+    model = begun(params, data, mix(params.seed, "reinitialise")).model
     if found.channels is not None:
         model = channels.cut(model, data.image_shape, found.channels)
     return found._replace(mask=mask, model=model)
@@ -257,17 +250,19 @@ class Begun(NamedTuple):
     taken: start.Taken | None = None
 
 
-def begun(params: Params, data: Prepared, *, anew: bool = False) -> Begun:
-    """The network with the weights that `start` names, as narrow as theirs; with `anew`, and without them, drawn ones.
+def begun(params: Params, data: Prepared, anew: int | None = None) -> Begun:
+    """The network with the weights that `start` names, as narrow as theirs; without them, those that `params.seed`
+    draws; with `anew`, those that this seed draws. Seeds all random numbers.
 
     Raises ArtifactError, RegistryError, StartError: weights that cannot be had, or that do not fit.
     """
+    seed_everything(params.seed if anew is None else anew)
     model = built(params.architecture, data.num_classes, data.image_shape)
     if params.start.weights is None:
         return Begun(model.to(data.machine.device))
     source = source_of(params.start.weights)
     model = start.narrow_as(model, source)
-    if anew:
+    if anew is not None:
         return Begun(model.to(data.machine.device))
     taken = start.take_(model, source, params.start.head, data.class_names)
     if distributed.is_main():
@@ -275,8 +270,8 @@ def begun(params: Params, data: Prepared, *, anew: bool = False) -> Begun:
     return Begun(model.to(data.machine.device), taken)
 
 
-def network(params: Params, data: Prepared) -> nn.Module:
-    """The network that is pruned, on the device of the data. Raises as `begun`."""
+def initial(params: Params, data: Prepared) -> nn.Module:
+    """The network that is pruned, on the device of the data. Seeds all random numbers. Raises as `begun`."""
     return begun(params, data).model
 
 

@@ -329,6 +329,10 @@ class Params(Section):
         """Likewise of what is detected."""
         return _title(self.voc, "devkit")
 
+    def pruning(self, **changes: Any) -> Self:
+        """The same, but for these values of `prune`."""
+        return self.model_copy(update={"prune": self.prune.model_copy(update=changes)})
+
     def marked(self, *sections: str) -> dict[str, Any]:
         """Dotted name -> value of what a mark holds (of these sections; none given: of all)."""
         named = flatten(self.model_dump(include=set(sections) or None))

@@ -54,9 +54,7 @@ def run(params: Params, data: Prepared, watch: Callable[[Record, Callable[[], Fi
     `watch` is called after each epoch with its record and a function that gives the figures as they stand; it ends the
     trial by raising.
     """
-    mask, model, report, *_ = pruned(
-        params.model_copy(update={"prune": params.prune.model_copy(update={"compare": False})}), data
-    )
+    mask, model, report, *_ = pruned(params.pruning(compare=False), data)
 
     asked = {
         name: what for name, what in MEASURED.items() if name in {**params.tune.objectives, **params.tune.constraints}

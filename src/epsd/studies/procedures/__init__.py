@@ -1,14 +1,14 @@
 """How a cell becomes a trained model: one file and one line each. `procedure.name` of a study file picks one.
 
-To add one, write `procedures/NAME.py` with a `@variant` class (its fields are its settings, given in the study file
-as `procedure: {name: NAME, setting: ...}` and logged as `procedure.setting`) that has
+To add one, write `procedures/NAME.py` with a `@variant` subclass of `Procedure` (its fields are its settings, given in
+the study file as `procedure: {name: NAME, setting: ...}` and logged as `procedure.setting`) that has
 
 * `__call__(params, data, desk) -> Trained`: train with `params` (whole and checked) on `data`. Work that outlives a
   kill goes to files under `desk.folder` (`desk.folder / "last.safetensors"` with `mark=desk.mark` as the checkpoint of
   `epsd.training.fit.fit`, other names for further trainings); the same call then goes on from there. Per-epoch figures
   go to `desk.log(record)`. Never read the test split: it is evaluated afterwards, for every procedure alike.
-* `check(params)`: raises for parameters that it cannot work with, before any cell is trained; `story(params, data)`:
-  what the run was, in plain words.
+* where need be, `check(params)`: raises for parameters that it cannot work with, before any cell is trained;
+  `story(params, data)`: what the run was, in plain words.
 * `shares(params)`: what several cells may share, as a plain mapping, None for nothing. Cells with equal mappings run
   one after the other in one process, and `desk.shared(make)` calls `make` for the first of them only.
 

@@ -3,21 +3,17 @@
 What pruning before training is measured against (arXiv 2109.15014), on the same network, objective, recipe and budget.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-from epsd.compute.devices import seed_everything
 from epsd.data.prepared import Prepared
-from epsd.masks import Mask, check_fits
-from epsd.pipeline.prune import network, selection
+from epsd.masks import check_fits
+from epsd.pipeline.prune import selection
 from epsd.project.params import Params
 from epsd.registry import ParamsError, variant
-from epsd.studies.procedures.types import Desk, Trained, trained_under
+from epsd.studies.procedures.types import Desk, Procedure, Trained, dense, finished
 from epsd.training.moving import Gradual, Removing
 
 
 @variant
-class Concurrent(Gradual):
+class Concurrent(Gradual, Procedure):
     """Gradual magnitude pruning to `prune.sparsity` under the run's objective; `prune.score` does not matter."""
 
     def check(self, params: Params) -> None:
@@ -29,17 +25,10 @@ class Concurrent(Gradual):
 
     def __call__(self, params: Params, data: Prepared, desk: Desk) -> Trained:
         """As the pipeline trains, but under a mask that loses weights."""
-        seed_everything(params.seed)
-        model = network(params, data)
         how = selection(params)
-        sparsity = how.pop("sparsity")
-        dense = Mask.dense(model, params.prune.exclude)
-        check_fits(dense.keep, sparsity, **how)
-        return trained_under(params, data, model, dense, desk, Removing(self, sparsity, how), {})
-
-    def shares(self, params: Params) -> Mapping[str, Any] | None:
-        """Nothing."""
-        return None
+        sparsity, found = how.pop("sparsity"), dense(params, data)
+        check_fits(found.mask.keep, sparsity, **how)
+        return finished(params, data, found._replace(report={}), desk, Removing(self, sparsity, how))
 
     def story(self, params: Params, data: Prepared) -> str:
         """In plain words."""

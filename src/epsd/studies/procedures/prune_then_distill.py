@@ -1,18 +1,15 @@
 """A pruned teacher and its student, on the same data, recipe and sparsity: what EPSD's cost is compared with."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from epsd.data.prepared import Prepared
 from epsd.project.params import Params
 from epsd.registry import ParamsError, variant
-from epsd.studies.procedures.types import Desk, Trained
+from epsd.studies.procedures.types import Desk, Procedure, Trained
 from epsd.studies.prune_then_distill.rewinding import Rewinding
 from epsd.studies.prune_then_distill.student import StudentKind, distilled, has_width
 
 
 @variant
-class PruneThenDistill(Rewinding):
+class PruneThenDistill(Rewinding, Procedure):
     """Train a dense teacher with cross entropy, prune it in rounds to `prune.sparsity`, distil it into a student.
 
     One run: epochs are counted through all phases (`train/phase` 0 teacher, 1 ... n rounds, n + 1 student) under the
@@ -38,10 +35,6 @@ class PruneThenDistill(Rewinding):
         found = distilled(params, data, self, self.student, on_epoch=desk.log, folder=desk.folder, mark=desk.mark)
         seconds = {"time/train": found.history[-1]["cost/seconds"]}
         return Trained(found.student, found.mask, found.history, found.figures | seconds, found.architecture)
-
-    def shares(self, params: Params) -> Mapping[str, Any] | None:
-        """Nothing: each sparsity ends in another teacher."""
-        return None
 
     def story(self, params: Params, data: Prepared) -> str:
         """In plain words."""

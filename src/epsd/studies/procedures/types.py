@@ -13,6 +13,8 @@ from epsd.compute.cost import Meter
 from epsd.compute.seeds import mix
 from epsd.data.prepared import Prepared
 from epsd.masks import Mask
+from epsd.pipeline import describe
+from epsd.pipeline.prune import Pruned, initial
 from epsd.pipeline.train import trained
 from epsd.project.params import Params
 from epsd.project.settings import Choice
@@ -73,38 +75,44 @@ class Procedure(Protocol):
 
     def check(self, params: Params) -> None:
         """Raises EpsdError for parameters that cannot work with this procedure. Called before anything is trained."""
+        return
 
     def story(self, params: Params, data: Prepared) -> str:
-        """What the run was, in plain words, for its page."""
+        """What the run was, in plain words, for its page; by default as the stage `train` tells it."""
+        return describe.story(params, data)
 
     def __call__(self, params: Params, data: Prepared, desk: Desk) -> Trained:
         """Train. Called again with the same arguments after a kill, it goes on."""
 
     def shares(self, params: Params) -> Mapping[str, Any] | None:
-        """What cells with an equal mapping have in common (data set and procedure are compared besides)."""
+        """What cells with an equal mapping have in common (data set and procedure are compared besides); or nothing."""
+        return None
 
 
-def trained_under(
-    params: Params, data: Prepared, model: nn.Module, mask: Mask, desk: Desk, moving: Moving, report: Mapping[str, Any]
-) -> Trained:
-    """Train `model` under `mask`, which `moving` moves; the figures are those of the last mask.
-
-    `report`: what was spent and found before.
-    """
-    begun, masks = time.perf_counter(), deque([mask], maxlen=1)
+def finished(params: Params, data: Prepared, found: Pruned, desk: Desk, moving: Moving | None = None) -> Trained:
+    """Train what was pruned, under a mask that `moving` may move; the figures are those of the last mask."""
+    begun, masks = time.perf_counter(), deque([found.mask], maxlen=1)
     history = trained(
         params,
         data,
-        model,
-        mask,
+        found.model,
+        found.mask,
         on_epoch=desk.log,
         checkpoint=desk.folder / "last.safetensors",
         mark=desk.mark,
-        meter=Meter.of(report),
+        meter=Meter.of(found.report),
         moving=moving,
         on_mask=masks.append,
     )
-    examined = paths.examined(model, masks[0], data.image_shape, mix(params.seed, "random erk"))
-    figures = {**report, **masks[0].summary(), **examined.summary()}
-    seconds = {"time/train": time.perf_counter() - begun}
-    return Trained(model, masks[0], history, {f"mask/{name}": value for name, value in figures.items()} | seconds)
+    figures, seconds = dict(found.report), {"time/train": time.perf_counter() - begun}
+    if moving is not None:
+        examined = paths.examined(found.model, masks[0], data.image_shape, mix(params.seed, "random erk"))
+        figures |= {**masks[0].summary(), **examined.summary()}
+    return Trained(found.model, masks[0], history, {f"mask/{name}": value for name, value in figures.items()} | seconds)
+
+
+def dense(params: Params, data: Prepared) -> Pruned:
+    """The initial network with nothing removed, and nothing spent on it."""
+    model = initial(params, data)
+    mask = Mask.dense(model, params.prune.exclude)
+    return Pruned(mask, model, mask.summary())

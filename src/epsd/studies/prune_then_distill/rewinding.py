@@ -8,6 +8,7 @@ values, and training runs again through the last part of the learning-rate sched
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -157,7 +158,7 @@ def prune_then_distill(
         folder,
         mark,
         meter or Meter(),
-        on_epoch,
+        on_epoch or (lambda record: None),
     )
     dense = lasting(recipe, teacher_epochs)
     mask = course.restored(teacher)
@@ -194,25 +195,20 @@ class _Later:
         return self._batches.epoch(self._start + number, needs)
 
 
+@dataclass
 class _Course:
     """Phases one after the other, kept on disk: `course.safetensors` after each, beside it the one that is at work."""
 
-    def __init__(
-        self,
-        train: Batches,
-        validation: Batches | DataLoader[Any] | None,
-        select: Literal["validation", "last"],
-        seed: int,
-        folder: Path | None,
-        mark: str,
-        meter: Meter,
-        on_epoch: OnEpoch | None,
-    ) -> None:
-        self._train, self._validation, self._select, self._seed = train, validation, select, seed
-        self._folder, self._mark, self._on_epoch = folder, mark, on_epoch or (lambda record: None)
-        self.meter = meter
-        self.history: list[Record] = []
-        self.chosen: list[Record] = []
+    train: Batches
+    validation: Batches | DataLoader[Any] | None
+    select: Literal["validation", "last"]
+    seed: int
+    folder: Path | None
+    mark: str
+    meter: Meter
+    on_epoch: OnEpoch
+    history: list[Record] = field(default_factory=list)
+    chosen: list[Record] = field(default_factory=list)
 
     @property
     def done(self) -> int:
@@ -224,22 +220,22 @@ class _Course:
     ) -> None:
         """Train `model` in place as phase `number`; it ends with the weights of the chosen epoch."""
         before = len(self.history)
-        keep: Literal["best", "last"] = "best" if self._select == "validation" else "last"
+        keep: Literal["best", "last"] = "best" if self.select == "validation" else "last"
 
         def follow(record: Record) -> None:
             self.history.append({**record, "epoch": before + record["epoch"], "train/phase": float(number)})
-            self._on_epoch(self.history[-1])
+            self.on_epoch(self.history[-1])
 
         fit(
             model,
-            _Later(self._train, before),
+            _Later(self.train, before),
             objective=objective or cross_entropy,
             mask=mask,
             recipe=recipe.model_copy(update={"keep": keep}),
-            validation=self._validation,
-            seed=mix(self._seed, "phase", number),
-            checkpoint=None if self._folder is None else self._file(number),
-            mark=self._mark,
+            validation=self.validation,
+            seed=mix(self.seed, "phase", number),
+            checkpoint=None if self.folder is None else self._file(number),
+            mark=self.mark,
             meter=self.meter,
             on_epoch=follow,
         )
@@ -247,23 +243,23 @@ class _Course:
 
     def keep(self, teacher: nn.Module, mask: Mask) -> None:
         """The phase is over: from here on a kill cannot lose it."""
-        if self._folder is None:
+        if self.folder is None:
             return
         state = {"model": teacher.state_dict(), "mask": mask.keep, "history": self.history, "chosen": self.chosen}
-        checkpoints.save(self._folder / "course.safetensors", state, self._mark)
+        checkpoints.save(self.folder / "course.safetensors", state, self.mark)
         self._file(self.done - 1).unlink(missing_ok=True)
 
     def restored(self, teacher: nn.Module) -> Mask:
         """The mask of the last phase that is over, whose weights `teacher` then has; a dense one where none is."""
-        if self._folder is None or not (state := checkpoints.load(self._folder / "course.safetensors", self._mark)):
+        if self.folder is None or not (state := checkpoints.load(self.folder / "course.safetensors", self.mark)):
             return Mask.dense(teacher)
         teacher.load_state_dict(state["model"])
         self.history, self.chosen = list(state["history"]), list(state["chosen"])
         self.meter.stand_at(Meter.of(self.history[-1], "cost/"))
         for record in self.history:
-            self._on_epoch(record)
+            self.on_epoch(record)
         return Mask(state["mask"])
 
     def _file(self, number: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"phase-{number:02d}.safetensors"
+        assert self.folder is not None
+        return self.folder / f"phase-{number:02d}.safetensors"

@@ -4,19 +4,18 @@ What EPSD is compared with for its cost, on the same data, network, batches, rec
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from epsd.architectures import ARCHITECTURES
+from epsd.architectures import ARCHITECTURES, built
 from epsd.compute.cost import Meter
-from epsd.compute.devices import seed_everything
 from epsd.data.prepared import Prepared
 from epsd.masks import Mask
-from epsd.pipeline.prune import network, pruned
+from epsd.pipeline.prune import initial, pruned
 from epsd.pipeline.train import batches
 from epsd.project.params import Params
 from epsd.project.settings import Choice
@@ -73,7 +72,7 @@ def distilled(
     def student(mask: Mask) -> tuple[nn.Module, Mask]:
         nonlocal chosen
         if kind == "scored":
-            found = pruned(_plain(params), data)
+            found = pruned(params.pruning(compare=False), data)
             meter.add(Meter.of(found.report))
             return found.model, found.mask
         if kind == "narrow":
@@ -102,16 +101,6 @@ def distilled(
     return Distilled(outcome.student, outcome.student_mask, chosen, outcome.history, found, outcome.teacher)
 
 
-def initial(params: Params, data: Prepared) -> nn.Module:
-    """The network with the initial weights of `params.seed`: those that pruning at initialisation starts from."""
-    seed_everything(params.seed)
-    return network(params, data)
-
-
-def _plain(params: Params) -> Params:
-    return params.model_copy(update={"prune": params.prune.model_copy(update={"compare": False})})
-
-
 def figures(outcome: Outcome, settings: Rewinding) -> dict[str, float]:
     """`mask/...`, `teacher/...` and `cost/...` of the parts, as `Distilled.figures` has them."""
     found = {f"mask/{name}": float(value) for name, value in outcome.student_mask.summary().items()}
@@ -128,8 +117,7 @@ def _parts(history: list[Record]) -> dict[str, float]:
     """Image passes and seconds of teacher, rounds and student, each by itself."""
     last = max(record["train/phase"] for record in history)
     spent, found = Meter(), dict[str, float]()
-    parts: Iterable[tuple[str, float]] = (("teacher", 0), ("rounds", last - 1), ("student", last))
-    for name, phase in parts:
+    for name, phase in {"teacher": 0.0, "rounds": last - 1, "student": last}.items():
         done = Meter.of([record for record in history if record["train/phase"] <= phase][-1], "cost/")
         found[f"cost/{name}_image_passes"] = float(done.image_passes - spent.image_passes)
         found[f"cost/{name}_seconds"] = done.seconds - spent.seconds
@@ -147,10 +135,8 @@ def nonzero(params: Params, data: Prepared, mask: Mask) -> int:
 
 def parameters(architecture: Choice, data: Prepared) -> int:
     """Of all kinds, of the network that `architecture` builds. Nothing is allocated."""
-    build = choose(ARCHITECTURES, architecture, "architecture")
     with torch.device("meta"):
-        model: nn.Module = build(data.num_classes, data.image_shape)
-    return sum(p.numel() for p in model.parameters())
+        return sum(p.numel() for p in built(architecture, data.num_classes, data.image_shape).parameters())
 
 
 def narrowed(params: Params, data: Prepared, wanted: int) -> Choice:
