@@ -13,65 +13,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from epsd.evaluation.evaluate import evaluate
-    from epsd.masks import Mask
-    from epsd.objectives.cross_entropy import CrossEntropy
-    from epsd.objectives.cskd import CsKd
-    from epsd.objectives.dlb import Dlb
-    from epsd.objectives.pskd import PsKd
-    from epsd.project.recipes import Recipe
-    from epsd.pruning.prune import prune
-    from epsd.scores.epsd import Epsd
-    from epsd.scores.grasp import Grasp
-    from epsd.scores.magnitude import Magnitude
-    from epsd.scores.prospr import ProsPr
-    from epsd.scores.random import Random
-    from epsd.scores.snip import Snip
-    from epsd.scores.synflow import SynFlow
-    from epsd.training.fit import fit
-    from epsd.types import Batch, EpsdError
+    from epsd.evaluation.evaluate import evaluate as evaluate
+    from epsd.masks import Mask as Mask
+    from epsd.objectives.cross_entropy import CrossEntropy as CrossEntropy
+    from epsd.objectives.cskd import CsKd as CsKd
+    from epsd.objectives.dlb import Dlb as Dlb
+    from epsd.objectives.pskd import PsKd as PsKd
+    from epsd.project.recipes import Recipe as Recipe
+    from epsd.pruning.prune import prune as prune
+    from epsd.scores.epsd import Epsd as Epsd
+    from epsd.scores.grasp import Grasp as Grasp
+    from epsd.scores.magnitude import Magnitude as Magnitude
+    from epsd.scores.prospr import ProsPr as ProsPr
+    from epsd.scores.random import Random as Random
+    from epsd.scores.snip import Snip as Snip
+    from epsd.scores.synflow import SynFlow as SynFlow
+    from epsd.training.fit import fit as fit
+    from epsd.types import Batch as Batch
+    from epsd.types import EpsdError as EpsdError
 
-_HOME = {
-    "evaluate": "evaluation.evaluate",
-    "Mask": "masks",
-    "CrossEntropy": "objectives",
-    "CsKd": "objectives",
-    "Dlb": "objectives",
-    "PsKd": "objectives",
-    "prune": "pruning.prune",
-    "Epsd": "scores",
-    "Grasp": "scores",
-    "Magnitude": "scores",
-    "ProsPr": "scores",
-    "Random": "scores",
-    "Snip": "scores",
-    "SynFlow": "scores",
-    "Recipe": "project.recipes",
-    "fit": "training.fit",
-    "Batch": "types",
-    "EpsdError": "types",
+_HOMES = {
+    "evaluation.evaluate": ("evaluate",),
+    "masks": ("Mask",),
+    "objectives": ("CrossEntropy", "CsKd", "Dlb", "PsKd"),
+    "project.recipes": ("Recipe",),
+    "pruning.prune": ("prune",),
+    "scores": ("Epsd", "Grasp", "Magnitude", "ProsPr", "Random", "Snip", "SynFlow"),
+    "training.fit": ("fit",),
+    "types": ("Batch", "EpsdError"),
 }
-
-__all__ = [
-    "Batch",
-    "CrossEntropy",
-    "CsKd",
-    "Dlb",
-    "Epsd",
-    "EpsdError",
-    "Grasp",
-    "Magnitude",
-    "Mask",
-    "ProsPr",
-    "PsKd",
-    "Random",
-    "Recipe",
-    "Snip",
-    "SynFlow",
-    "evaluate",
-    "fit",
-    "prune",
-]
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

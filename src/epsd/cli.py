@@ -6,10 +6,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from epsd.project.processes import Stopped, one_line, stops
 
+T = TypeVar("T")
 Command = Callable[[argparse.Namespace], int | None]
 
 
@@ -96,13 +97,6 @@ def study(arguments: argparse.Namespace) -> int:
     return command(Request(arguments.file, arguments.workers, arguments.minutes, arguments.list, arguments.storage))
 
 
-def _positive(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if (number := float(text)) > 0:
-            return number
-    raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
-
-
 def analyse(arguments: argparse.Namespace) -> int:
     """Compare prunings in depth."""
     from epsd.analysis.command import DEFAULT, Request, command
@@ -138,18 +132,21 @@ def promote(arguments: argparse.Namespace) -> None:
     print("Next: make serve, or epsd predict --model champion IMAGE")
 
 
-def _count(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if (number := int(text)) >= 1:
-            return number
-    raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 on")
+def _number(kind: Callable[[str], T], fits: Callable[[T], bool], what: str) -> Callable[[str], T]:
+    """A type for argparse: what `kind` makes of an argument, where it `fits`."""
+
+    def read(text: str) -> T:
+        with contextlib.suppress(ValueError):
+            if fits(number := kind(text)):
+                return number
+        raise argparse.ArgumentTypeError(f"'{text}' is no {what}")
+
+    return read
 
 
-def _trial(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if (number := int(text)) >= 0:
-            return number
-    raise argparse.ArgumentTypeError(f"'{text}' is no number of a trial: these count from 0")
+_positive = _number(float, lambda number: number > 0, "number above 0")
+_count = _number(int, lambda number: number >= 1, "whole number from 1 on")
+_trial = _number(int, lambda number: number >= 0, "number of a trial: these count from 0")
 
 
 def init(arguments: argparse.Namespace) -> None:

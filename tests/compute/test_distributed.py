@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import worlds
 from conftest import ROOT
 from epsd.compute import distributed, joint_layers
 from epsd.compute.distributed import ParallelError
-from epsd.compute.second_order import joint_batch_norm
+from epsd.compute.second_order import batch_norm
 from epsd.data.loaders import as_batches
 from epsd.data.sampling import Sampler
 from epsd.detection.whole_batch import Whole
@@ -264,7 +265,7 @@ def test_the_joint_batch_norm_is_torchs_on_one_slice(
     monkeypatch.setattr(distributed, "_group", distributed._Group(0, 1, True, None))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     outcomes = []
-    for function in (F.batch_norm, joint_batch_norm):
+    for function in (F.batch_norm, partial(batch_norm, joint=True)):
         torch.manual_seed(0)
         x = (torch.randn(shape, dtype=torch.float64) * 2 + 1).requires_grad_()
         weight, bias = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -282,7 +283,7 @@ def test_half_precision_keeps_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_group", distributed._Group(0, 1, True, None))
     x = torch.randn(8, 4, 3, 3)
     args = torch.zeros(4), torch.ones(4), torch.ones(4), torch.zeros(4), True
-    joint = joint_batch_norm(x.bfloat16(), *args)
+    joint = batch_norm(x.bfloat16(), *args, joint=True)
     assert joint.dtype == torch.bfloat16
     torch.testing.assert_close(joint.float(), F.batch_norm(x, *args), rtol=0.02, atol=0.02)
 

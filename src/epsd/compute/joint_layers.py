@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from epsd.compute import distributed
-from epsd.compute.second_order import joint_batch_norm
+from epsd.compute.second_order import Instead, batch_norm
 
 
 def together() -> contextlib.AbstractContextManager[Any]:
@@ -18,7 +17,8 @@ def together() -> contextlib.AbstractContextManager[Any]:
 
 
 def _batch_norm(*args: Any, **kwargs: Any) -> Tensor:
-    return joint_batch_norm(*args, **kwargs) if distributed.joint_statistics() else F.batch_norm(*args, **kwargs)
+    joint = distributed.joint_statistics()
+    return batch_norm(*args, **kwargs, joint=True) if joint else F.batch_norm(*args, **kwargs)
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -33,12 +33,7 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     return input.copy_(result) if inplace else result
 
 
-class _Together(TorchFunctionMode):
+class _Together(Instead):
     """Catches the two functions that look beyond, or are drawn over, the slice."""
 
-    _JOINT: ClassVar[dict[Any, Any]] = {F.batch_norm: _batch_norm, F.dropout: _dropout}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return self._JOINT.get(func, func)(*args, **(kwargs or {}))
+    INSTEAD: ClassVar[dict[Any, Any]] = {F.batch_norm: _batch_norm, F.dropout: _dropout}

@@ -276,31 +276,19 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    joint: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.batch_norm` with a cheap second derivative where it normalises by the batch itself."""
-    if not training or weight is None or bias is None or input.numel() == input.shape[1]:
+    """`torch.nn.functional.batch_norm` with a cheap second derivative where it normalises by the batch itself; `joint`:
+    by the statistics of the slices of all processes.
+    """
+    if joint and training:
+        like = input.new_empty(0, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
+        weight = like.new_ones(input.shape[1]) if weight is None else weight
+        bias = like.new_zeros(input.shape[1]) if bias is None else bias
+    elif not training or weight is None or bias is None or input.numel() == input.shape[1]:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    result: Tensor = _BatchNorm.apply(input, weight, bias, (running_mean, running_var), momentum, eps, False)
-    return result
-
-
-def joint_batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """`torch.nn.functional.batch_norm` in train mode, by the statistics of the slices of all processes."""
-    if not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    like = input.new_empty(0, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
-    weight = like.new_ones(input.shape[1]) if weight is None else weight
-    bias = like.new_zeros(input.shape[1]) if bias is None else bias
-    result: Tensor = _BatchNorm.apply(input, weight, bias, (running_mean, running_var), momentum, eps, True)
+    result: Tensor = _BatchNorm.apply(input, weight, bias, (running_mean, running_var), momentum, eps, joint)
     return result
 
 
@@ -323,25 +311,31 @@ def _view(x: Tensor, *shape: Any, **named: Any) -> Tensor:
         return x.reshape(*shape, *named.values())
 
 
-class TwiceDifferentiable(TorchFunctionMode):
+class Instead(TorchFunctionMode):
+    """While entered, some functions run in another form."""
+
+    INSTEAD: ClassVar[dict[Any, Callable[..., Tensor]]]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.INSTEAD.get(func, func)(*args, **(kwargs or {}))
+
+
+class TwiceDifferentiable(Instead):
     """While entered, layers run in the form whose second derivative exists and is cheap.
 
     Hard activations (MobileNetV3) by their definition: their kernels have no second derivative. Convolutions and batch
     normalisation as above.
     """
 
-    _INSTEAD: ClassVar[dict[Any, Callable[..., Tensor]]] = {
+    INSTEAD: ClassVar[dict[Any, Any]] = {
         F.hardsigmoid: _hard_sigmoid,
         F.hardswish: _hard_swish,
         F.conv2d: conv2d,
         F.batch_norm: batch_norm,
         Tensor.view: _view,
     }
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return self._INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
 
 def weights_laid_out(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
