@@ -166,10 +166,8 @@ def judged(task: Task, trained: Trained) -> dict[str, float]:
     card = task.card | {"detector": task.params.detect.detector, "detected": task.voc.class_names}
     card |= {"typical_size": typical_size(task.voc.scenes["train"])}
     artifacts.save_model(trained.detector, artifacts.DETECTOR, card)
-    artifacts.write_csv(artifacts.DETECT_PER_CLASS, list(rows[0]), [list(row.values()) for row in rows])
-    artifacts.write_csv(
-        artifacts.DETECT_HISTORY, list(trained.history[0]), [list(row.values()) for row in trained.history]
-    )
+    artifacts.write_records(artifacts.DETECT_PER_CLASS, rows)
+    artifacts.write_records(artifacts.DETECT_HISTORY, trained.history)
     draw(task, detections)
     summary |= deployed(task, trained.detector, card)
     if countable(task.voc.scenes["validation"]):

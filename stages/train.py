@@ -79,7 +79,7 @@ def opened(params: Params, data: Prepared, folder: Path) -> Any:
 def save(params: Params, data: Prepared, model: nn.Module, mask: Mask, history: list[Record], tracker: Tracker) -> None:
     """Weights, card, curves, and what later stages need to add to the run, or to make it anew."""
     artifacts.save_model(model, artifacts.MODEL, card(params, data, mask, model))
-    artifacts.write_csv(artifacts.HISTORY, list(history[0]), [list(record.values()) for record in history])
+    artifacts.write_records(artifacts.HISTORY, history)
     about = {"tags": tags(params, data), "description": story(params, data), "history": digest_of(artifacts.HISTORY)}
     artifacts.write_json(artifacts.RUN, {"run_id": tracker.run_id, "name": run_name(params), **about})
     tracker.dataset(params.data_title, data.digest, str(data.index.get("source", "")), data.sizes)

@@ -59,7 +59,7 @@ def test_another_top_folder_is_a_setting(tmp_path: Path) -> None:
         ({"train_test_split.txt": None}, "no file 'CUB_200_2011/train_test_split.txt'"),
         ({"train_test_split.txt": b"1 1\n"}, "'train_test_split.txt' has no line for image 2"),
         ({"classes.txt": b"1\n"}, "classes.txt' has a line without two columns"),
-        ({"classes.txt": b"1 a\n3 b\n"}, "class 2 of image_class_labels.txt is not in classes.txt"),
+        ({"classes.txt": b"1 a\n3 b\n"}, "is of class '2', which is not in classes.txt"),
         ({"classes.txt": b"1 a\n2 b\n3 c\n"}, "no image of .*: c"),
         ({"classes.txt": b"1 a\n2 A\n"}, "class names clash: A, a"),
         ({f"images/{CLASSES[0]}/Black_footed_Albatross_2.jpg": None}, "images.txt lists '.*_2.jpg', which is missing"),

@@ -70,9 +70,9 @@ def test_flat_validation_images_are_labelled_by_the_development_kit(tmp_path: Pa
         (train() | flat(), f"val/ is flat, .* place {DEVKIT}.tar.gz"),
         (train() | flat() | {KIT: b"490\n361\n"}, "has no file '.*meta.mat'"),
         (train() | flat() | kit() | {KIT: b"490\n361\n"}, "'val/ILSVRC2012_val_00000003.JPEG' has no line"),
-        (train() | flat() | kit() | {KIT: b"1001\n" * 4}, "is of 'n00001740', which has no folder below train/"),
+        (train() | flat() | kit() | {KIT: b"1001\n" * 4}, "is of class 'n00001740', which has no folder below train/"),
         (train() | flat() | kit() | {f"{DEVKIT}/data/meta.mat": b"no"}, "'data/meta.mat' cannot be read"),
-        (train() | {"val/n07/1.JPEG": b""}, "'val/n07/1.JPEG' is of 'n07', which has no folder"),
+        (train() | {"val/n07/1.JPEG": b""}, "'val/n07/1.JPEG' is of class 'n07', which has no folder"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, files: dict[str, bytes], message: str) -> None:

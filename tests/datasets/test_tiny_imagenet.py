@@ -52,9 +52,9 @@ def test_the_original_layout(tmp_path: Path, kind: str) -> None:
         ({"val/val_annotations.txt": None}, "no file '.*val_annotations.txt'"),
         ({"val/val_annotations.txt": b"val_0.JPEG\n"}, "a line without a file and a class"),
         ({"val/val_annotations.txt": b"val_99.JPEG\tn01\n"}, "lists '.*val_99.JPEG', which is missing"),
-        ({"val/val_annotations.txt": b"val_0.JPEG\tn07\n"}, "class 'n07' is not in wnids.txt"),
+        ({"val/val_annotations.txt": b"val_0.JPEG\tn07\n"}, "is of class 'n07', which is not in wnids.txt"),
         ({"wnids.txt": b"n01 n02 n03"}, "no image of .*: n03"),
-        ({"wnids.txt": b"n01"}, "class 'n02' is not in wnids.txt"),
+        ({"wnids.txt": b"n01"}, "is of class 'n02', which is not in wnids.txt"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, change: dict[str, bytes | None], message: str) -> None:

@@ -129,7 +129,7 @@ def test_runs_say_what_they_were_allowed(data: Prepared) -> None:
 
 
 def _network(data: Prepared) -> tuple[Any, Any]:
-    from epsd.pipeline.prune import network
+    from epsd.pipeline.prune import initial
     from epsd.pruning.channels import Structure
 
     model = network(params(**AUTO, **{"prune.latency_ms": 1.0}), data)

@@ -16,11 +16,11 @@ from epsd.detection.average_precision import (
     ap_area,
     curve,
 )
-from epsd.files.images import ImageError
+from epsd.files.images import EXIF_ORIENTATION, ImageError
 from epsd.files.layouts import SourceError
 from epsd.project import artifacts
 from epsd.project.artifacts import ArtifactError
-from epsd.voc.annotations import EXIF_ORIENTATION, read_annotation, read_image_set, read_index, read_picture
+from epsd.voc.annotations import read_annotation, read_image_set, read_index, read_picture
 from epsd.voc.scenes import VocError, VocIndex
 from pictures import write
 

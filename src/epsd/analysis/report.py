@@ -1,6 +1,6 @@
 """What an analysis leaves behind: a table to print, CSV and Markdown, figures. All below artifacts/analysis/."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +37,16 @@ class Report:
         self.methods = list(dict.fromkeys(finding.method for finding in findings))
         self.seeds = sorted({finding.seed for finding in findings})
         self.measured, self.expected = self._overlaps()
-        self.summary = pd.DataFrame([self._row(finding) for finding in findings])
-        self.history = pd.DataFrame(
-            [
-                {"method": finding.method, "seed": finding.seed, **record}
-                for finding in findings
-                for record in finding.history
-            ]
+        self.summary = self._frame(lambda finding: [self._row(finding)])
+        self.history = self._frame(lambda finding: finding.history)
+        self.layers = self._frame(lambda finding: finding.layers)
+
+    def _frame(self, rows: Callable[[Finding], Iterable[Mapping[str, Any]]]) -> pd.DataFrame:
+        """The rows of every finding, each with its method and seed."""
+        return pd.DataFrame(
+            {"method": finding.method, "seed": finding.seed, **row}
+            for finding in self.findings
+            for row in rows(finding)
         )
 
     def _overlaps(self) -> tuple[Tensor, Tensor]:
@@ -63,8 +66,7 @@ class Report:
     def _row(self, finding: Finding) -> dict[str, Any]:
         first = next(other for other in self.of(self.methods[0]) if other.seed == finding.seed)
         known = {**finding.figures, "mask/jaccard_epsd": finding.mask.jaccard(first.mask)}
-        row = {name: known[name] for name in MEASURES if name in known}
-        return {"method": finding.method, "seed": finding.seed, **row}
+        return {name: known[name] for name in MEASURES if name in known}
 
     # --- tables ---
 
@@ -108,8 +110,8 @@ class Report:
             "summary": self.summary,
             "history": self.history,
             "overlap": self._pairs(),
-            "layers": self._layers(),
-            "landscape": self._slices(),
+            "layers": self.layers,
+            "landscape": self._frame(self._slice),
         }
         written = []
         for name, table in tables.items():
@@ -130,21 +132,12 @@ class Report:
             for other, measured, expected in zip(self.methods, row, by_chance, strict=True)
         )
 
-    def _layers(self) -> pd.DataFrame:
-        return pd.DataFrame(
-            {"method": finding.method, "seed": finding.seed, **row}
-            for finding in self.findings
-            for row in finding.layers
-        )
-
-    def _slices(self) -> pd.DataFrame:
-        return pd.DataFrame(
-            {"method": finding.method, "seed": finding.seed, "x": x, "y": y, "loss": float(loss)}
-            for finding in self.findings
-            if finding.surface is not None
-            for y, row in zip(landscape.coordinates(len(finding.surface)), finding.surface, strict=True)
-            for x, loss in zip(landscape.coordinates(len(finding.surface)), row, strict=True)
-        )
+    @staticmethod
+    def _slice(finding: Finding) -> Iterator[dict[str, float]]:
+        if finding.surface is not None:
+            places = landscape.coordinates(len(finding.surface))
+            for y, row in zip(places, finding.surface, strict=True):
+                yield from ({"x": x, "y": y, "loss": float(loss)} for x, loss in zip(places, row, strict=True))
 
     def _figures(self) -> "Iterator[tuple[str, Callable[[], Figure]]]":
         yield "overlap", self.overlap_figure
@@ -160,13 +153,13 @@ class Report:
     # --- figures ---
 
     def overlap_figure(self) -> "Figure":
-        """See `figures_analysis.mask_overlap`."""
+        """See `figures.analysis.mask_overlap`."""
         uniform = overlap.uniform(1 - self.findings[0].mask.sparsity)
         return analysis.mask_overlap(self.methods, self.measured, self.expected, uniform)
 
     def layers_figure(self) -> "Figure":
         """See `figures.analysis.layers`; beside the methods a random mask of ERK densities."""
-        rows = self._layers()
+        rows = self.layers
         shown = [rows, rows[rows["method"] == self.methods[0]].assign(method="random ERK")]
         chance = {f"random_erk_{name}": name for name in ("density", "live", "channels", "gini")}
         shown[1] = shown[1].drop(columns=list(chance.values())).rename(columns=chance)
@@ -174,13 +167,13 @@ class Report:
         return analysis.layers(table.assign(live=table["live"] / table["channels"], gini=table["gini"].astype(float)))
 
     def trainability_figure(self) -> "Figure":
-        """See `figures_analysis.trainability`."""
+        """See `figures.analysis.trainability`."""
         short = {f"trainability/{name}": name for name in analysis.NORMS}
         losses = self.history.rename(columns={"train/loss": "value"})
         return analysis.trainability(self.summary.rename(columns=short), losses)
 
     def distillation_figure(self) -> "Figure":
-        """See `figures_analysis.distillation`."""
+        """See `figures.analysis.distillation`."""
         rows = self.history.reindex(columns=["method", "seed", "epoch", *analysis.KL])
         return analysis.distillation(rows, CREATED_FOR.get(self.objective))
 

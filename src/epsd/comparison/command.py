@@ -1,6 +1,5 @@
 """`epsd compare`: a table over recorded runs."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -70,8 +69,8 @@ def found(request: Request) -> "pd.DataFrame":
         filters = f" that are {' and '.join(request.where)}" if request.where else ""
         raise ComparisonError(f"no finished runs in {', '.join(experiments) or 'the store'}{filters}.")
     if "tags.kind" in frame.columns and not any("kind" in text for text in request.where):
-        every = [{str(key).removeprefix("tags."): tag for key, tag in row.items()} for row in frame.to_dict("records")]
-        frame = frame[[is_trained(tags) or not _text(tags["kind"]) for tags in every]]
+        every = [_under("tags.", {str(key): tag for key, tag in row.items()}) for row in frame.to_dict("records")]
+        frame = frame[[is_trained(tags) or "kind" not in tags for tags in every]]
     return frame
 
 
@@ -96,22 +95,18 @@ def entries(frame: "pd.DataFrame") -> list[Entry]:
 
 
 def _entry(row: Mapping[str, Any]) -> Entry:
-    params = {key.removeprefix("params."): v for key, v in row.items() if key.startswith("params.") and _text(v)}
-    metrics = {
-        key.removeprefix("metrics."): float(value)
-        for key, value in row.items()
-        if key.startswith("metrics.") and isinstance(value, float) and not math.isnan(value)
-    }
-    digest, variant = (row.get(f"tags.{name}") for name in ("data.digest", "variant"))
+    tags = _under("tags.", row)
     return Entry(
-        params={key: str(value) for key, value in params.items()},
-        metrics=metrics,
+        params=_under("params.", row),
+        metrics=_under("metrics.", row),
         began=float(row["began"]),
-        digest=str(digest) if _text(digest) else "",
-        variant=str(variant) if _text(variant) else "",
-        machine={name: str(row[f"tags.{name}"]) for name in MACHINE if _text(row.get(f"tags.{name}"))},
+        digest=tags.get("data.digest", ""),
+        variant=tags.get("variant", ""),
+        machine={name: tags[name] for name in MACHINE if name in tags},
     )
 
 
-def _text(value: object) -> bool:
-    return isinstance(value, str)
+def _under(prefix: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run has of parameters, tags or metrics: a table has None or NaN for what it lacks."""
+    had = {key: value for key, value in row.items() if value is not None and value == value}
+    return {key.removeprefix(prefix): value for key, value in had.items() if key.startswith(prefix)}

@@ -1,5 +1,6 @@
 """Numbers over seeds: means, tests of a difference, Holm's correction."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -90,11 +91,9 @@ def holm(ps: Sequence[float]) -> list[float]:
     below the level.
     """
     order = sorted(range(len(ps)), key=lambda index: ps[index])
-    corrected, highest = [0.0] * len(ps), 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(ps) - rank) * ps[index]))
-        corrected[index] = highest
-    return corrected
+    raised = (min(1.0, (len(ps) - rank) * ps[index]) for rank, index in enumerate(order))
+    corrected = dict(zip(order, itertools.accumulate(raised, max), strict=True))
+    return [corrected[index] for index in range(len(ps))]
 
 
 def corrected(differences: Sequence[Difference]) -> list[Difference]:

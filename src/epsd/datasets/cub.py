@@ -3,15 +3,11 @@
 C. Wah et al., The Caltech-UCSD Birds-200-2011 Dataset, technical report CNS-TR-2011-001, Caltech, 2011.
 """
 
-from typing import Annotated
-
-from pydantic import Field
-
 from epsd.datasets.downloads import Published, locate
 from epsd.files.archives import Tree, open_tree
-from epsd.files.layouts import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below
+from epsd.files.layouts import Labelled, Reading, Source, SourceError, Split, Unreadable, below, check_listed, labelled
 from epsd.project.runtime import located
-from epsd.project.settings import Place, Text
+from epsd.project.settings import Place, Side, Text
 from epsd.registry import variant
 
 PUBLISHED = Published(
@@ -21,7 +17,6 @@ PUBLISHED = Published(
 )
 TERMS = "non-commercial research and education; the images stay their owners'"
 _LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
-Pixels = Annotated[int, Field(ge=32, le=4096)]
 
 
 @variant
@@ -35,8 +30,8 @@ class Cub:
 
     root: Place = "data/cub"
     top: Text = "CUB_200_2011"
-    size: Pixels = 224
-    resize: Pixels | None = 256
+    size: Side = 224
+    resize: Side | None = 256
     download: bool = False
     unreadable: Unreadable = "error"
 
@@ -51,11 +46,10 @@ class Cub:
         flags: dict[Split, str] = {"train": "1", "test": "0"}
         for split, flag in flags.items():
             keys = [key for key in lists["images.txt"] if _entry(lists, "train_test_split.txt", key, tree) == flag]
-            labels = as_labels(
-                _number(number, _entry(lists, "image_class_labels.txt", key, tree), tree) for key in keys
-            )
-            splits[split] = Labelled(Files(tree, [f"{top}images/{lists['images.txt'][key]}" for key in keys]), labels)
-        _check_present(tree, splits)
+            names = [f"{top}images/{lists['images.txt'][key]}" for key in keys]
+            check_listed(tree, names, "images.txt")
+            classes = (_entry(lists, "image_class_labels.txt", key, tree) for key in keys)
+            splits[split] = labelled(tree, names, classes, number, "is not in classes.txt")
         reading = Reading(self.size, self.resize, unreadable=self.unreadable)
         return Source(f"CUB ({tree.where})", class_names, splits, reading)
 
@@ -78,18 +72,3 @@ def _entry(lists: Lists, name: str, key: str, tree: Tree) -> str:
     if key not in lists[name]:
         raise SourceError(f"{tree.where}: '{name}' has no line for image {key} of images.txt.")
     return lists[name][key]
-
-
-def _number(number: dict[str, int], key: str, tree: Tree) -> int:
-    if key not in number:
-        raise SourceError(f"{tree.where}: class {key} of image_class_labels.txt is not in classes.txt.")
-    return number[key]
-
-
-def _check_present(tree: Tree, splits: dict[Split, Labelled]) -> None:
-    present = set(tree.names)
-    for labelled in splits.values():
-        assert isinstance(labelled.images, Files)
-        absent = [name for name in labelled.images.names if name not in present]
-        if absent:
-            raise SourceError(f"{tree.where}: images.txt lists '{absent[0]}', which is missing.")

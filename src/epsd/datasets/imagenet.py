@@ -7,38 +7,35 @@ official validation images are the test split here, and validation is carved fro
 
 import io
 import re
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from epsd.files.archives import Tree, open_tree
 from epsd.files.images import is_image
 from epsd.files.layouts import (
-    Files,
     Labelled,
     Reading,
     Source,
     SourceError,
     Split,
     Unreadable,
-    as_labels,
     below,
     check_apart,
+    labelled,
     unread,
 )
 from epsd.project.runtime import located
-from epsd.project.settings import Place
+from epsd.project.settings import Place, Side
 from epsd.registry import variant
 
 SITE = "https://image-net.org/download-images"
 DEVKIT = "ILSVRC2012_devkit_t12"
 _TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
+_STRAY = "has no folder below train/"
 _META = "data/meta.mat"
 _HOW = (
     f"Unpack ILSVRC2012_img_train.tar (one folder per synset) into train/ and ILSVRC2012_img_val.tar into val/; "
     f"both are to be had at {SITE} after registration."
 )
-Pixels = Annotated[int, Field(ge=32, le=4096)]
 
 
 @variant
@@ -51,8 +48,8 @@ class Imagenet:
     """
 
     root: Place = "data/imagenet"
-    size: Pixels = 224
-    resize: Pixels | None = 256
+    size: Side = 224
+    resize: Side | None = 256
     unreadable: Unreadable = "error"
 
     def __call__(self) -> Source:
@@ -72,8 +69,8 @@ class Imagenet:
             _flat(tree, val) if all(_level(name, "val/") == 0 for name in val) else [_synset(name) for name in val]
         )
         splits: dict[Split, Labelled] = {
-            "train": _labelled(tree, train, [_synset(name) for name in train], number),
-            "test": _labelled(tree, val, synsets, number),
+            "train": labelled(tree, train, map(_synset, train), number, _STRAY),
+            "test": labelled(tree, val, synsets, number, _STRAY),
         }
         reading = Reading(self.size, self.resize, unreadable=self.unreadable)
         left_out = unread(name for name in tree.names if name.startswith(("train/", "val/")))
@@ -88,13 +85,6 @@ def _level(name: str, start: str) -> int:
 def _synset(name: str) -> str:
     """The folder below train/ or val/."""
     return name.split("/")[1]
-
-
-def _labelled(tree: Tree, names: list[str], synsets: list[str], number: dict[str, int]) -> Labelled:
-    for name, synset in zip(names, synsets, strict=True):
-        if synset not in number:
-            raise SourceError(f"{tree.where}: '{name}' is of '{synset}', which has no folder below train/.")
-    return Labelled(Files(tree, names), as_labels(number[synset] for synset in synsets))
 
 
 def _flat(tree: Tree, names: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ is carved from train.
 from epsd.datasets.downloads import Published, locate
 from epsd.files.archives import Tree, open_tree
 from epsd.files.images import is_image
-from epsd.files.layouts import Files, Labelled, Reading, Source, SourceError, Split, Unreadable, as_labels, below
+from epsd.files.layouts import Labelled, Reading, Source, SourceError, Split, Unreadable, below, check_listed, labelled
 from epsd.project.runtime import located
 from epsd.project.settings import Place
 from epsd.registry import variant
@@ -18,6 +18,7 @@ PUBLISHED = Published(
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "md5:90528d7ca1a48142e341f4ef8d21d0de",
 )
+_STRAY = "is not in wnids.txt"
 TERMS = "ImageNet's terms: non-commercial research and education"
 
 
@@ -56,7 +57,7 @@ def _train(tree: Tree, top: str, number: dict[str, int]) -> Labelled:
     start = f"{top}train/"
     names = [name for name in tree.names if name.startswith(start) and is_image(name)]
     classes = [name[len(start) :].split("/")[0] for name in names]
-    return _labelled(tree, names, classes, number)
+    return labelled(tree, names, classes, number, _STRAY)
 
 
 def _test(tree: Tree, top: str, number: dict[str, int], annotations: str) -> Labelled:
@@ -65,15 +66,5 @@ def _test(tree: Tree, top: str, number: dict[str, int], annotations: str) -> Lab
     if any(len(row) < 2 for row in rows):
         raise SourceError(f"{tree.where}: 'val/val_annotations.txt' has a line without a file and a class.")
     names = [f"{top}val/images/{row[0]}" for row in rows]
-    present = set(tree.names)
-    absent = [name for name in names if name not in present]
-    if absent:
-        raise SourceError(f"{tree.where}: val_annotations.txt lists '{absent[0]}', which is missing.")
-    return _labelled(tree, names, [row[1] for row in rows], number)
-
-
-def _labelled(tree: Tree, names: list[str], classes: list[str], number: dict[str, int]) -> Labelled:
-    stray = sorted(set(classes) - set(number))
-    if stray:
-        raise SourceError(f"{tree.where}: class '{stray[0]}' is not in wnids.txt.")
-    return Labelled(Files(tree, names), as_labels(number[name] for name in classes))
+    check_listed(tree, names, "val_annotations.txt")
+    return labelled(tree, names, (row[1] for row in rows), number, _STRAY)

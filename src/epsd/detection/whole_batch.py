@@ -6,7 +6,6 @@ anchors and proposals for the loss from one stream of random numbers, and they d
 """
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -47,9 +46,7 @@ class Whole:
             self._replace(self._detector, "compute_loss", self._counting(self._detector.compute_loss))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for owner, name, before in self._before:
             delattr(owner, name)  # a method of the class comes to light again
             if before is not None:

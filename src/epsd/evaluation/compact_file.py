@@ -140,8 +140,3 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def is_compact(path: Path) -> bool:
     """Whether `path` is a file that `save` wrote, told by its header."""
     return digests.kind_of(path) == KIND
-
-
-def ways(path: Path) -> dict[str, str]:
-    """Tensor name -> "dense", "bitmap" or "gaps", as stored in `path`. Raises DamagedFile."""
-    return {name: entry["way"] for name, entry in digests.load_tensors(path, KIND)[1]["tensors"].items()}

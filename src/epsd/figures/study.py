@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from epsd.figures.style import end_at_one, figure_of_size
+from epsd.project.runtime import counted
 from epsd.types import EpsdError
 
 if TYPE_CHECKING:
@@ -113,16 +114,11 @@ def _by_method(rows: "pd.DataFrame") -> Iterator[tuple[Hashable, "pd.DataFrame"]
     yield from rows.groupby("method", sort=False)
 
 
-def _seeds(rows: "pd.DataFrame") -> str:
-    count = rows["seed"].nunique()
-    return f"{count} seed{'s' * (count > 1)}"
-
-
 def _band(axes: "Axes", rows: "pd.DataFrame", method: str, look: Style) -> None:
     table = rows.groupby("sparsity")["value"].agg(["mean", "std"]).fillna(0.0)
     density = 1 - table.index.to_numpy(float)
     mean, spread = table["mean"].to_numpy(float), table["std"].to_numpy(float)
-    label = f"{method} ({_seeds(rows)})"
+    label = f"{method} ({counted(rows['seed'].nunique(), 'seed')})"
     axes.plot(density, mean, linestyle=look.line, marker=look.marker, color=look.colour, markersize=6, label=label)
     axes.plot(
         1 - rows["sparsity"].to_numpy(float),
@@ -211,7 +207,7 @@ def _cloud(axes: "Axes", rows: "pd.DataFrame", column: str, method: str, look: S
     cost, value = rows[column].to_numpy(float), rows["accuracy"].to_numpy(float)
     axes.plot(cost, value, look.marker, markersize=4, markerfacecolor="none", markeredgecolor=look.colour)
     spread = {"xerr": cost.std(ddof=1), "yerr": value.std(ddof=1)} if len(rows) > 1 else {}
-    label = f"{method} ({_seeds(rows)})"
+    label = f"{method} ({counted(rows['seed'].nunique(), 'seed')})"
     axes.errorbar(
         cost.mean(), value.mean(), **spread, fmt=look.marker, color=look.colour, markersize=9, capsize=3, label=label
     )

@@ -21,7 +21,7 @@ SUFFIXES = (*_JPEG, ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".
 _SHORTAGES = ("allocate memory", "bad_alloc", os.strerror(errno.ENOMEM))
 """What the decoders say when memory is short, where they raise no MemoryError."""
 _SIXTEEN_TO_EIGHT = 257  # 65535 / 255
-_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
+EXIF_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
 """The EXIF tag, and its values for pictures that are stored turned by a right angle."""
 
 _CUT_LATER = 4
@@ -78,7 +78,7 @@ def decode_planes(content: bytes, name: str, *, grayscale: bool = False, least: 
     mode = "L" if grayscale else "RGB"
     with named(name), Image.open(io.BytesIO(content)) as picture:
         whole = not _reduce(picture, least, upright=True)
-        if whole and picture.format == "JPEG" and picture.mode == mode and _orientation(picture) in (None, 1):
+        if whole and picture.format == "JPEG" and picture.mode == mode and orientation(picture) == 1:
             from torchvision.io import decode_jpeg
 
             decoded: Tensor = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
@@ -92,16 +92,16 @@ def _reduce(picture: "Image", least: Least | None, upright: bool) -> bool:
     """Have a JPEG decoded at the fraction of its size that is enough; whether it is less than the whole."""
     if least is None or picture.format not in ("JPEG", "MPO"):
         return False
-    turned = upright and _orientation(picture) in _ON_ITS_SIDE
+    turned = upright and orientation(picture) in _ON_ITS_SIDE
     size = picture.size
     enough = least(*(size[::-1] if turned else size))
     picture.draft(None, enough[::-1] if turned else enough)
     return picture.size != size
 
 
-def _orientation(picture: "Image") -> int | None:
-    found: int | None = picture.getexif().get(_ORIENTATION)
-    return found
+def orientation(picture: "Image") -> int:
+    """How the stored pixels are to be turned, by EXIF; 1: not at all."""
+    return int(picture.getexif().get(EXIF_ORIENTATION, 1))
 
 
 def _loaded(picture: "Image", mode: str, upright: bool) -> "Image":

@@ -230,6 +230,23 @@ def as_labels(labels: Iterable[int]) -> NDArray[np.int64]:
     return np.fromiter(labels, dtype=np.int64)
 
 
+def labelled(tree: Tree, names: list[str], classes: Iterable[str], number: Mapping[str, int], why: str) -> Labelled:
+    """Files by the names of their classes. Raises SourceError for a class without a number: `why` says where that is
+    from.
+    """
+    classes = list(classes)
+    if stray := next((pair for pair in zip(names, classes, strict=True) if pair[1] not in number), None):
+        raise SourceError(f"{tree.where}: '{stray[0]}' is of class '{stray[1]}', which {why}.")
+    return Labelled(Files(tree, names), as_labels(number[name] for name in classes))
+
+
+def check_listed(tree: Tree, names: Iterable[str], listing: str) -> None:
+    """Raises SourceError for a file that `listing` names and that is not there."""
+    present = set(tree.names)
+    if absent := next((name for name in names if name not in present), None):
+        raise SourceError(f"{tree.where}: {listing} lists '{absent}', which is missing.")
+
+
 def below(tree: Tree, marker: str, top: str | None = None) -> str:
     """The folder inside `tree`, "" or ending in a slash, that holds the file `marker`; `top`: its name, None: any.
 

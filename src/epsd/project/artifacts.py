@@ -64,7 +64,6 @@ DETECT_PICTURES = DETECT / "pictures"
 DETECT_GALLERY = DETECT_PICTURES / "detections.png"
 DETECTOR = DETECT / "model.safetensors"
 DETECT_ONNX = DETECT / "onnx"
-DETECTOR_CARD = DETECT / "model.json"
 
 
 T = TypeVar("T")
@@ -340,7 +339,7 @@ def save_pruned(
         mask.save(temporary)
     _save_state(initial, INITIAL)
     write_json(PRUNE_REPORT, report)
-    write_csv(LAYERS, tuple(layers[0]), [tuple(row.values()) for row in layers])
+    write_records(LAYERS, layers)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -349,6 +348,11 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def write_records(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table of rows that all have the columns of the first."""
+    write_csv(path, tuple(rows[0]), [tuple(row.values()) for row in rows])
 
 
 def read_csv(path: Path) -> Columns:

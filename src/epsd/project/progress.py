@@ -1,6 +1,5 @@
 """What a person sees while a stage works: one progress bar on a terminal, nothing per step elsewhere."""
 
-from types import TracebackType
 from typing import Self
 
 from epsd.project.runtime import watched
@@ -31,9 +30,7 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def step(self, count: int = 1) -> None:

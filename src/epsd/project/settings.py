@@ -48,6 +48,8 @@ Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 ClassWeights = Literal["auto"] | Annotated[list[Positive], Field(min_length=2)] | None
 """A factor on the loss of each class; "auto": by how rare it is (`epsd.data.balance`)."""
+Side = Annotated[int, Field(ge=32, le=4096)]
+"""Of a photograph, in pixels."""
 Text = Annotated[str, AfterValidator(_text)]
 """A name that goes into tables, pages and other people's tools."""
 Place = Annotated[str, Field(min_length=1), AfterValidator(_place)]

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from epsd.files.digests import digest
 from epsd.files.duplicates import Marks, duplicates, mark
-from epsd.files.images import decode, named, pixels
+from epsd.files.images import decode, named, orientation, pixels
 from epsd.files.layouts import check_spelling
 from epsd.files.regular import read_bytes, refused
 from epsd.voc.scenes import SPLITS, Floats, Scene, VocError, VocIndex
@@ -29,8 +29,6 @@ Sources = Mapping[str, Sequence[tuple[Path, str]]]
 """Split -> its image sets, each a devkit folder (holding JPEGImages, Annotations, ImageSets) and a set's name."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp")
-
-EXIF_ORIENTATION = 0x0112
 
 
 class Annotation(NamedTuple):
@@ -128,7 +126,7 @@ def _probe(path: Path) -> tuple[tuple[int, int], int, bytes]:
     content = _content(path)
     with named(str(path)), Image.open(io.BytesIO(content)) as image:
         image.load()
-        return image.size, int(image.getexif().get(EXIF_ORIENTATION, 1)), content
+        return image.size, orientation(image), content
 
 
 def _content(path: Path) -> bytes:
