@@ -118,6 +118,13 @@ def partner_of(batch: Batch) -> Tensor:
     return batch.partner
 
 
+def distilling(logits: Tensor, supervised: Tensor, distillation: Tensor, weight: float) -> Loss:
+    """supervised + weight · distillation, as the loss of `logits` (B, K)."""
+    parts = {"supervised": supervised, "distillation": weight * distillation}
+    terms = {"cross_entropy": supervised.detach(), "distillation": distillation.detach()}
+    return Loss(parts["supervised"] + parts["distillation"], terms, logits.detach(), parts)
+
+
 def supervised(forward: Forward, batch: Batch) -> Loss:
     """Plain cross entropy as a `pruning.scoring.LossFunction`: what SNIP, GraSP and ProsPr differentiate."""
     logits = forward(batch.images)

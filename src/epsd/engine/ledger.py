@@ -82,6 +82,15 @@ class Ledger:
         """Write a fact down."""
         self.patiently(lambda: self.study.set_user_attr(key, value))
 
+    def awaited(self, key: str, seconds: float, until_begun: bool = False) -> Any:
+        """A fact that another process may be about to write down; None where it does not, or a trial has begun."""
+        deadline = time.monotonic() + seconds
+        while key not in (facts := self.facts) and time.monotonic() < deadline:
+            if until_begun and any(trial.state != TrialState.WAITING for trial in self.trials()):
+                break
+            time.sleep(POLL)
+        return facts.get(key)
+
     @property
     def slots(self) -> Collection[Slot]:
         """All that is asked for."""
@@ -328,10 +337,5 @@ def open_study(storage: BaseStorage, name: str, directions: Sequence[str]) -> bo
 
 def known_run(ledger: Ledger, made: bool) -> str | None:
     """The id of the study's run in MLflow, which whoever made the study just now may be about to open."""
-    deadline = time.monotonic() + (0 if made else storages.PATIENCE)
-    while "run_id" not in ledger.facts:
-        begun = any(trial.state != TrialState.WAITING for trial in ledger.trials())
-        if begun or time.monotonic() >= deadline:
-            return None
-        time.sleep(POLL)
-    return str(ledger.facts["run_id"])
+    found = ledger.awaited("run_id", 0 if made else storages.PATIENCE, until_begun=True)
+    return None if found is None else str(found)

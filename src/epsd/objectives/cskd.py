@@ -42,7 +42,4 @@ class CsKd(Objective):
             target = forward(partner)
         supervised = losses.cross_entropy(logits, batch.labels, self.label_smoothing, self.class_weights)
         distillation = losses.kl_divergence(target, logits, self.temperature)
-        total = supervised + self.weight * distillation
-        terms = {"cross_entropy": supervised.detach(), "distillation": distillation.detach()}
-        parts = {"supervised": supervised, "distillation": self.weight * distillation}
-        return Loss(total, terms, logits.detach(), parts)
+        return losses.distilling(logits, supervised, distillation, self.weight)

@@ -63,16 +63,12 @@ class Dlb:
         if last is None:
             supervised = losses.cross_entropy(logits, batch.labels, self.label_smoothing, self.class_weights)
             zero = torch.zeros_like(supervised)
-            terms = {"cross_entropy": supervised.detach(), "distillation": zero}
-            return Loss(supervised, terms, logits.detach(), {"supervised": supervised, "distillation": zero})
+            return losses.distilling(logits, supervised, zero, self.weight)._replace(total=supervised)
         again = forward(last.images)
         both = torch.cat([again, logits]), torch.cat([last.labels, batch.labels])
         supervised = losses.cross_entropy(*both, self.label_smoothing, self.class_weights)
         distillation = losses.kl_divergence(last.logits, again, self.temperature)
-        total = supervised + self.weight * distillation
-        terms = {"cross_entropy": supervised.detach(), "distillation": distillation.detach()}
-        parts = {"supervised": supervised, "distillation": self.weight * distillation}
-        return Loss(total, terms, logits.detach(), parts)
+        return losses.distilling(logits, supervised, distillation, self.weight)
 
     def _swapped(self, now: Last) -> Last | None:
         """Remember this part of the batch, hand back what was remembered of the last one; None at first."""

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -163,15 +162,10 @@ def _count(trials: list[FrozenTrial]) -> int:
 
 def _facts(ledger: Ledger) -> dict[str, Any]:
     """What the study is of. A process that makes it right now may need a moment to say so."""
-    deadline = time.monotonic() + storages.PATIENCE
-    while "epsd" not in ledger.facts:
-        if time.monotonic() > deadline:
-            name = ledger.study.study_name
-            raise TuningError(
-                f"study '{name}' was not made by `epsd tune`, or not to the end. Take another tune.study."
-            )
-        time.sleep(0.2)
-    return dict(ledger.facts["epsd"])
+    if (found := ledger.awaited("epsd", storages.PATIENCE)) is None:
+        name = ledger.study.study_name
+        raise TuningError(f"study '{name}' was not made by `epsd tune`, or not to the end. Take another tune.study.")
+    return dict(found)
 
 
 def _compare(name: str, facts: Mapping[str, Any], space: Space, data: str) -> None:
