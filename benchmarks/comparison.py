@@ -33,6 +33,7 @@ from epsd.project import presets
 from epsd.project.params import override, parse
 from epsd.project.runtime import versions
 from epsd.registry import choose
+from page import of_preset, options, show
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORES: dict[str, dict[str, Any]] = {
@@ -173,17 +174,14 @@ def cell(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Train what is missing, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="cifar10-quick")
-    parser.add_argument("--images", type=Path, help="folder or archive of images instead of the preset's data set")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the preset")
+    parser = options(__doc__)
+    of_preset(parser, "cifar10-quick")
     parser.add_argument("--scores", nargs="+", choices=list(SCORES), default=["epsd", "prospr", "snip", "random"])
     parser.add_argument("--objectives", nargs="+", default=["cskd"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.98, 0.9])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no model after this long")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one per finished model")
-    parser.add_argument("--write", type=Path, help="file for the table")
     arguments = parser.parse_args()
     rows, started = finished(arguments.out), time.monotonic()
     waiting = [job for job in jobs(arguments) if job not in rows]
@@ -197,10 +195,7 @@ def main() -> None:
                 with arguments.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[job]) + "\n")
                 print(f"{' '.join(map(str, job))}: {rows[job]['top1']:.4f}", flush=True)
-    lines = list(table(arguments, rows))
-    print("\n".join(lines))
-    if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show(table(arguments, rows), arguments.write)
 
 
 if __name__ == "__main__":

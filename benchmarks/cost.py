@@ -44,6 +44,7 @@ from epsd.studies.prune_then_distill.student import StudentKind, distilled
 from epsd.training.checkpoints import fingerprint
 from epsd.training.record import Record
 from epsd.training.result import kept
+from page import of_preset, options, show
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = {"name": "cross_entropy"}
@@ -259,21 +260,15 @@ def picture(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     """Train what is missing, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="digits")
-    parser.add_argument("--images", type=Path, help="folder or archive of images instead of the preset's data set")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the preset")
+    parser = options(__doc__)
+    of_preset(parser, "digits")
     parser.add_argument("--students", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one per finished model")
-    parser.add_argument("--write", type=Path, help="file for the tables")
     parser.add_argument("--figure", type=Path, help="file for the picture of accuracy against cost")
     arguments = parser.parse_args()
     rows = train(arguments)
-    lines = list(tables(arguments, rows))
-    print("\n".join(lines))
-    if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show(tables(arguments, rows), arguments.write)
     if arguments.figure:
         picture(rows, arguments.figure)
 

@@ -32,6 +32,7 @@ from epsd.files.layouts import Files, Reading
 from epsd.objectives import OBJECTIVES
 from epsd.project.runtime import versions
 from epsd.types import Batches, BatchNeeds
+from page import options, show
 
 NEEDS = {
     "pad-crop, flip": BatchNeeds(),
@@ -185,19 +186,13 @@ def report(arguments: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    lines = []
-    for line in report(arguments):
-        print(line, flush=True)
-        lines.append(line)
-    if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show(report(arguments), arguments.write)
 
 
 if __name__ == "__main__":

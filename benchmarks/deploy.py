@@ -40,6 +40,7 @@ from epsd.files.onnx_file import CARD, FP32, INT8, OnnxFile
 from epsd.masks import prunable
 from epsd.project.runtime import versions
 from epsd.registry import settings_of
+from page import options, show
 
 
 class Network(NamedTuple):
@@ -287,24 +288,20 @@ PARTS = {"speed": speed, "asking": asking}
 
 def main() -> None:
     """Print the tables, and write them where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["dense"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--repeats", type=int, default=20, help="passes of each form (fewer where they take long)")
     parser.add_argument("--repeats-of-asking", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--write", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     found = versions()
     head = f"On {found['cpu']}, {torch.get_num_threads()} threads in all, torch {found['torch']}, "
     lines = [f"{head}onnxruntime {found.get('onnxruntime', '?')}.", ""]
     for part in arguments.parts:
         lines += [f"## {part}", "", *PARTS[part](arguments)]
-    text = "\n".join(lines)
-    print(text)
-    if arguments.write:
-        arguments.write.write_text(f"{text}\n", encoding="utf-8")
+    show(lines, arguments.write)
 
 
 if __name__ == "__main__":

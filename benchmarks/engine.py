@@ -9,7 +9,6 @@ clock : seconds of the whole command, trainings included.
 --before : the folder of another version (`src`, `stages`, `presets`, `params.yaml`), measured in turns with this one.
 """
 
-import argparse
 import itertools
 import os
 import resource
@@ -29,6 +28,7 @@ from ruamel.yaml import YAML
 
 from epsd.project.params import override, read_yaml
 from epsd.project.runtime import versions
+from page import options, show
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS, TRIALS = 57, 20
@@ -119,26 +119,20 @@ def table(repeats: int, sources: dict[str, Path]) -> Iterator[str]:
 
 def main() -> None:
     """Print, and write where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--before", type=Path, help="the folder of another version")
-    parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
     sources = {"before": arguments.before.resolve()} if arguments.before else {}
     info = versions()
-    lines = [
+    head = [
         "# What many trainings cost beside the trainings",
         "",
         f"`python benchmarks/engine.py --repeats {arguments.repeats}`: {info['cpu']}, torch {torch.__version__},",
         f"Python {info['python']}; medians (smallest to largest) of {arguments.repeats}.",
         "",
     ]
-    print("\n".join(lines))
-    for line in table(arguments.repeats, {**sources, "now": ROOT}):
-        print(line, flush=True)
-        lines.append(line)
-    if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show(itertools.chain(head, table(arguments.repeats, {**sources, "now": ROOT})), arguments.write)
 
 
 if __name__ == "__main__":

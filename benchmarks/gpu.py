@@ -32,6 +32,7 @@ from epsd.pruning.prune import prune
 from epsd.scores.epsd import Epsd
 from epsd.training.fit import fit
 from epsd.training.record import Record
+from page import options, show
 from training import NAMES, SHAPE, Repeated, drawn, half, network
 
 Compile = Literal["none", "kernels", "graphs"]
@@ -160,7 +161,7 @@ def page(arguments: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     """Print the tables as they come, and keep them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parts = ("step", "objectives", "scoring", "run")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--device", default="cuda")
@@ -173,16 +174,10 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the preset of the run")
     parser.add_argument("--folder", type=Path, default=Path(".epsd/benchmark-gpu"), help="for the prepared images")
     parser.add_argument("--tiny", action="store_true", help="a few images and steps, nothing compiled")
-    parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
     if arguments.tiny:
         arguments.batch_sizes, arguments.compile, arguments.steps, arguments.size = [2, 4], ["none"], 2, 64
-    lines = []
-    for line in page(arguments):
-        print(line, flush=True)
-        lines.append(line)
-    if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show(page(arguments), arguments.write)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from epsd.scores import SCORES
 from epsd.training.fit import fit
 from epsd.types import Batch
 from epsd.voc.scenes import Scene
+from page import options, show
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
@@ -233,23 +234,17 @@ def report(arguments: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     """Print the table, or run one job of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--presets", nargs="+", default=presets.names())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", nargs=2, type=int, default=[8, 16])
     parser.add_argument("--whole", action="store_true")
-    parser.add_argument("--write", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
         job(*json.loads(arguments.job))
         return
-    lines = []
-    for line in report(arguments):
-        print(line, flush=True)
-        lines.append(line)
-    if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show(report(arguments), arguments.write)
 
 
 if __name__ == "__main__":

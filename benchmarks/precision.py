@@ -25,6 +25,7 @@ from epsd.pipeline.prune import pruned
 from epsd.pipeline.train import trained
 from epsd.project.params import override, parse
 from epsd.project.runtime import versions
+from page import of_preset, options, show
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -89,19 +90,11 @@ def report(arguments: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="cifar10-quick")
-    parser.add_argument("--images", type=Path, help="folder or archive of images instead of the preset's data set")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the preset")
+    parser = options(__doc__)
+    of_preset(parser, "cifar10-quick")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
-    lines = []
-    for line in report(arguments):
-        print(line, flush=True)
-        lines.append(line)
-    if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show(report(arguments), arguments.write)
 
 
 if __name__ == "__main__":

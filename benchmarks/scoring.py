@@ -40,6 +40,7 @@ from epsd.pruning.scoring import Means, within
 from epsd.registry import choose
 from epsd.scores import SCORES
 from epsd.types import Batch, Scores
+from page import options, show
 
 NETS = {
     "resnet18": {"name": "resnet", "depth": 18, "stem": "cifar"},
@@ -259,23 +260,17 @@ def lines_of(arguments: argparse.Namespace, architecture: str) -> Iterator[str]:
 
 def main() -> None:
     """Print the table, or run one row of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--architectures", nargs="+", choices=list(NETS), default=list(NETS))
     parser.add_argument("--steps", nargs="+", type=int, default=[3])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--write", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
         print(json.dumps(measure(Job(*json.loads(arguments.job)))))
         return
-    lines = []
-    for line in table(arguments):
-        print(line, flush=True)
-        lines.append(line)
-    if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show(table(arguments), arguments.write)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ no-op : `dvc repro` when everything is up to date, against a pipeline of five st
     settings of DVC; in turns.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -27,6 +26,7 @@ import torch
 
 from epsd.project.params import override, read_yaml
 from epsd.project.runtime import versions
+from page import options, show
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("prepare", "prune", "train", "evaluate", "detect")
@@ -188,17 +188,11 @@ def report(repeats: int, only_noop: bool) -> Iterator[str]:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only-noop", action="store_true")
-    parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
-    lines = []
-    for line in report(arguments.repeats, arguments.only_noop):
-        print(line, flush=True)
-        lines.append(line)
-    if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show(report(arguments.repeats, arguments.only_noop), arguments.write)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from epsd.training.fit import fit
 from epsd.training.record import Record
 from epsd.training.updates import MaskHolder
 from epsd.types import Batch, BatchNeeds, Objective
+from page import options, show
 
 SHAPE = (3, 32, 32)
 CPU = torch.device("cpu")
@@ -366,20 +367,14 @@ def report(arguments: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["bf16", "fp32"])
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
     keep_freed_memory()
-    lines = []
-    for line in report(arguments):
-        print(line, flush=True)
-        lines.append(line)
-    if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show(report(arguments), arguments.write)
 
 
 if __name__ == "__main__":

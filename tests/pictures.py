@@ -18,6 +18,12 @@ def picture(seed: int, size: int | tuple[int, int] = 12, form: str = "PNG", mode
     return stream.getvalue()
 
 
+def changed(files: dict[str, bytes], change: dict[str, bytes | None], top: str = "") -> dict[str, bytes]:
+    """The same files but for some below `top`, which have another content or (None) are not there."""
+    every = {**files, **{f"{top}{name}": content for name, content in change.items()}}
+    return {name: content for name, content in every.items() if content is not None}
+
+
 def write(root: Path, files: dict[str, bytes]) -> Path:
     """The files below `root`."""
     for name, content in files.items():

@@ -11,7 +11,7 @@ from epsd.datasets.downloads import DownloadError
 from epsd.files.layouts import Files
 from epsd.preparing.write import prepare
 from epsd.types import EpsdError
-from pictures import picture, tarred, write
+from pictures import changed, picture, tarred, write
 
 TOP = "CUB_200_2011/"
 CLASSES = ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
@@ -66,11 +66,7 @@ def test_another_top_folder_is_a_setting(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, change: dict[str, bytes | None], message: str) -> None:
-    files = tree()
-    for name, content in change.items():
-        files.pop(TOP + name)
-        if content is not None:
-            files[TOP + name] = content
+    files = changed(tree(), change, TOP)
     with pytest.raises(EpsdError, match=message) as error:
         Cub(root=str(write(tmp_path / "c", files)))()
     assert "\n" not in str(error.value)

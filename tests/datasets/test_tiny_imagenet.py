@@ -8,7 +8,7 @@ from epsd.datasets.tiny_imagenet import TinyImagenet
 from epsd.files.layouts import Files, SourceError
 from epsd.preparing.write import prepare
 from epsd.types import EpsdError
-from pictures import picture, write, zipped
+from pictures import changed, picture, write, zipped
 
 TOP = "tiny-imagenet-200/"
 WNIDS = ["n02", "n01"]
@@ -58,11 +58,7 @@ def test_the_original_layout(tmp_path: Path, kind: str) -> None:
     ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, change: dict[str, bytes | None], message: str) -> None:
-    files = tree()
-    for name, content in change.items():
-        files.pop(TOP + name)
-        if content is not None:
-            files[TOP + name] = content
+    files = changed(tree(), change, TOP)
     with pytest.raises(EpsdError, match=message) as error:
         TinyImagenet(root=str(write(tmp_path / "t", files)))()
     assert "\n" not in str(error.value)

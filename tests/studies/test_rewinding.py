@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,16 +32,12 @@ from epsd.training.checkpoints import CheckpointError
 from epsd.training.record import Record
 from epsd.training.schedule import lr_at
 from epsd.types import Batch
-from toys import ToyBatches, convnet
+from toys import Killed, ToyBatches, convnet, stop_after, timeless
 
 RECIPE = Recipe(epochs=4, lr=0.05, schedule="cosine", precision="fp32")
 SETTINGS = Rewinding(round_epochs=2, student_epochs=3)
 SPARSITY = 0.45  # three rounds: 0.8, 0.64, 0.55
 EPOCHS = 4 + 3 * 2 + 3
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL at the end of an epoch."""
 
 
 def student(mask: Mask) -> tuple[nn.Module, Mask]:
@@ -63,18 +59,6 @@ def run(**more: object) -> Outcome:
 @pytest.fixture(scope="module")
 def whole() -> Outcome:
     return run()
-
-
-def stop_after(epoch: int) -> Callable[[Record], None]:
-    def on_epoch(record: Record) -> None:
-        if record["epoch"] == epoch:
-            raise Killed
-
-    return on_epoch
-
-
-def timeless(history: list[Record]) -> list[Record]:
-    return [{k: v for k, v in record.items() if k not in ("time/epoch", "cost/seconds")} for record in history]
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from epsd.registry import ParamsError
 from epsd.studies.prune_then_distill import student as made
 from epsd.studies.prune_then_distill.rewinding import Rewinding
 from epsd.studies.prune_then_distill.student import Distilled, distilled, narrowed, nonzero, parameters
+from toys import Killed, stop_after
 
 SETTINGS = Rewinding(share=0.5, select="last")
 QUICK = {
@@ -113,17 +114,9 @@ def test_what_each_part_cost_adds_up(data: Prepared) -> None:
 
 def test_it_goes_on_in_its_folder(data: Prepared, tmp_path: Path) -> None:
     """The scoring of the student is not paid twice."""
-
-    class Killed(BaseException):
-        pass
-
-    def stop(record: dict[str, float]) -> None:
-        if record["epoch"] == 4:
-            raise Killed
-
     whole = run(data, "scored")
     with pytest.raises(Killed):
-        distilled(params(), data, SETTINGS, "scored", on_epoch=stop, folder=tmp_path, mark="m")
+        distilled(params(), data, SETTINGS, "scored", on_epoch=stop_after(4), folder=tmp_path, mark="m")
     again = distilled(params(), data, SETTINGS, "scored", on_epoch=lambda record: None, folder=tmp_path, mark="m")
     assert all(torch.equal(v, whole.student.state_dict()[n]) for n, v in again.student.state_dict().items())
     assert again.figures["cost/student_image_passes"] == whole.figures["cost/student_image_passes"]

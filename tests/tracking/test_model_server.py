@@ -2,11 +2,7 @@
 
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +13,7 @@ import torch
 
 from epsd.tracking import registered, track
 from handed_on import model_folder, servable
+from tracking_server import free_port, serving
 
 MODEL = "models:/epsd@champion"
 
@@ -30,36 +27,13 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) 
     with track("evaluate", experiment="epsd", name="served", tags={"kind": "pipeline"}) as tracker:
         tracker.model(model_folder(tmp_path / "made"))
     registered.promote("served")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", MODEL, "--env-manager", "local"]
-    with (tmp_path / "log").open("wb") as log:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
-            env={**os.environ, "PATH": path, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        wait(server, f"http://127.0.0.1:{port}/ping", tmp_path / "log")
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    environment = {**os.environ, "PATH": path, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    with serving(command, f"http://127.0.0.1:{port}/ping", tmp_path / "log", environment):
         yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait(10)
-
-
-def wait(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        assert server.poll() is None and time.monotonic() < deadline, log.read_text()
-        try:
-            if requests.get(url, timeout=2).ok:
-                return
-        except requests.RequestException:
-            time.sleep(0.1)
 
 
 def ask(address: str, inputs: str) -> requests.Response:

@@ -11,7 +11,7 @@ from epsd.project.recipes import Recipe
 from epsd.training import autotune, checkpoints
 from epsd.training.autotune import Way, best, named, ways
 from epsd.training.fit import fit
-from toys import ToyBatches, convnet
+from toys import Killed, ToyBatches, convnet, stop_after
 
 FP32, BF16 = (Way(kind, torch.channels_last, "none") for kind in (None, torch.bfloat16))
 CPU = torch.device("cpu")
@@ -74,16 +74,9 @@ def test_the_fastest_way_is_taken_kept_and_recorded(faster: str, eager: pytest.M
     asked, _ = trained(Recipe(epochs=4, lr=0.02, precision=precision, memory_format=layout))
     assert same(weights, asked)
 
-    class Killed(Exception):
-        pass
-
-    def kill(record: dict[str, float]) -> None:
-        if record["epoch"] == 2:
-            raise Killed
-
     path = tmp_path / "last"
     with pytest.raises(Killed):
-        trained(Recipe(epochs=4, lr=0.02), checkpoint=path, mark="m", on_epoch=kill)
+        trained(Recipe(epochs=4, lr=0.02), checkpoint=path, mark="m", on_epoch=stop_after(2))
     assert checkpoints.load(path, "m")["way"] == faster
     eager.setattr(autotune._Bench, "seconds", lambda self, way: pytest.fail("measured again"))
     resumed, again = trained(Recipe(epochs=4, lr=0.02), checkpoint=path, mark="m")

@@ -15,7 +15,7 @@ from epsd.objectives import OBJECTIVES
 from epsd.project.recipes import Recipe
 from epsd.training.fit import fit
 from epsd.training.moving import Gradual, Moving, Removing, RigL
-from toys import ToyBatches, convnet
+from toys import Killed, ToyBatches, convnet, stop_after
 
 NAMES = sorted(OBJECTIVES)
 STEPS = 20  # 5 epochs of 4 steps
@@ -132,22 +132,14 @@ def test_a_step_that_moves_trains_nothing_and_newcomers_start_at_zero() -> None:
                 assert not after[layer][moved.keep[layer] & ~keep].any()
 
 
-class Killed(Exception):
-    """After an epoch."""
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("epochs", [1, 4])
 def test_a_killed_training_goes_on_bit_for_bit(kind: str, epochs: int, tmp_path: Path) -> None:
-    def kill(record: Mapping[str, float]) -> None:
-        if record["epoch"] == epochs:
-            raise Killed
-
     whole, resumed = convnet(), convnet()
     expected = train(whole, kind, "dlb")
     options: dict[str, Any] = {"checkpoint": tmp_path / "last.safetensors"}
     with pytest.raises(Killed):
-        train(copy.deepcopy(resumed), kind, "dlb", on_epoch=kill, **options)
+        train(copy.deepcopy(resumed), kind, "dlb", on_epoch=stop_after(epochs), **options)
     found = train(resumed, kind, "dlb", **options)
     assert found == expected
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
