@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from epsd.compute.networks import in_mode
+from epsd.compute.networks import hooked, in_mode
 from epsd.types import Batches
 
 MOST = 2000
@@ -46,21 +46,16 @@ def penultimate(model: nn.Module, batches: Batches) -> Features:
         seen[:] = [inputs[0]]
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | _ConvNd)]
-    hooks = [module.register_forward_hook(note) for module in layers]
     values, labels, right, drawn = [], [], [], 0
-    try:
-        with torch.no_grad(), in_mode(model):
-            for batch in batches.epoch(0):
-                logits = model(batch.images.to(device)).cpu()
-                values.append(_flat(seen[0]).float().cpu())
-                labels.append(batch.labels.cpu())
-                right.append(logits.argmax(1) == labels[-1])
-                drawn += len(logits)
-                if drawn >= MOST:
-                    break
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), in_mode(model), hooked((layer, note) for layer in layers):
+        for batch in batches.epoch(0):
+            logits = model(batch.images.to(device)).cpu()
+            values.append(_flat(seen[0]).float().cpu())
+            labels.append(batch.labels.cpu())
+            right.append(logits.argmax(1) == labels[-1])
+            drawn += len(logits)
+            if drawn >= MOST:
+                break
     return Features(*(torch.cat(part)[:MOST] for part in (values, labels, right)))
 
 

@@ -1,10 +1,12 @@
 """What the variants share: trying a network on one image, and finding where it has feature maps."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from epsd.compute.networks import evaluated, hooked
 from epsd.types import EpsdError
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -21,19 +23,14 @@ def try_on(model: nn.Module, image_shape: tuple[int, int, int], name: str, hint:
 
     Raises ArchitectureError naming the network and `hint` where the image does not fit (too small, wrong multiple).
     """
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
-            model(torch.zeros(1, *image_shape))
+        evaluated(model, torch.zeros(1, *image_shape))
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
         channels, height, width = image_shape
         reason = " ".join(str(error).split())[:160]
         raise ArchitectureError(
             f"architecture: '{name}' cannot take images of {channels}x{height}x{width} ({hint}; {reason})."
         ) from None
-    finally:
-        model.train(training)
     return model
 
 
@@ -57,23 +54,15 @@ def _shapes(model: nn.Module, names: list[str], image: Tensor) -> dict[str, torc
     """Output shape of each named submodule that gave one tensor, in the order of the forward pass."""
     found: dict[str, torch.Size] = {}
 
-    def note(name: str) -> object:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
+    def noting(name: str) -> tuple[nn.Module, Callable[..., None]]:
+        def note(module: nn.Module, inputs: object, output: object) -> None:
             if isinstance(output, Tensor):
                 found[name] = output.shape
 
-        return model.get_submodule(name).register_forward_hook(hook)
+        return model.get_submodule(name), note
 
-    hooks = [note(name) for name in names]
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(image)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()  # type: ignore[attr-defined]
+    with hooked(map(noting, names)):
+        evaluated(model, image)
     return found
 
 

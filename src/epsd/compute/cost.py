@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
-from epsd.compute import distributed
+from epsd.compute import distributed, networks
 from epsd.types import Forward
 
 FORWARD, BACKWARD, SECOND_ORDER = 1, 2, 6
@@ -88,11 +88,8 @@ class Meter:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], outputs: object) -> None:
             self._count(len(inputs[0]), outputs)
 
-        handle = model.register_forward_hook(hook)  # a plain function: a deep copy of the model shares it
-        try:
+        with networks.hooked([(model, hook)]):  # a plain function: a deep copy of the model shares it
             yield self
-        finally:
-            handle.remove()
 
     def _count(self, images: int, outputs: object) -> None:
         images *= distributed.world()

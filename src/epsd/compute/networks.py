@@ -1,7 +1,8 @@
 """What every loop asks of a network: is it ready, which of its modules rest, in which type are its weights."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,35 @@ def train_(model: nn.Module, rest: Iterable[nn.Module]) -> None:
     model.train()
     for module in rest:
         module.training = False
+
+
+def evaluated(model: nn.Module, images: Tensor) -> Any:
+    """What `model` gives in evaluation mode, without a graph; the mode of each module is what it was afterwards."""
+    with in_mode(model), torch.no_grad():
+        return model(images)
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Each function after every forward pass of its module, inside the block only."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention in the products that it consists of, without kernels that merge them."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

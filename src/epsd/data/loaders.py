@@ -121,14 +121,8 @@ class LoaderBatches:
         return chosen
 
     def _workers(self) -> dict[str, Any]:
-        loader = self._loader
-        shared: dict[str, Any] = {
-            "num_workers": loader.num_workers,
-            "pin_memory": loader.pin_memory,
-            "timeout": loader.timeout,
-        }
-        shared |= {"worker_init_fn": loader.worker_init_fn, "prefetch_factor": loader.prefetch_factor}
-        return shared | {"multiprocessing_context": loader.multiprocessing_context}
+        taken = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "prefetch_factor", "multiprocessing_context")
+        return {name: getattr(self._loader, name) for name in taken}
 
     def lengths(self) -> set[int]:
         """How many images its batches hold, as far as that is known before they are drawn."""

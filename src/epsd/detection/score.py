@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from epsd.compute import distributed
+from epsd.compute import distributed, networks
 from epsd.detection.average_precision import Curve, Detections, ap_11point, ap_area, curve
 from epsd.detection.backbone import DetectionError
 from epsd.detection.pictures import Pictures, Target, in_batches, loaded, moved_to
@@ -31,18 +31,15 @@ def detect(
     Several processes share the scenes; all of them get all detections.
     """
     device = torch.device(device)
-    training = detector.training
-    detector.to(device).eval()
+    detector.to(device)
     batches = in_batches(range(len(scenes)), batch_size)
     mine = batches[
         distributed.rank() :: distributed.world()
     ]  # whole ones, as its neighbours may change a picture's padding
     found = []
-    for samples in loaded(Pictures(scenes, channels), mine, workers):
-        with torch.autocast(device.type, precision, enabled=precision is not None):
-            outputs = detector(moved_to(samples, device)[0])
-        found.append([as_detections(output) for output in outputs])
-    detector.train(training)
+    with networks.in_mode(detector), torch.autocast(device.type, precision, enabled=precision is not None):
+        for samples in loaded(Pictures(scenes, channels), mine, workers):
+            found.append([as_detections(output) for output in detector(moved_to(samples, device)[0])])
     return [one for batch in distributed.interleaved(found) for one in batch]
 
 

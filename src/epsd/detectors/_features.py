@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from epsd.compute.networks import evaluated
 from epsd.types import EpsdError
 
 PROBE = 128
@@ -94,19 +95,14 @@ def levels_of(model: nn.Module, nodes: Sequence[str], channels: int) -> list[Lev
         raise DetectorError(
             f"{name}: has no feature maps (a transformer has none); detection needs a convolutional net."
         )
-    body, modes = extract(model, nodes), [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
+    body, device = extract(model, nodes), next(model.parameters()).device
     try:
-        with torch.no_grad():
-            outputs = body.eval()(torch.zeros(1, channels, PROBE, PROBE, device=device))
+        outputs = evaluated(body, torch.zeros(1, channels, PROBE, PROBE, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DetectorError(
             f"{name}: takes no picture of {PROBE}x{PROBE} px with {channels} channels ({reason})."
         ) from None
-    finally:
-        for module, training in modes:
-            module.training = training
     found: dict[int, Level] = {}
     for node, output in outputs.items():
         if not isinstance(output, Tensor) or output.ndim != 4 or not 0 < output.shape[2] <= PROBE:

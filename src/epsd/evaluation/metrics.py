@@ -5,8 +5,8 @@ our figure, under the name FLOPs: torchvision's ResNet-50 at 224 px is 4.09 G of
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -189,15 +189,6 @@ _PLACES = (0, "input"), (1, "weight")
 
 
 @contextmanager
-def _hooked(model: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], Any], None]) -> Iterator[None]:
-    """`hook` after the forward pass of each submodule, inside the block only."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(module.register_forward_hook(hook).remove)
-        yield
-
-
-@contextmanager
 def _without_gradients(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient inside the block: torch's counter trips over those that meet none."""
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -230,29 +221,21 @@ def flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
     products by weights that are exactly zero, of every convolution, linear map and MultiheadAttention: what a kernel
     that skips every zero would do, not what a dense one does.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     skippable = _Skippable(model.parameters())
     image = networks.as_weights(torch.zeros(1, *image_shape, device=next(model.parameters()).device), model)
     counter = FlopCounterMode(display=False)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(
-        False
-    )  # the counter does not see into this kernel, nor into fused attention
-    try:
-        with (
-            networks.in_mode(model),
-            _hooked(model, skippable.attention),
-            _without_gradients(model),
-            sdpa_kernel(SDPBackend.MATH),
-            _recurrent_in_parts(model),
-            torch.no_grad(),
-            counter,
-            skippable,
-        ):
-            model(image)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with (
+        networks.in_mode(model),
+        networks.hooked((module, skippable.attention) for module in model.modules()),
+        _without_gradients(model),
+        networks.plain_attention(),  # the counter does not see into the others
+        _recurrent_in_parts(model),
+        torch.no_grad(),
+        counter,
+        skippable,
+    ):
+        model(image)
     dense = int(counter.get_total_flops())
     return Flops(dense, dense - skippable.saved)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from epsd.compute.narrow import narrow_, shapes_of
+from epsd.compute.networks import evaluated, hooked
 from epsd.types import EpsdError, Scores
 
 Allocation = Literal["uniform", "cost", "random"]
@@ -216,27 +217,14 @@ def _uses(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, _Use
 
         return hook
 
-    hooks = [
-        module.register_forward_hook(count(f"{name}.weight"))
-        for name, module in model.named_modules()
-        if isinstance(module, _MAKERS)
-    ]
-    try:
+    makers = {name: module for name, module in model.named_modules() if isinstance(module, _MAKERS)}
+    with hooked((module, count(f"{name}.weight")) for name, module in makers.items()):
         _evaluated(model, torch.zeros(1, *image_shape))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 
 def _evaluated(model: nn.Module, images: Tensor) -> Tensor:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            output: Tensor = model.eval()(images.to(next(model.parameters())))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    output: Tensor = evaluated(model, images.to(next(model.parameters())))
     return output
 
 

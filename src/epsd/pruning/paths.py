@@ -6,7 +6,6 @@ nothing goes on. At the extreme it is the honest axis: a mask may keep every wei
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from epsd.compute.networks import hooked
 from epsd.masks import Mask, erk_ranked
 from epsd.pruning.scoring import Means, calling, scoring, within
 
@@ -38,7 +38,7 @@ def on_path(model: nn.Module, mask: Mask, image_shape: tuple[int, ...]) -> Mask:
     device = kept[0].device
     image = torch.linspace(0.5, 1.0, torch.Size(image_shape).numel(), dtype=torch.float64).view(1, *image_shape)
     buffers = {name: b.double() for name, b in model.named_buffers() if b.is_floating_point()}
-    with within(Means()), scoring(model, train=False), _open(model):
+    with within(Means()), scoring(model, train=False), hooked(_opening(model)):
         output = calling(model, {**buffers, **values})(image.to(device)).sum()
         flows = torch.autograd.grad(output, kept, materialize_grads=True)
     return Mask({name: (flow != 0).cpu() & keep for (name, keep), flow in zip(mask.keep.items(), flows, strict=True)})
@@ -58,20 +58,13 @@ def _positive(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
     return found
 
 
-@contextmanager
-def _open(model: nn.Module) -> Iterator[None]:
+def _opening(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
     """Normalisation layers divide by the largest activation, and shift nothing; pooling lets all of them through."""
-    handles = []
     for module in model.modules():
         if isinstance(module, _NORMS) or type(module).__name__ == "FrozenBatchNorm2d":
-            handles.append(module.register_forward_hook(_rescaled))
+            yield module, _rescaled
         elif isinstance(module, nn.modules.pooling._MaxPoolNd | nn.modules.pooling._AdaptiveMaxPoolNd):
-            handles.append(module.register_forward_hook(_pooled))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            yield module, _pooled
 
 
 def _rescaled(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

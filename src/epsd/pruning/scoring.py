@@ -88,23 +88,16 @@ def scoring(model: nn.Module, train: bool = True) -> Iterator[None]:
     Meanwhile gradients are on, layers run in a form that is cheap to differentiate twice (`epsd.compute.second_order`),
     attention in its plain one, and what is compiled as it was written: compiled code has no second derivative.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with (
-            networks.in_mode(model, train=train),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            _uncompiled(),
-            keeping_random_state(_device(model)),
-            sdpa_kernel(SDPBackend.MATH),
-            TwiceDifferentiable(),
-        ):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    with (
+        networks.in_mode(model, train=train),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _uncompiled(),
+        keeping_random_state(_device(model)),
+        networks.plain_attention(),
+        TwiceDifferentiable(),
+    ):
+        yield
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

@@ -56,11 +56,9 @@ def read_runs(experiments: Sequence[str] = (), where: Sequence[str] = ()) -> "pd
 
 def is_trained(tags: Mapping[str, Any]) -> bool:
     """Whether a run is of a trained model, a result by itself: no trial, and no summary (of a search, a study, an
-    analysis). Cells once were of kind `study`.
+    analysis).
     """
-    return tags.get("kind") in ("pipeline", "cell") or (
-        tags.get("kind") == "study" and isinstance(tags.get("method"), str)
-    )
+    return tags.get("kind") in ("pipeline", "cell")
 
 
 def _simple(text: str) -> "re.Match[str] | None":
