@@ -253,10 +253,6 @@ def highest(scores: Tensor, kept: int) -> Tensor:
     return keep
 
 
-def _flat(scores: Scores) -> Tensor:
-    return torch.cat([score.detach().flatten() for score in scores.values()])
-
-
 def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     pieces = torch.split(flat, [tensor.numel() for tensor in like.values()])
     return {name: piece.view(like[name].shape) for name, piece in zip(like, pieces, strict=True)}
@@ -351,7 +347,7 @@ class Mask:
         keep: dict[str, Tensor] = {}
         for names, kept in budgets:
             group = {name: ranked[name] for name in names}
-            flat = _flat(group)
+            flat = torch.cat([score.detach().flatten() for score in group.values()])
             if within is not None and kept > (left := sum(int(within.keep[name].sum()) for name in group)):
                 raise MaskError(
                     f"sparsity {sparsity} keeps {kept} weights, the mask within which it prunes has {left}."

@@ -15,6 +15,7 @@ from epsd.pipeline.stage import check
 from epsd.project import artifacts
 from epsd.project.params import DEFAULT_PATH, Params, flatten, load
 from epsd.project.processes import Stopped
+from epsd.project.progress import drawn
 from epsd.project.runtime import no_telemetry, note, quiet
 from epsd.registry import choose, unknown
 from epsd.scores import SCORES
@@ -55,7 +56,8 @@ def command(request: Request) -> int:
     except Stopped as stop:
         note(f"analyse: {stop}; nothing was written.")
         return stop.status
-    _print(report)
+    print(drawn(report.table()))
+    print(f"analyse: tables and figures are in {FOLDER}/", flush=True)
     return 0
 
 
@@ -156,10 +158,3 @@ def _log(tracker: Tracker, report: Report) -> None:
 def _curve(name: str) -> str:
     """The divergences get their group's name."""
     return name if "/" in name else f"distillation/{name}"
-
-
-def _print(report: Report) -> None:
-    from rich.console import Console
-
-    Console().print(report.table())
-    print(f"analyse: tables and figures are in {FOLDER}/", flush=True)

@@ -26,8 +26,9 @@ def against(table: Table, baseline: str) -> None:
             otherwise += 1
             continue
         for sparsity, cell in row.cells.items():
-            other = _cell_of(base, sparsity) if base is not None and base is not row else None
-            if other is not None:
+            if base is None or base is row:
+                continue
+            if other := base.cells.get(0.0 if base.method == DENSE else sparsity):
                 compared.append((cell, difference(cell.runs, other.runs)))
     for (cell, _), found in zip(compared, corrected([found for _, found in compared]), strict=True):
         cell.against = found
@@ -35,10 +36,6 @@ def against(table: Table, baseline: str) -> None:
     if otherwise:
         table.notes.append(f"{otherwise} rows were timed otherwise than {baseline} and are not compared with it.")
     _note_tests(table, [found for _, found in compared])
-
-
-def _cell_of(row: Row, sparsity: float) -> Cell | None:
-    return row.cells.get(0.0) if row.method == DENSE else row.cells.get(sparsity)
 
 
 def _baseline(table: Table, row: Row, wanted: str) -> Row | None:

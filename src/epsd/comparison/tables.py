@@ -2,17 +2,15 @@
 
 import math
 import sys
-from io import StringIO
 from typing import Literal
 
 from epsd.comparison.metrics import better
 from epsd.comparison.statistics import Difference
 from epsd.comparison.types import Cell, Row, Table
+from epsd.project.progress import drawn
 
 Format = Literal["terminal", "markdown", "csv", "latex"]
 ENDINGS: dict[str, Format] = {".md": "markdown", ".csv": "csv", ".tex": "latex", ".txt": "terminal"}
-WIDTH = 120
-"""Characters of a line where no terminal says how many."""
 
 CSV_COLUMNS = (
     "method", "objective", "differs", "sparsity", "metric", "mean", "standard_deviation", "seeds", "best", "baseline",
@@ -61,7 +59,6 @@ def _header(table: Table) -> list[str]:
 
 def terminal(table: Table) -> str:
     """A table of rich, best values bold where a terminal can."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table as Grid
 
@@ -79,13 +76,8 @@ def terminal(table: Table) -> str:
                 (f"[bold]{head}[/bold]{'' if tty else ' *'}\n{tail}") if cell is not None and cell.best else text
             )
         grid.add_row(escape(row.label), row.objective, *cells)
-    drawn = StringIO()
-    Console(file=drawn, width=None if tty else WIDTH, no_color=not tty, force_terminal=tty).print(grid)
-    return "\n".join([drawn.getvalue().rstrip(), *_notes(table, "bold" if tty else "*")])
-
-
-def _notes(table: Table, mark: str) -> list[str]:
-    return [note.replace("Bold:", "*:", 1) if mark == "*" else note for note in table.notes]
+    notes = table.notes if tty else [note.replace("Bold:", "*:", 1) for note in table.notes]
+    return "\n".join([drawn(grid), *notes])
 
 
 def markdown(table: Table) -> str:
@@ -95,12 +87,9 @@ def markdown(table: Table) -> str:
     lines.append("|---|---|" + "---:|" * len(table.columns))
     for row in table.rows:
         cells = [_inline(row.cells.get(sparsity), places, "**", "**") for sparsity in table.columns]
-        lines.append(f"| {' | '.join([_piped(row.label), row.objective, *cells])} |")
+        label = row.label.replace("|", "\\|")
+        lines.append(f"| {' | '.join([label, row.objective, *cells])} |")
     return "\n".join([*lines, "", *(f"* {note}" for note in table.notes)])
-
-
-def _piped(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _inline(cell: Cell | None, places: int, before: str, after: str) -> str:

@@ -87,6 +87,7 @@ def start(device: str = "auto", sync_batchnorm: bool = True) -> None:
     gpu = on_gpus(device)
     check_devices(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     import torch.distributed as dist
+    from torch.distributed import FileStore  # type: ignore[attr-defined]
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -94,13 +95,9 @@ def start(device: str = "auto", sync_batchnorm: bool = True) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     path = os.environ.get(RENDEZVOUS)
-    store: Any = _file_store(path) if path else next(rendezvous("env://"))[0]
+    store: Any = FileStore(path, told()) if path else next(rendezvous("env://"))[0]
     dist.init_process_group(backend, store=PrefixStore("epsd", store), rank=told_rank(), world_size=told())
     _group = _Group(dist.get_rank(), dist.get_world_size(), sync_batchnorm, store)
-
-
-def _file_store(path: str) -> Any:
-    return torch.distributed.FileStore(path, told())  # type: ignore[attr-defined]
 
 
 def stop() -> None:
@@ -329,14 +326,11 @@ def check_used(model: nn.Module) -> None:
     """After a backward pass: ParallelError where a weight took no part in the loss, which DDP would wait for."""
     unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if _group.world > 1 and unused:
+        others = f", nor do {len(unused) - 1} others" if len(unused) > 1 else ""
         raise ParallelError(
-            f"launch.processes: {unused[0]} takes no part in the loss{_others(unused)}. Several processes need every "
+            f"launch.processes: {unused[0]} takes no part in the loss{others}. Several processes need every "
             "trainable weight in it: freeze such weights (requires_grad_(False)), or use one process."
         )
-
-
-def _others(names: list[str]) -> str:
-    return f", nor do {len(names) - 1} others" if len(names) > 1 else ""
 
 
 def unsynced(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

@@ -1,6 +1,6 @@
 """A network whose layers have fewer channels than its architecture gives them: built whole, then made narrow."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,46 +49,22 @@ def _shrink(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> None:
         module.register_buffer(leaf, part, persistent=leaf not in module._non_persistent_buffers_set)
 
 
-def _convolution(layer: Any) -> None:
-    outputs, inputs = layer.weight.shape[:2]
-    if layer.groups == layer.in_channels > 1:  # depthwise: as many groups as channels, each with as many outputs
-        layer.groups = outputs // (layer.out_channels // layer.groups)
-    layer.in_channels, layer.out_channels = inputs * layer.groups, outputs
-
-
-def _linear(layer: Any) -> None:
-    layer.out_features, layer.in_features = layer.weight.shape
-
-
-def _batch_norm(layer: Any) -> None:
-    layer.num_features = len(layer.running_mean if layer.weight is None else layer.weight)
-
-
-def _layer_norm(layer: Any) -> None:
-    layer.normalized_shape = tuple(layer.weight.shape)
-
-
-def _group_norm(layer: Any) -> None:
-    layer.num_channels = len(layer.weight)
-
-
-def _attention(layer: Any) -> None:
-    layer.embed_dim = layer.kdim = layer.vdim = layer.out_proj.weight.shape[0]
-    layer.head_dim = layer.embed_dim // layer.num_heads
-
-
-_SIZES: dict[type[nn.Module], Callable[[Any], None]] = {
-    nn.modules.conv._ConvNd: _convolution,
-    nn.Linear: _linear,
-    nn.modules.batchnorm._BatchNorm: _batch_norm,
-    nn.LayerNorm: _layer_norm,
-    nn.GroupNorm: _group_norm,
-    nn.MultiheadAttention: _attention,
-}
-
-
-def _tell(module: nn.Module) -> None:
-    for kind, sizes in _SIZES.items():
-        if isinstance(module, kind):
-            with torch.no_grad():
-                sizes(module)
+@torch.no_grad()
+def _tell(layer: Any) -> None:
+    """Its sizes, by the tensors that it has now."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        outputs, inputs = layer.weight.shape[:2]
+        if layer.groups == layer.in_channels > 1:  # depthwise: as many groups as channels, each with as many outputs
+            layer.groups = outputs // (layer.out_channels // layer.groups)
+        layer.in_channels, layer.out_channels = inputs * layer.groups, outputs
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        layer.num_features = len(layer.running_mean if layer.weight is None else layer.weight)
+    elif isinstance(layer, nn.LayerNorm):
+        layer.normalized_shape = tuple(layer.weight.shape)
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_channels = len(layer.weight)
+    elif isinstance(layer, nn.MultiheadAttention):
+        layer.embed_dim = layer.kdim = layer.vdim = layer.out_proj.weight.shape[0]
+        layer.head_dim = layer.embed_dim // layer.num_heads

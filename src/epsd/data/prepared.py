@@ -120,7 +120,7 @@ class Prepared:
         if self.index["storage"] == "memory":
             pixels = self._on_device(split, augmentation.crop_padding if augmentation else 0)
             return MemoryBatches(pixels, labels, flip=bool(augmentation and augmentation.flip), **common)
-        images = Pictures(self._files(split), self._reading(), self.image_shape)
+        images = Pictures(self._files(split), Reading(**self.index["reading"]), self.image_shape)
         return StreamedBatches(images, labels, augmentation=augmentation, machine=self.machine, **common)
 
     def _on_device(self, split: Split, padding: int) -> Pixels:
@@ -139,9 +139,6 @@ class Prepared:
         if not len(listed.files) == len(listed.digests) == self.sizes[split]:
             raise ArtifactError(f"{path}: lists {len(listed.files)} files, data.json says {self.sizes[split]}.")
         return Files(open_tree(folder), listed.files, listed.digests)
-
-    def _reading(self) -> Reading:
-        return Reading(**self.index["reading"])
 
     def _array(self, split: Split, kind: str) -> NDArray[Any]:
         path = self.folder / f"{split}_{kind}.npy"

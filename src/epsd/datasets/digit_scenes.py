@@ -152,7 +152,7 @@ def _pools(images: Mapping[str, Pool] | None, seed: int, validation: bool = True
     if {"train", "test"} <= set(pools) and all(_are_digits(pool[0]) for pool in pools.values()):
         if validation and "validation" not in pools:
             pools |= _held_out(pools["train"], seed)
-        return {split: (_grey(pixels), labels) for split, (pixels, labels) in pools.items()}
+        return {split: (pixels.reshape(-1, *pixels.shape[-2:]), labels) for split, (pixels, labels) in pools.items()}
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -172,10 +172,6 @@ def _held_out(train: Pool, seed: int) -> dict[str, Pool]:
 
 def _are_digits(images: Pixels) -> bool:
     return (images.ndim == 3 or images.shape[1] == 1) and bool(images.shape[-1] == images.shape[-2])
-
-
-def _grey(images: Pixels) -> Pixels:
-    return images.reshape(-1, *images.shape[-2:])
 
 
 def _enlarged(digit: Pixels, side: int) -> npt.NDArray[np.float64]:

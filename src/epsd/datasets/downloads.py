@@ -94,7 +94,8 @@ def locate(root: Path, published: Published, download: bool, terms: str = "") ->
     if archive.is_file():
         verify(archive, published.checksum)
         return archive
-    if root.is_file() or (root.is_dir() and any(_counts(entry.name) for entry in root.iterdir())):
+    inside = root.iterdir() if root.is_dir() else ()
+    if root.is_file() or any(entry.name[0] != "." and entry.suffix != ".part" for entry in inside):
         return root
     if download:
         return fetch(published, root)
@@ -103,10 +104,6 @@ def locate(root: Path, published: Published, download: bool, terms: str = "") ->
         f"{root}: nothing there. Place {published.name} ({published.url}) or its unpacked folder in it, "
         f"or set dataset.download: true{agree}."
     )
-
-
-def _counts(name: str) -> bool:
-    return not name.startswith(".") and not name.endswith(".part")
 
 
 class _Lost(Exception):
@@ -156,7 +153,8 @@ def _continue(published: Published, part: Path) -> Path:
     if answer is None:
         return part
     with answer:
-        resumed = answer.status_code == 206 and _starts_at(answer.headers.get("Content-Range"), have)
+        sent = str(answer.headers.get("Content-Range"))
+        resumed = answer.status_code == 206 and sent.startswith(f"bytes {have}-")
         length = answer.headers.get("Content-Length")
         start = have if resumed else 0
         total = start + int(length) if length and length.isdigit() else None
@@ -219,10 +217,6 @@ def _seconds(retry_after: str | None) -> float:
 
 def _told(error: BaseException) -> str:
     return " ".join(str(error).split())[:100] or type(error).__name__
-
-
-def _starts_at(content_range: str | None, have: int) -> bool:
-    return bool(content_range) and str(content_range).startswith(f"bytes {have}-")
 
 
 def _receive(answer: "requests.Response", file: IO[bytes], name: str, start: int, total: int | None) -> None:

@@ -101,7 +101,8 @@ def fit_detector(
             run.updates.settle()
             distributed.settle_buffers(detector)
             if checkpoint is not None and distributed.is_main():
-                checkpoints.save(checkpoint, _state(run, history), mark)
+                state = {"detector": detector.state_dict(), **run.updates.state_dict(), "history": history}
+                checkpoints.save(checkpoint, state, mark)
             tell(history[-1])
     return history
 
@@ -114,10 +115,6 @@ def _alike(batch: Sequence[int]) -> bool:
 def _share(batch: Sequence[int]) -> slice:
     """Which pictures of a batch this process takes."""
     return slice(0, len(batch)) if _alike(batch) else distributed.share(len(batch))
-
-
-def _state(run: _Run, history: list[dict[str, float]]) -> dict[str, Any]:
-    return {"detector": run.detector.state_dict(), **run.updates.state_dict(), "history": history}
 
 
 def _restored(run: _Run, state: dict[str, Any]) -> list[dict[str, float]]:

@@ -102,13 +102,9 @@ def _data(subject: Subject) -> Iterator[str]:
     sizes = ", ".join(f"{count} {split}" for split, count in data["sizes"].items())
     shown = ", ".join(map(escaped, names[:_LISTED_CLASSES])) + (", ..." if len(names) > _LISTED_CLASSES else "")
     yield f"* Source: {escaped(data['source'])}, digest `{data['digest'][:16]}`"
-    yield f"* Images: {sizes}, of {_shape(data['image_shape'])} pixels"
+    yield f"* Images: {sizes}, of {'x'.join(map(str, data['image_shape']))} pixels"
     yield f"* {len(names)} classes: {shown}"
     yield "* The test images were read once, to write this card; choices were made on validation."
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _method(tree: Mapping[str, Any]) -> Iterator[str]:

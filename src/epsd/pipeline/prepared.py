@@ -19,7 +19,8 @@ def opened(params: Params, machine: Machine = Machine()) -> Prepared:
     if not artifacts.DATA_INDEX.is_file():
         raise ArtifactError(f"{artifacts.DATA_INDEX}: missing. {_AGAIN}")
     data = Prepared.load(artifacts.DATA, machine)
-    then, now = dict(flatten(data.index["settings"])), dict(flatten(_settings(params)))
+    noted = {"dataset": params.dataset, "seed": params.seed, **params.data.model_dump(include=_SHARES)}
+    then, now = dict(flatten(data.index["settings"])), dict(flatten(noted))
     for key in sorted({*then, *now} - {"carved"}):
         before, wanted = (settings.get(key, "unset") for settings in (then, now))
         if before != wanted:
@@ -31,8 +32,3 @@ def opened(params: Params, machine: Machine = Machine()) -> Prepared:
             "data.validation above 0 and run `dvc repro prepare`."
         )
     return data
-
-
-def _settings(params: Params) -> dict[str, object]:
-    """What `prepare` notes."""
-    return {"dataset": params.dataset, "seed": params.seed, **params.data.model_dump(include=_SHARES)}

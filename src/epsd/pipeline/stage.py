@@ -68,7 +68,8 @@ def run_stage(name: str, main: Main) -> None:
             machine = _joined(params, count)
             with _folder_lock(name) if distributed.is_main() else contextlib.nullcontext():
                 if not quiet():
-                    _say(f"{name}: {describe(params, name)}, on {machine.device.type}{_times(count)}")
+                    several = f" in {count} processes" if count > 1 else ""
+                    _say(f"{name}: {describe(params, name)}, on {machine.device.type}{several}")
                 seed_everything(params.seed)
                 result = main(params, machine)
         seconds = time.monotonic() - started
@@ -103,10 +104,6 @@ def _joined(params: Params, count: int) -> Machine:
         hush()
         warnings.simplefilter("ignore")
     return open_machine(params.device, params.threads, params.data.workers)
-
-
-def _times(count: int) -> str:
-    return f" in {count} processes" if count > 1 else ""
 
 
 def _watched(name: str) -> contextlib.AbstractContextManager[None]:

@@ -47,13 +47,10 @@ def _yaml() -> YAML:
     yaml = YAML()
     yaml.width = 4096
     yaml.preserve_quotes = True
-    for kind, written in ((type(None), _null), (float, _number)):
-        yaml.representer.add_representer(kind, written)
+    null = "tag:yaml.org,2002:null"
+    yaml.representer.add_representer(type(None), lambda made, _: made.represent_scalar(null, "null"))
+    yaml.representer.add_representer(float, _number)
     return yaml
-
-
-def _null(made: Any, _: None) -> Any:
-    return made.represent_scalar("tag:yaml.org,2002:null", "null")
 
 
 def _number(made: Any, value: float) -> Any:

@@ -1,8 +1,22 @@
 """What a person sees while a stage works: one progress bar on a terminal, nothing per step elsewhere."""
 
-from typing import Self
+import sys
+from io import StringIO
+from typing import TYPE_CHECKING, Self
 
 from epsd.project.runtime import watched
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def drawn(table: "Table") -> str:
+    """A table of rich as text: for the terminal that it is printed on, else plain and 120 characters wide."""
+    from rich.console import Console
+
+    text, tty = StringIO(), sys.stdout.isatty()
+    Console(file=text, width=None if tty else 120, no_color=not tty, force_terminal=tty).print(table)
+    return text.getvalue().rstrip()
 
 
 class Progress:

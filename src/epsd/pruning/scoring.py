@@ -88,12 +88,13 @@ def scoring(model: nn.Module, train: bool = True) -> Iterator[None]:
     Meanwhile gradients are on, layers run in a form that is cheap to differentiate twice (`epsd.compute.second_order`),
     attention in its plain one, and what is compiled as it was written: compiled code has no second derivative.
     """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with (
         networks.in_mode(model, train=train),
         torch.inference_mode(False),
         torch.enable_grad(),
         _uncompiled(),
-        keeping_random_state(_device(model)),
+        keeping_random_state(device),
         networks.plain_attention(),
         TwiceDifferentiable(),
     ):
@@ -103,10 +104,6 @@ def scoring(model: nn.Module, train: bool = True) -> Iterator[None]:
 def _uncompiled() -> AbstractContextManager[Any]:
     """Nothing where the compiler was never loaded: no module can be compiled then, and loading it takes a second."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 _HOOKED = (

@@ -3,9 +3,7 @@
 import contextlib
 import html
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +14,7 @@ from epsd.engine.ledger import slot
 from epsd.project import commented, presets
 from epsd.project.artifacts import replacing, write_text
 from epsd.project.params import DEFAULT_PATH, Params, at, flatten, load, override, parse, read_yaml
+from epsd.project.progress import drawn
 from epsd.project.runtime import note
 from epsd.tuning import TuningError
 from epsd.tuning.judge import MEASURED
@@ -127,7 +126,6 @@ def chosen(study: optuna.Study, number: int | None) -> FrozenTrial:
 
 def table(study: optuna.Study, objectives: list[str]) -> str:
     """The best trials side by side, parameters and figures in rows; the present params.yaml last, for comparison."""
-    from rich.console import Console
     from rich.table import Table
 
     ranked = best(study)
@@ -155,10 +153,7 @@ def table(study: optuna.Study, objectives: list[str]) -> str:
     grid.add_section()
     for key in dict.fromkeys(key for trial in columns for key in trial.params):
         grid.add_row(key, *(shown_value(t.params[key]) if key in t.params else "-" for t in columns))
-    text = StringIO()
-    width = None if sys.stdout.isatty() else 120
-    Console(file=text, width=width, no_color=not sys.stdout.isatty()).print(grid)
-    return text.getvalue().rstrip()
+    return drawn(grid)
 
 
 def export(study: optuna.Study, path: Path) -> int:
