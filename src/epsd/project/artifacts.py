@@ -64,6 +64,7 @@ DETECT_PICTURES = DETECT / "pictures"
 DETECT_GALLERY = DETECT_PICTURES / "detections.png"
 DETECTOR = DETECT / "model.safetensors"
 DETECT_ONNX = DETECT / "onnx"
+DETECTOR_CARD = DETECT / "model.json"
 
 
 T = TypeVar("T")
