@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from epsd.comparison import command, tables
 from epsd.comparison.types import ComparisonError, Entry
 from epsd.figures import deployed, study, style
-from epsd.project.artifacts import replacing
+from epsd.project.artifacts import write_text
 from epsd.project.runtime import brief, counted, versions
 from epsd.tracking.store import connection
 
@@ -60,9 +60,7 @@ class Report(NamedTuple):
 def write(report: Report) -> str:
     """Write the page; what it holds, in a line. Raises RunsError, ComparisonError, ArtifactError."""
     frame = command.found(report.request).sort_values("began", ascending=False, kind="stable")
-    text = "\n".join(page(frame, report.request))
-    with replacing(report.out) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(report.out, "\n".join(page(frame, report.request)))
     without = f", curves and pictures of the newest {PICTURED}" if len(frame) > PICTURED else ""
     return f"{report.out}: {counted(len(frame), 'run')}{without}, {report.out.stat().st_size / 1e6:.1f} MB"
 

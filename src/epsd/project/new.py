@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from epsd.files.regular import refused
 from epsd.project.runtime import brief
 from epsd.types import EpsdError
 
@@ -43,7 +44,7 @@ def init(folder: Path) -> None:
     source = template()
     if folder.exists() and (not folder.is_dir() or any(path.name != ".git" for path in folder.iterdir())):
         raise EpsdError(f"{folder}: is there and not empty. Name a new folder.")
-    try:
+    with refused(EpsdError, folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             copy = shutil.copytree if (source / name).is_dir() else shutil.copy
@@ -54,8 +55,6 @@ def init(folder: Path) -> None:
         (folder / "README.md").write_text(README, encoding="utf-8")
         (folder / "mlruns").mkdir()
         (folder / "mlruns" / ".gitkeep").touch()
-    except OSError as error:
-        raise EpsdError(f"{folder}: cannot be written ({error.strerror or error}).") from None
     _dvc(folder)
 
 
