@@ -132,5 +132,5 @@ def _network(data: Prepared) -> tuple[Any, Any]:
     from epsd.pipeline.prune import initial
     from epsd.pruning.channels import Structure
 
-    model = network(params(**AUTO, **{"prune.latency_ms": 1.0}), data)
+    model = initial(params(**AUTO, **{"prune.latency_ms": 1.0}), data)
     return model, Structure(model, data.image_shape)
