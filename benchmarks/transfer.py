@@ -174,14 +174,14 @@ def table(arguments: argparse.Namespace, rows: list[Row]) -> Iterator[str]:
         "finetune": "Digits",
         "transfer": "CIFAR-10 as JPEG, a ResNet-8 of half the width: the first five classes, then the last five",
     }
-    yield f"{about[arguments.kind]}; {arguments.seeds} seeds, one split; how: `benchmarks/transfer.py`."
+    yield f"{about[arguments.kind]}; {arguments.seeds} seeds, one split; mean ± standard deviation."
     yield f"{info['cpu']}, {torch.get_num_threads()} threads, torch {info['torch']}."
     yield from (
         "",
         "| network | test top-1, % | nonzero parameters | epochs | removed weights exactly 0 |",
         "|---" * 5 + "|",
     )
-    for name in dict.fromkeys(row.method for row in rows):
+    for name in FINETUNE if arguments.kind == "finetune" else TRANSFER:
         own = [row for row in rows if row.method == name]
         zeros = "yes" if all(row.zeros for row in own) else "NO"
         cells = [name, spread([100 * row.test for row in own]), f"{statistics.mean(r.parameters for r in own):,.0f}"]
