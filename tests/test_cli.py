@@ -119,7 +119,7 @@ def test_an_unknown_preset_is_one_line_and_changes_nothing(project: Path, capsys
     assert (project / "params.yaml").read_text() == "mine: 1\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["presets"], ["preset", "digits", "--aply"]])
+@pytest.mark.parametrize("arguments", [["presets"], ["preset", "digits", "--aply"]])
 def test_unknown_arguments_show_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
