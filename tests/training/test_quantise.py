@@ -13,7 +13,7 @@ from epsd.masks import Mask, prunable
 from epsd.objectives import OBJECTIVES
 from epsd.project.recipes import Quantise, Recipe
 from epsd.training.fit import fit
-from epsd.training.record import Record
+from epsd.training.record import Record, TrainingError
 from toys import Killed, ToyBatches, convnet, half, net_with_dropout, stop_after, timeless
 
 NAMES = sorted(OBJECTIVES)
@@ -96,3 +96,9 @@ def test_it_learns_in_every_way_of_computing(settings: dict[str, Any]) -> None:
 def test_other_settings_are_refused(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         Recipe(epochs=5, quantise=settings)
+
+
+@pytest.mark.parametrize("choice", ["kernels", "graphs"])
+def test_rounded_weights_are_not_compiled(choice: str) -> None:
+    with pytest.raises(TrainingError, match=r"^train\.compile: rounded weights run uncompiled; use none, or"):
+        fit(convnet(), ToyBatches(), recipe=recipe(compile=choice))

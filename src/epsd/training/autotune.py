@@ -103,7 +103,8 @@ def autotuned(loop: "_Loop", batch: Batch) -> dict[Way, float]:
     rounds = min(MOST, max(ROUNDS, int(seconds * steps / whole / (2 * len(open_ways)))))
     for way in open_ways * (rounds if len(open_ways) > 1 else 1):
         times[way] = min(times[way], _agreed(bench.seconds(way)))
-    if loop.recipe.compile == "auto" and whole > COMPILING and distributed.world() == 1:
+    alone = distributed.world() == 1 and loop.recipe.quantise is None  # neither is ever compiled
+    if loop.recipe.compile == "auto" and whole > COMPILING and alone:
         merged = best(times)._replace(compile="kernels")
         times[merged] = _agreed(bench.seconds(merged))
     return times if len(times) > 1 else {}

@@ -125,6 +125,8 @@ class _Loop:
         self.times: dict[str, float] = {}
         if distributed.world() > 1 and recipe.compile not in ("auto", "none"):
             raise TrainingError("train.compile: several processes run uncompiled; use none, or launch.processes: 1.")
+        if recipe.quantise is not None and recipe.compile not in ("auto", "none"):
+            raise TrainingError("train.compile: rounded weights run uncompiled; use none, or train.quantise: null.")
         self.net = compiled(model, recipe.compile, self.device)
         self.mask = mask
         self.moving: Moving | None = None
