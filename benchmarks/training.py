@@ -326,12 +326,14 @@ def auto_table(arguments: argparse.Namespace) -> Iterator[str]:
     for depth in (18, 20, 8):
         ways = list(map(str, autotune.ways(Recipe(), network(depth), CPU)))
         first = stepped(depth, batch, explicit(ways[0]), 2)[0]
-        steps, announced = min(40, 2 + int(2 / first)), int(3 * autotune.LEAST / first)
+        steps = min(40, 2 + int(2 / first))
+        measured = int(2 * autotune.ROUNDS * len(ways) / autotune.SHARE) + 1  # steps from which on it is
+        announced = max(measured, int(3 * autotune.LEAST / first))
         seconds, taken = dict.fromkeys(ways, float("inf")), list[str]()
         for _ in range(arguments.rounds):
             for name in ways:
                 seconds[name] = min(seconds[name], stepped(depth, batch, explicit(name), steps)[0])
-            taken.append(stepped(depth, batch, Recipe(lr=0.01, epochs=1), 2, announced)[1])
+            taken.append(stepped(depth, batch, Recipe(lr=0.01, epochs=1, compile="none"), 2, announced)[1] or ways[0])
         each, best = ", ".join(f"{name} {least:.3f}" for name, least in seconds.items()), min(seconds.values())
         slower = max(100 * (seconds[name] / best - 1) for name in taken)
         yield f"| ResNet-{depth} | {each} | {', '.join(taken)} | {slower:.1f} % |"
