@@ -191,8 +191,8 @@ def made(folder: Path) -> dict[str, Path]:
 
     from epsd.evaluation.intake import Intake
     from epsd.evaluation.servable import Servable
+    from epsd.files.onnx_file import SCRIPT
     from epsd.pipeline import deploy
-    from epsd.pipeline.export import SCRIPT
     from epsd.project import artifacts
     from epsd.tracking import models
 

@@ -1,6 +1,7 @@
 """Detection transfer: a detector on the pruned, trained backbone, read once on test. Writes artifacts/detect/."""
 
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from epsd.detection.pictures import typical_size
 from epsd.detection.score import Report, countable, detect, score_detections
 from epsd.detectors import DETECTORS, Picture
 from epsd.figures import style as figures
-from epsd.files.onnx_file import FP32
+from epsd.files.onnx_file import FOLDER, FP32
 from epsd.masks import Mask
 from epsd.pipeline.backbone import backbone, network
 from epsd.pipeline.describe import opened, reopened
@@ -35,6 +36,8 @@ from epsd.project.params import Params
 from epsd.project.runtime import counted, note, state_folder
 from epsd.registry import choose
 from epsd.tracking import Tracker
+from epsd.tracking.models import DETECTOR
+from epsd.tracking.registered import WEIGHTS
 from epsd.training import checkpoints
 from epsd.voc.scenes import VocIndex
 
@@ -81,11 +84,12 @@ def main(params: Params, machine: Machine) -> str:
         trained = fitted(task, model, mask, on_epoch=partial(tracker.epoch, prefix="detect/train_"))
         report = judged(task, trained) | beside(task)
         artifacts.write_json(artifacts.DETECT_METRICS, report)
-        log(tracker, report)
         tracker.describe("Detection", told(task, report))
+        version = log(tracker, report)
     shutil.rmtree(folder, ignore_errors=True)
     twin = f", {params.detect.beside} twin {report['beside_map50']:.4f}" if "beside_map50" in report else ""
-    return f"test mAP@0.5 {report['map50']:.4f}{twin}, COCO mAP {report['map']:.4f}"
+    kept = f"; model 'epsd-detector' version {version} (candidate)" if version else ""
+    return f"test mAP@0.5 {report['map50']:.4f}{twin}, COCO mAP {report['map']:.4f}{kept}"
 
 
 def fingerprint(params: Params) -> str:
@@ -179,13 +183,19 @@ def judged(task: Task, trained: Trained) -> dict[str, float]:
 
 
 def deployed(task: Task, detector: nn.Module, card: dict[str, Any]) -> dict[str, float]:
-    """Write the detector's ONNX file where one is asked for; what it is worth. The folder is there in any case."""
-    shutil.rmtree(artifacts.DETECT_ONNX, ignore_errors=True)
-    artifacts.DETECT_ONNX.mkdir(parents=True)
+    """Write the model that is served where an ONNX file is asked for; what it is worth. The folder is there anyway."""
+    shutil.rmtree(artifacts.DETECT_MODEL, ignore_errors=True)
+    artifacts.DETECT_MODEL.mkdir(parents=True)
     if not task.params.detect.onnx:
         return {}
-    path, scenes = artifacts.DETECT_ONNX / FP32, task.voc.scenes["test"]
-    return deploy.deployed(detector, scenes, card, path, task.machine, task.params.detect.latency_repeats)
+    scenes, repeats = task.voc.scenes["test"], task.params.detect.latency_repeats
+    with tempfile.TemporaryDirectory() as elsewhere:
+        onnx = Path(elsewhere) / FOLDER
+        onnx.mkdir()
+        figures = deploy.deployed(detector, scenes, card, artifacts.DETECTOR, onnx / FP32, task.machine, repeats)
+        if figures:
+            deploy.served(detector, scenes[0], card, onnx, artifacts.DETECT_MODEL, artifacts.DETECTOR_CARD)
+    return figures
 
 
 def draw(task: Task, detections: Sequence[Detections]) -> None:
@@ -225,13 +235,19 @@ def train_dense(task: Task, model: nn.Module) -> None:
     train_classifier(task.params, data, model, mask, on_epoch=lambda record: None, **task.saved("dense"))
 
 
-def log(tracker: Tracker, report: dict[str, float]) -> None:
-    """Headline figures; the page of pictures at the artifact root, the rest in a folder."""
+def log(tracker: Tracker, report: dict[str, float]) -> str | None:
+    """Headline figures; the page of pictures at the artifact root, tables and weights in folders; the model.
+
+    Returns the version under which it is registered, None where there is no ONNX file, and while the store is away.
+    """
     tracker.metrics({f"detect/{name}": value for name, value in report.items()})
     if artifacts.DETECT_GALLERY.exists():
         tracker.artifact(artifacts.DETECT_GALLERY)
     for table in (artifacts.DETECT_METRICS, artifacts.DETECT_PER_CLASS, artifacts.DETECT_HISTORY):
         tracker.artifact(table, folder="detect")
+    for file in (artifacts.DETECTOR, artifacts.DETECTOR_CARD):
+        tracker.artifact(file, folder=WEIGHTS[DETECTOR])
+    return tracker.model(artifacts.DETECT_MODEL) if any(artifacts.DETECT_MODEL.iterdir()) else None
 
 
 def told(task: Task, report: dict[str, float]) -> str:

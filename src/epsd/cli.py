@@ -107,9 +107,20 @@ def analyse(arguments: argparse.Namespace) -> int:
 
 def predict(arguments: argparse.Namespace) -> None:
     """Ask a model about images."""
-    from epsd.pipeline.export import predicted
+    from epsd.pipeline.predict import predicted
 
     for line in predicted(arguments.images, arguments.model, arguments.top, arguments.json):
+        print(line, flush=True)
+
+
+def detect(arguments: argparse.Namespace) -> None:
+    """Ask a detector about pictures."""
+    from pathlib import Path
+
+    from epsd.pipeline.detect import Options, detected
+
+    out = None if arguments.out is None else Path(arguments.out)
+    for line in detected(arguments.images, arguments.model, Options(arguments.threshold, out, arguments.json)):
         print(line, flush=True)
 
 
@@ -117,7 +128,7 @@ def export(arguments: argparse.Namespace) -> None:
     """Write a model's deployable folder."""
     from pathlib import Path
 
-    from epsd.pipeline.export import hand_over
+    from epsd.pipeline.hand_over import hand_over
 
     print(f"{arguments.to}: {', '.join(hand_over(arguments.model, Path(arguments.to)))}")
     print(f"Next: python {arguments.to}/predict.py photo.png (needs onnxruntime, numpy and Pillow)")
@@ -126,10 +137,19 @@ def export(arguments: argparse.Namespace) -> None:
 def promote(arguments: argparse.Namespace) -> None:
     """Make the model of a run the champion."""
     from epsd.tracking import registered
+    from epsd.tracking.models import DETECTOR, NAME
 
-    made = registered.promote(arguments.run)
-    print(f"Version {made.number} of the model 'epsd', of run '{made.run_name}', is now the champion.")
-    print("Next: make serve, or epsd predict --model champion IMAGE")
+    made = registered.promote(arguments.run, DETECTOR if arguments.detector else NAME)
+    print(f"Version {made.number} of the model '{made.name}', of run '{made.run_name}', is now the champion.")
+    serve, ask = (f" MODEL=models:/{DETECTOR}@champion", "detect") if made.name == DETECTOR else ("", "predict")
+    print(f"Next: make serve{serve}, or epsd {ask} --model champion IMAGE")
+
+
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= (number := float(text)) <= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"'{text}' is no number from 0 to 1")
 
 
 def _number(kind: Callable[[str], T], fits: Callable[[T], bool], what: str) -> Callable[[str], T]:
@@ -307,6 +327,14 @@ def _models(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     one.add_argument("--json", action="store_true", help="one JSON object for each image")
     one.set_defaults(command=predict)
 
+    one = commands.add_parser("detect", help="ask a detector what is where on pictures")
+    one.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders of them")
+    one.add_argument("--model", metavar="MODEL", help="as of predict; without it, the detector trained in this folder")
+    one.add_argument("--out", metavar="FOLDER", help="draw the boxes into copies of the pictures, as .png")
+    one.add_argument("--threshold", type=_share, default=0.5, metavar="S", help="score from which one counts (0.5)")
+    one.add_argument("--json", action="store_true", help="one JSON object for each picture")
+    one.set_defaults(command=detect)
+
     one = commands.add_parser("export", help="write a model to a folder that is asked without torch and epsd")
     one.add_argument("--to", required=True, metavar="FOLDER", help="a new folder")
     one.add_argument("--model", metavar="MODEL", help="as of predict")
@@ -314,6 +342,7 @@ def _models(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
     one = commands.add_parser("promote", help="make the registered model of a run the champion")
     one.add_argument("run", metavar="RUN", help="its id, the beginning of it, its name, or: candidate")
+    one.add_argument("--detector", action="store_true", help="the run's detector, instead of its classifier")
     one.set_defaults(command=promote)
 
 

@@ -52,7 +52,7 @@ def scenes(tmp_path: Path) -> list[Scene]:
 @pytest.mark.parametrize("name", DETECTORS)
 def test_every_detector_finds_the_same_boxes_as_in_torch(name: str, scenes: list[Scene], tmp_path: Path) -> None:
     path = tmp_path / FP32
-    figures = deploy.deployed(detector(name), scenes, CARD, path, Machine(), 2)
+    figures = deploy.deployed(detector(name), scenes, CARD, scenes[0].image, path, Machine(), 2)
     assert figures["onnx_agreement"] == 1 and figures["onnx_bytes"] == path.stat().st_size
     for form in ("torch", "onnx", "dense_torch", "dense_onnx"):
         assert figures[f"latency_{form}_batch1_one_thread_ms"] > 0
@@ -81,7 +81,7 @@ class Stubborn(nn.Module):
 def test_one_that_cannot_be_exported_is_one_line(
     scenes: list[Scene], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert deploy.deployed(Stubborn(), scenes, CARD, tmp_path / FP32, Machine(), 2) == {}
+    assert deploy.deployed(Stubborn(), scenes, CARD, scenes[0].image, tmp_path / FP32, Machine(), 2) == {}
     line = "detect: no ONNX file: torch cannot export this detector (RuntimeError: not me).\n"
     assert capsys.readouterr().err == line
     assert not list(tmp_path.glob("*.onnx"))

@@ -19,7 +19,8 @@ from epsd.evaluation import compact_file
 from epsd.evaluation import evaluate as evaluation
 from epsd.evaluation.intake import Intake
 from epsd.pipeline.deploy import export
-from epsd.pipeline.export import exported, opened, pixels_of, predicted
+from epsd.pipeline.export import exported, pixels_of
+from epsd.pipeline.predict import opened, predicted
 from epsd.preparing.write import prepare
 from epsd.project import artifacts
 from epsd.registry import choose

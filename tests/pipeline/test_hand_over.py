@@ -17,7 +17,8 @@ from epsd.architectures import built
 from epsd.evaluation import deploy
 from epsd.evaluation.intake import Intake
 from epsd.files.onnx_file import FP32, INT8
-from epsd.pipeline.export import hand_over, place_of
+from epsd.pipeline.hand_over import hand_over
+from epsd.pipeline.place import place_of
 from epsd.project import artifacts
 from epsd.project.artifacts import ArtifactError
 
@@ -106,9 +107,9 @@ def test_its_script_says_what_epsd_says_with_three_packages_alone(
 
 @pytest.mark.parametrize("kind", CARDS)
 def test_its_script_reads_images_as_epsd_does(kind: str, photos: list[Path]) -> None:
-    from epsd.evaluation.predict import Model
+    from epsd.evaluation.predict import Classifier
 
-    script, intake = object.__new__(Model), Intake.of(card(kind))
+    script, intake = object.__new__(Classifier), Intake.of(card(kind))
     script.card = card(kind)
     for photo in photos:
         assert np.array_equal(script.read(str(photo)), intake.read(photo) / np.float32(255)), photo.name

@@ -1,6 +1,7 @@
 """stages/detect.py behind a network that the test makes: every file, the mask still there, twins, real pictures."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -15,12 +16,15 @@ from ruamel.yaml import YAML
 
 from conftest import shared_file
 from devkits import devkit
+from epsd import cli
 from epsd.architectures import ARCHITECTURES
 from epsd.datasets import DEVKITS
 from epsd.masks import Mask, prunable
+from epsd.pipeline.load import load
 from epsd.project import artifacts
 from epsd.registry import choose
 from epsd.voc.annotations import read_index
+from epsd.voc.scenes import VocIndex
 from pictures import write
 
 STAGE = Path(__file__).resolve().parents[2] / "stages" / "detect.py"
@@ -149,7 +153,24 @@ def test_everything_is_in_the_run(done: Path) -> None:
     assert found.data.params["detect.beside"] == "dense"
     assert found.info.run_name == "a-run" and found.data.tags["kind"] == "pipeline"
     assert found.data.tags["mlflow.note.content"].startswith("A network.\n\n**Detection.** As backbone of")
-    assert {file.path for file in client.list_artifacts(found.info.run_id)} >= {"detections.png", "detect"}
+    assert {file.path for file in client.list_artifacts(found.info.run_id)} >= {"detections.png", "detect", "detector"}
+
+
+def test_the_detector_is_registered_and_asked(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By path, as the candidate, by the name of its run; its weights come back whole."""
+    monkeypatch.chdir(done)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{done}/mlflow.db")
+    scene = VocIndex.load(artifacts.VOC_INDEX).scenes["test"][0]
+    told = []
+    for model in ([], ["--model", "candidate"], ["--model", "a-run"], ["--model", str(artifacts.DETECTOR)]):
+        assert cli.main(["detect", str(scene.image), "--threshold", "0", "--json", *model]) == 0
+        told.append([(one["class"], one["box"]) for one in json.loads(capsys.readouterr().out)["detections"]])
+    assert told[0] and told[0] == told[1] == told[2]
+    assert [name for name, _ in told[0]] == [name for name, _ in told[3]]
+    state = artifacts.load_state(artifacts.DETECTOR)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in load(artifacts.DETECT).state_dict().items())
 
 
 def test_again_gives_the_same_weights(done: Path) -> None:

@@ -1,5 +1,7 @@
-"""`mlflow models serve` answers a real request for the champion, as `epsd predict` would."""
+"""`mlflow models serve` answers a real request for the champion, as `epsd predict` and `epsd detect` would."""
 
+import base64
+import io
 import os
 import shutil
 import sys
@@ -10,27 +12,34 @@ import numpy as np
 import pytest
 import requests
 import torch
+from PIL import Image
 
+from epsd.detection.score import as_detections
 from epsd.tracking import registered, track
-from handed_on import model_folder, servable
+from epsd.tracking.models import DETECTOR, NAME
+from handed_on import DETECTOR_CARD, detector, detector_folder, model_folder, photo, servable
 from tracking_server import free_port, serving
 
-MODEL = "models:/epsd@champion"
+FOLDERS = {NAME: model_folder, DETECTOR: detector_folder}
 
 
 @pytest.fixture
-def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Iterator[str]:
-    """A server of a promoted model on a free port; gone at the end with its workers."""
+def address(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path
+) -> Iterator[str]:
+    """A server of a promoted model of that name on a free port; gone at the end with its workers."""
+    name = request.param
     shutil.copy(empty_store, tmp_path)
     store = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     with track("evaluate", experiment="epsd", name="served", tags={"kind": "pipeline"}) as tracker:
-        tracker.model(model_folder(tmp_path / "made"))
-    registered.promote("served")
+        (tmp_path / "made").mkdir()
+        tracker.model(FOLDERS[name](tmp_path / "made"))
+    registered.promote("served", name)
     port = free_port()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", MODEL, "--env-manager", "local"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{name}@champion"]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     environment = {**os.environ, "PATH": path, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
     with serving(command, f"http://127.0.0.1:{port}/ping", tmp_path / "log", environment):
         yield f"http://127.0.0.1:{port}"
@@ -42,6 +51,7 @@ def ask(address: str, inputs: str) -> requests.Response:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("address", [NAME], indirect=True)
 def test_an_image_array_gets_its_probabilities(address: str) -> None:
     for shape in ((1, 1, 4, 4), (3, 1, 9, 13)):
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -57,3 +67,22 @@ def test_an_image_array_gets_its_probabilities(address: str) -> None:
         assert refused.status_code == 400, (inputs[:40], refused.status_code, refused.text[:300])
     assert "a pixel is NaN, infinite or missing" in ask(address, pixels.format("null")).text
     assert ask(address, pixels.format("1")).status_code == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", [DETECTOR], indirect=True)
+def test_a_picture_gets_its_boxes(address: str) -> None:
+    Image.fromarray(photo()).save(content := io.BytesIO(), "PNG")
+    picture = base64.b64encode(content.getvalue()).decode()
+    with torch.no_grad():
+        expected = as_detections(detector()([torch.from_numpy(photo())[None].float() / 255])[0])
+    for body in ({"dataframe_records": [{"image": picture}] * 2}, {"inputs": {"image": [picture] * 2}}):
+        answer = requests.post(f"{address}/invocations", json=body, timeout=30)
+        assert answer.status_code == 200, answer.text
+        first, second = answer.json()["predictions"]
+        assert first == second and first["classes"] == [DETECTOR_CARD["detected"][label] for label in expected.labels]
+        assert len(first["scores"]) > 3
+        np.testing.assert_allclose(first["scores"], expected.scores, atol=1e-5)
+        np.testing.assert_allclose(first["boxes"], expected.boxes, atol=1e-2)
+    refused = requests.post(f"{address}/invocations", json={"dataframe_records": [{"photo": picture}]}, timeout=30)
+    assert refused.status_code == 400 and "image" in refused.text

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import json
 import tempfile
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from epsd.compute import timing
@@ -18,8 +20,11 @@ from epsd.compute.devices import Machine
 from epsd.detection.average_precision import Detections
 from epsd.detection.pictures import Pictures
 from epsd.detection.score import as_detections
-from epsd.files.onnx_file import CARD, OnnxFile, fill, save, silently
+from epsd.files.digests import digest_of
+from epsd.files.onnx_file import CARD, SCRIPT, WEIGHTS, OnnxFile, fill, save, silently
 from epsd.project.runtime import brief, note
+from epsd.tracking import models
+from epsd.voc.annotations import read_picture
 from epsd.voc.scenes import Scene
 
 OPSET = 17
@@ -53,15 +58,32 @@ def export(detector: nn.Module, picture: Tensor, path: Path, words: Mapping[str,
     save(onnx.load(path), path, words)
 
 
+def words(card: Mapping[str, Any], weights: Path) -> dict[str, str]:
+    """Metadata of a file: the card, and the digest of the weights that it is made of."""
+    return {CARD: json.dumps(card), WEIGHTS: digest_of(weights)}
+
+
+def exported(detector: nn.Module, card: Mapping[str, Any], weights: Path, path: Path) -> None:
+    """Write `detector` as it comes from its `weights`, without an example at hand. Errors: see `export`."""
+    picture = torch.rand(card["image_shape"][0], *card["typical_size"])
+    export(copy.deepcopy(detector).cpu().eval(), picture, path, words(card, weights))
+
+
 COMPARED = 32
 """Test pictures in which what the file finds is compared with what torch finds, each alone."""
 
 
 def deployed(
-    detector: nn.Module, scenes: Sequence[Scene], card: Mapping[str, Any], path: Path, machine: Machine, repeats: int
+    detector: nn.Module,
+    scenes: Sequence[Scene],
+    card: Mapping[str, Any],
+    weights: Path,
+    path: Path,
+    machine: Machine,
+    repeats: int,
 ) -> dict[str, float]:
-    """Write `detector` to `path`. Its bytes, agreement with torch on some of `scenes`, and the time of one picture in
-    torch and in ONNX, beside the dense twin (the same detector with a number for every zero).
+    """Write `detector`, saved as `weights`, to `path`. Its bytes, agreement with torch on some of `scenes`, and the
+    time of one picture in torch and in ONNX, beside the dense twin (the same detector with a number for every zero).
 
     {} where torch cannot export it; a line says why.
     """
@@ -69,7 +91,7 @@ def deployed(
     pictures = Pictures(scenes[:COMPARED], card["image_shape"][0])
     samples = [pictures[place][0] for place in range(len(pictures))]
     try:
-        export(here, samples[0], path, {CARD: json.dumps(card)})
+        export(here, samples[0], path, words(card, weights))
     except OSError:  # a full disk
         raise
     except Exception as error:  # torch's exporter raises nearly any type
@@ -98,6 +120,21 @@ def _timed(here: nn.Module, path: Path, picture: Tensor, machine: Machine, repea
             return found | {form: functools.partial(ask, picture.numpy()) for form, ask in onnx.items()}
 
         return timing.sweep(passes, [1], machine, repeats)
+
+
+EXAMPLE_UP_TO = 64
+"""Pixels on the longer side of the input example: it is stored as text, and any size is accepted."""
+
+
+def served(detector: nn.Module, scene: Scene, card: Mapping[str, Any], onnx: Path, folder: Path, about: Path) -> None:
+    """Write the MLflow model around the ONNX file in the folder `onnx` to `folder`, the file `about` beside it."""
+    pixels = read_picture(scene, card["image_shape"][0])
+    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    picture.thumbnail((EXAMPLE_UP_TO, EXAMPLE_UP_TO))
+    picture.save(content := io.BytesIO(), "PNG")
+    metadata = {"class_names": list(card["detected"]), "card": json.dumps(card)}
+    here = copy.deepcopy(detector).cpu()
+    models.write_detector(folder, here, content.getvalue(), metadata, onnx=onnx, script=SCRIPT, files=[about])
 
 
 class OnnxDetector(nn.Module):

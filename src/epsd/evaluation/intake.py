@@ -121,13 +121,18 @@ def answers(ask: Ask, intake: Intake, paths: Sequence[Path], top: int) -> Iterat
         if images:
             yield from _answered(ask, intake, images, top)
     if broken:
-        count = f"{len(broken)} of {len(paths)} images cannot be read: " if len(paths) > 1 else ""
-        more = " ..." if len(broken) > _NAMED else ""
-        raise ImageError(count + " ".join(map(str, broken[:_NAMED])) + more)
+        raise unreadable(broken, len(paths))
 
 
 _NAMED = 3
 """Files that cannot be read that are named."""
+
+
+def unreadable(broken: Sequence[ImageError], images: int) -> ImageError:
+    """One error for all of so many images that cannot be read; it names some of them."""
+    count = f"{len(broken)} of {images} images cannot be read: " if images > 1 else ""
+    more = " ..." if len(broken) > _NAMED else ""
+    return ImageError(count + " ".join(map(str, broken[:_NAMED])) + more)
 
 
 def _answered(ask: Ask, intake: Intake, images: Mapping[Path, NDArray[np.uint8]], top: int) -> Iterator[Answer]:

@@ -23,6 +23,9 @@ many bits a weight has, where int8 holds fewer than eight."""
 FP32, INT8, FOLDER = "model.onnx", "model.int8.onnx", "onnx"
 """Names of the files, by the form of the network, and of the folder with them."""
 
+SCRIPT = Path(__file__).parents[1] / "evaluation" / "predict.py"
+"""Goes with every ONNX file that is handed on, and needs nothing else of this package."""
+
 
 class OnnxFile:
     """An open file: `card` (as beside the weights), `weights` (their digest), and probabilities when it is called.

@@ -63,7 +63,7 @@ DETECT_HISTORY = DETECT / "history.csv"
 DETECT_PICTURES = DETECT / "pictures"
 DETECT_GALLERY = DETECT_PICTURES / "detections.png"
 DETECTOR = DETECT / "model.safetensors"
-DETECT_ONNX = DETECT / "onnx"
+DETECT_MODEL = DETECT / "model"
 DETECTOR_CARD = DETECT / "model.json"
 
 
@@ -113,6 +113,14 @@ class Card(Described):
         if not isinstance(self.architecture.get("name"), str):
             raise ValueError("architecture has no name")
         return self
+
+
+class DetectorCard(Card):
+    """The same of a detector. `detected`: its classes; `typical_size`: of its pictures, height and width in pixels."""
+
+    detector: dict[str, Any]
+    detected: Annotated[list[str], Field(min_length=1)]
+    typical_size: tuple[Size, Size]
 
 
 @dataclass(frozen=True)

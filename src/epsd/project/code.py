@@ -34,7 +34,8 @@ CHANGES = {
     "evaluation": "evaluate",
     "pipeline/deploy.py": "evaluate",
     "pipeline/export.py": "evaluate",
-    "tracking/models.py": "evaluate",
+    "evaluation/predict.py": "detect",
+    "tracking/models.py": "evaluate detect",
     "detection": "detect",
     "detectors/${detect.detector.name}.py": "detect",
     "detectors/_features.py": "detect",
@@ -52,7 +53,8 @@ and `evaluate` rerun in any case, as they read the id of its run.
 NOTHING = (
     "__init__.py", "cli.py", "registry.py", "types.py", "analysis", "comparison", "engine", "figures", "project",
     "studies", "tracking", "tuning", "datasets/downloads.py", "pipeline/budget.py", "pipeline/changes.py",
-    "pipeline/describe.py", "pipeline/doctor.py", "pipeline/launch.py", "pipeline/prepared.py", "pipeline/stage.py",
+    "pipeline/describe.py", "pipeline/detect.py", "pipeline/doctor.py", "pipeline/hand_over.py", "pipeline/launch.py",
+    "pipeline/load.py", "pipeline/place.py", "pipeline/predict.py", "pipeline/prepared.py", "pipeline/stage.py",
     "pipeline/weights.py",
 )  # fmt: skip
 """Where nothing else stands in the table: no result depends on it (a download is checked against its checksum; what a

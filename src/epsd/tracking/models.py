@@ -1,4 +1,4 @@
-"""Models as MLflow keeps them: written to a folder, read from it, recorded with their run and registered as `epsd`.
+"""Models as MLflow keeps them: written to a folder, read from it, recorded with their run and registered.
 
 A folder that `write` made can be served without any store (`mlflow models serve -m FOLDER`). Recording it is one more
 event of a run, so that it waits in the spool like the others while the store is away.
@@ -26,6 +26,31 @@ from epsd.types import EpsdError
 
 NAME, DETECTOR = "epsd", "epsd-detector"
 """Of the registered models: classifiers, and the detectors around them."""
+
+
+class Kind(NamedTuple):
+    """What the registry says of a model: `headline` metrics as tags of a version, all of `figures` as its metrics."""
+
+    description: str
+    type: str
+    headline: tuple[str, ...]
+    figures: tuple[str, ...]
+
+
+KINDS = {
+    NAME: Kind(
+        "Classifiers pruned before training by epsd.",
+        "classifier",
+        ("test/top1", "model/sparsity"),
+        ("test/", "model/", "deploy/", "latency/"),
+    ),
+    DETECTOR: Kind(
+        "Detectors around backbones that epsd pruned before training.",
+        "detector",
+        ("detect/map50", "detect/sparsity"),
+        ("detect/",),
+    ),
+}
 
 CANDIDATE = "candidate"
 """Alias of what was evaluated last."""
@@ -78,7 +103,9 @@ def write(folder: Path, module: Any, contents: Contents) -> Format:
     no_telemetry()
     with quietly():
         if contents.onnx is not None:
-            _onnx(folder, module, contents)
+            assert contents.script is not None
+            about = _described(module, contents, contents.example, _shape(contents))
+            _onnx(folder, contents.onnx, contents.script, contents.files, about)
             return "onnx"
         for attempt in (_any_size, _own_size):
             try:
@@ -93,27 +120,62 @@ def write(folder: Path, module: Any, contents: Contents) -> Format:
     return "pickle"
 
 
-def _onnx(folder: Path, module: Any, contents: Contents) -> None:
+def write_detector(
+    folder: Path,
+    module: Any,
+    picture: bytes,
+    metadata: Mapping[str, Any],
+    *,
+    onnx: Path,
+    script: Path,
+    files: list[Path],
+) -> None:
+    """Write a detector (on the CPU) to `folder` as an MLflow model, replacing what was there: its ONNX file, served
+    without torch. It takes the bytes of image files, and gives boxes, classes and scores of each.
+
+    `picture`: an image file as the example. `onnx`, `script`, `metadata`, `files`: as of `Contents`.
+    Raises FileNotFoundError for one of `files` that is not there, OSError where `folder` cannot be written.
+    """
+    import pandas as pd
+
+    for path in files:
+        path.stat()
+    no_telemetry()
+    with quietly():
+        from mlflow.models import ModelSignature
+        from mlflow.types import ColSpec, DataType, Schema
+        from mlflow.types.schema import Array
+
+        named = {"boxes": Array(Array(DataType.double)), "classes": Array(DataType.string)}
+        outputs = [ColSpec(kind, name) for name, kind in {**named, "scores": Array(DataType.double)}.items()]
+        about = {
+            "signature": ModelSignature(Schema([ColSpec(DataType.binary, "image")]), Schema(outputs)),
+            "input_example": pd.DataFrame({"image": [picture]}),
+            "metadata": {**metadata, "registered": DETECTOR, "digest": _digest(module, metadata)},
+        }
+        _onnx(folder, onnx, script, files, about)
+
+
+def _onnx(folder: Path, made_of: Path, script: Path, files: Sequence[Path], about: Mapping[str, Any]) -> None:
     import mlflow.pyfunc
     import onnx
     from mlflow.models import Model
 
-    assert contents.onnx is not None and contents.script is not None
     words = Model()
     words.add_flavor(
-        "onnx", onnx_version=onnx.__version__, data=f"data/{contents.onnx.name}/model.onnx"
+        "onnx", onnx_version=onnx.__version__, data=f"data/{made_of.name}/model.onnx"
     )  # as `mlflow.onnx` reads it
     with _beside(folder) as made:
         mlflow.pyfunc.save_model(
             str(made),
             mlflow_model=words,
-            loader_module=contents.script.stem,
-            code_paths=[str(contents.script)],
-            data_path=str(contents.onnx),
+            loader_module=script.stem,
+            code_paths=[str(script)],
+            data_path=str(made_of),
             pip_requirements=_requirements("mlflow", "onnxruntime", "numpy", "pillow"),
-            **_described(module, contents, contents.example, _shape(contents)),
+            **about,
         )
-        _add(contents.files, made)
+        _add(files, made)
 
 
 def _add(files: Sequence[Path], folder: Path) -> None:
@@ -289,11 +351,11 @@ def record(client: Any, run_id: str, folder: Path) -> str:
 
     Once only: the same model of the same run is found again. Raises what MLflow raises.
     """
-    run = client.get_run(run_id)
-    digest = str(_words(folder)["metadata"]["digest"])
-    model_id = _recorded(client, run, digest) or _new_model(client, run, folder, digest)
-    version = _version(client, run, model_id)
-    client.set_registered_model_alias(NAME, CANDIDATE, version)
+    run, metadata = client.get_run(run_id), _words(folder)["metadata"]
+    digest, name = str(metadata["digest"]), metadata.get("registered", NAME)
+    model_id = _recorded(client, run, digest) or _new_model(client, run, folder, digest, KINDS[name])
+    version = _version(client, run, model_id, name)
+    client.set_registered_model_alias(name, CANDIDATE, version)
     return version
 
 
@@ -306,7 +368,7 @@ def _recorded(client: Any, run: Any, digest: str) -> str | None:
     return None
 
 
-def _new_model(client: Any, run: Any, folder: Path, digest: str) -> str:
+def _new_model(client: Any, run: Any, folder: Path, digest: str, kind: Kind) -> str:
     from mlflow.entities import LoggedModelOutput, Metric
 
     run_id = run.info.run_id
@@ -316,7 +378,7 @@ def _new_model(client: Any, run: Any, folder: Path, digest: str) -> str:
         source_run_id=run_id,
         tags={"epsd.digest": digest},
         params=run.data.params,
-        model_type="classifier",
+        model_type=kind.type,
     )
     with tempfile.TemporaryDirectory() as copy:
         client.log_model_artifacts(model.model_id, str(_addressed(folder, Path(copy), run_id, model)))
@@ -324,7 +386,7 @@ def _new_model(client: Any, run: Any, folder: Path, digest: str) -> str:
     figures = [
         Metric(point.key, point.value, point.timestamp, point.step, model_id=model.model_id, run_id=run_id)
         for key in run.data.metrics
-        if key.startswith(("test/", "model/", "deploy/", "latency/"))
+        if key.startswith(kind.figures) and "/train_" not in key
         for point in client.get_metric_history(run_id, key)[-1:]
     ]
     client.log_batch(run_id, metrics=figures)
@@ -345,20 +407,18 @@ def _addressed(folder: Path, copy: Path, run_id: str, model: Any) -> Path:
     return whole
 
 
-def _version(client: Any, run: Any, model_id: str) -> str:
+def _version(client: Any, run: Any, model_id: str, name: str) -> str:
     """The registered version of this model, made where it is not there."""
     source = f"models:/{model_id}"
-    for version in client.search_model_versions(f"name = '{NAME}' and run_id = '{run.info.run_id}'"):
+    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run.info.run_id}'"):
         if version.source == source or getattr(version, "model_id", None) == model_id:
             return str(version.version)
     with contextlib.suppress(Exception):  # it is there already, or the next call says what is wrong
-        client.create_registered_model(NAME, description="Classifiers pruned before training by epsd.")
-    figures = {
-        key: f"{run.data.metrics[key]:.4f}" for key in ("test/top1", "model/sparsity") if key in run.data.metrics
-    }
+        client.create_registered_model(name, description=KINDS[name].description)
+    figures = {key: f"{run.data.metrics[key]:.4f}" for key in KINDS[name].headline if key in run.data.metrics}
     with _global_store(client.tracking_uri):
         made = client.create_model_version(
-            NAME,
+            name,
             source,
             run.info.run_id,
             tags=figures,

@@ -32,6 +32,10 @@ class RegistryError(EpsdError):
     """A run or model that is not in the store, or a store that cannot be asked."""
 
 
+class Unregistered(RegistryError):
+    """A run that is there and has no registered model."""
+
+
 class Version(NamedTuple):
     """A registered version: its model's name, number, run, run name and where its files are."""
 
@@ -103,7 +107,7 @@ def _find(client: Any, wanted: str, name: str) -> Version:
         return next(iter(found.values()))
     if not found:
         stage = STAGES[name]
-        raise RegistryError(
+        raise Unregistered(
             f"run '{wanted}' has no registered model{'' if name == NAME else f' {name}'}: `dvc repro {stage}` records "
             f"one (if it is cached: `dvc repro -f -s {stage}`). {_recent(client)}"
         )
