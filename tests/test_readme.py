@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from epsd.cli import parser
+from epsd.masks import Mask, prunable
 from epsd.project.params import flatten, read_yaml
 from epsd.tracking import pages
-from toys import ToyBatches
+from toys import ToyBatches, convnet
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -21,7 +22,7 @@ DOCS = ROOT / "docs"
 
 def example(root: Path) -> str:
     blocks = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 1
+    assert len(blocks) == 2
     return str(blocks[0])
 
 
@@ -36,6 +37,16 @@ def test_the_library_example_runs_as_printed(root: Path) -> None:
     assert all(not p[~mask.keep[name]].any() for name, p in model.named_parameters() if name in mask.keep)
     assert len(history) == 2
     assert all(math.isfinite(record["train/loss"]) for record in history)
+
+
+def test_the_mask_holds_in_the_loop_of_ones_own(root: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    model, data = convnet(), ToyBatches()
+    mask = Mask.from_scores({name: p.detach().abs() for name, p in prunable(model).items()}, 0.8)
+    loader = DataLoader(TensorDataset(data.images, data.labels), batch_size=12)
+    before = model[0].weight.detach().clone()
+    exec(blocks[1], {"torch": torch, "model": model, "mask": mask, "loader": loader})
+    assert Mask.of(model) == mask and not torch.equal(model[0].weight, before)
 
 
 def test_the_three_lines_work_with_a_plain_loss_too(root: Path) -> None:

@@ -10,13 +10,18 @@ from torch import Tensor
 
 from epsd.types import Batch, BatchNeeds, EpsdError, Forward, Loss, Objective
 
+Metric = Callable[[Tensor, Tensor], float | Tensor]
+"""All outputs (N, ...) and labels (N, ...) of a split -> one number."""
+
 ClassWeights = Sequence[float] | Literal["auto"] | None
 
 
 def cross_entropy(
     logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, class_weights: ClassWeights = None
 ) -> Tensor:
-    """Mean cross entropy over the batch. `logits` (B, K), `labels` (B,) int64 -> scalar. EpsdError unless K ≥ 2.
+    """Mean cross entropy over the batch. `logits` (B, K), `labels` (B,) int64 or probabilities (B, K) -> scalar.
+
+    EpsdError unless K ≥ 2, and for labels that are neither classes nor probabilities.
 
     class_weights : K factors, as torch's `weight`; but the sum is divided by B, so that weights whose mean over the
         training images is 1 leave the loss as large as it is, and a batch is the mean of its parts.
@@ -26,6 +31,14 @@ def cross_entropy(
             f"the network gives {_shape(logits)} for {len(labels)} images: cross entropy needs logits (B, K), an "
             "output for each class. For one output pass a loss of your own, such as binary cross entropy."
         )
+    if not are_classes(labels):
+        if not labels.is_floating_point() or labels.shape != logits.shape:
+            kind = str(labels.dtype).removeprefix("torch.")
+            raise EpsdError(
+                f"the labels are {kind} {_shape(labels)} for logits {_shape(logits)}: cross entropy takes integers "
+                "(B,) or probabilities (B, K). For other targets pass a loss of your own."
+            )
+        labels = labels.to(logits.dtype)
     return _entropy(logits, labels, label_smoothing, class_weights)
 
 
@@ -36,6 +49,11 @@ def _entropy(logits: Tensor, targets: Tensor, label_smoothing: float, class_weig
         raise EpsdError("objective.class_weights: auto is known from the labels of a data set: name the weights.")
     weight = torch.tensor(class_weights, dtype=logits.dtype, device=logits.device)
     return F.cross_entropy(logits, targets, weight, label_smoothing=label_smoothing, reduction="sum") / len(targets)
+
+
+def are_classes(labels: Tensor) -> bool:
+    """Whether labels are one integer per image, so that accuracy says something."""
+    return labels.dim() == 1 and not labels.is_floating_point()
 
 
 def class_logits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -93,9 +111,15 @@ def kl_divergence(target_logits: Tensor, logits: Tensor, temperature: float) -> 
 
 
 def soft_targets(labels: Tensor, past: Tensor, alpha: float) -> Tensor:
-    """PS-KD's targets (1 − α)·onehot(labels) + α·past. `labels` (B,), `past` (B, K) -> (B, K), detached."""
-    onehot = F.one_hot(labels, past.shape[1]).to(past.dtype)
-    return torch.lerp(onehot, past, alpha).detach()
+    """PS-KD's targets (1 − α)·onehot(labels) + α·past. `labels` (B,) or probabilities (B, K), `past` (B, K) -> (B, K),
+    detached.
+    """
+    return torch.lerp(probabilities(labels, past), past, alpha).detach()
+
+
+def probabilities(labels: Tensor, like: Tensor) -> Tensor:
+    """`labels` (B,) as one-hot rows, or (B, K) as they are, in the type of `like` (B, K)."""
+    return (F.one_hot(labels, like.shape[1]) if are_classes(labels) else labels).to(like.dtype)
 
 
 def soft_cross_entropy(
@@ -147,10 +171,10 @@ class PlainLoss(Objective):
         self.function = function
         self.needs = needs
 
-    def averages(self, labels: Tensor, classes: int) -> bool:
-        """Whether the loss of a batch is the mean of its halves', tried on logits of its own."""
+    def averages(self, labels: Tensor, shape: Sequence[int]) -> bool:
+        """Whether the loss of a batch is the mean of its halves', tried on logits of its own, `shape` for an image."""
         generator = torch.Generator().manual_seed(0)
-        logits = torch.randn(len(labels), classes, generator=generator).to(labels.device)
+        logits = torch.randn(len(labels), *shape, generator=generator).to(labels.device)
         half = len(labels) // 2
         with torch.no_grad():
             first, second = (self.function(logits[part], labels[part]) for part in (slice(half), slice(half, None)))
@@ -160,13 +184,18 @@ class PlainLoss(Objective):
     def loss(self, forward: Forward, batch: Batch, progress: float) -> Loss:
         """One forward pass."""
         outputs = forward(batch.images)
-        total = self.function(outputs, batch.labels)
+        logits = named_logits(outputs)
+        total = self.function(outputs, of_type(batch.labels, logits))
         if not isinstance(total, Tensor) or total.dim():
             given = f"a tensor {_shape(total)}" if isinstance(total, Tensor) else type(total).__name__
             raise EpsdError(f"the loss function gives {given}, not one number in a tensor: take a mean over the batch.")
-        logits = named_logits(outputs)
         judged = None if logits is None else logits.detach()
         return Loss(total, {"loss": total.detach()}, judged, {"supervised": total})
+
+
+def of_type(labels: Tensor, outputs: Tensor | None) -> Tensor:
+    """Targets that are no integers in the type of the outputs, as losses want them."""
+    return labels.to(outputs.dtype) if outputs is not None and labels.is_floating_point() else labels
 
 
 _NO_SUCH_CLASS = re.compile(r"Target (-?\d+) is out of bounds|Class values must be smaller than num_classes")

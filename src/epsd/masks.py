@@ -20,6 +20,8 @@ Scope = Literal["global", "layer", "erk", "lamp"]
 layer, of Erdős-Rényi-Kernel density (`erk_factor`). lamp : in the whole net, each score divided by the sum of those of
 its layer that are not smaller, so that no layer is emptied (Lee et al., ICLR 2021, there for magnitudes)."""
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+ALSO = "epsd_also"
+"""Attribute of a network under work: names of parameters of other layers that a user wants covered as well."""
 W = TypeVar("W")
 
 
@@ -45,7 +47,8 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Those of `matrices` that pruning may remove: all that are not frozen (`requires_grad` False)."""
-    return {name: p for name, p in matrices(model).items() if p.requires_grad}
+    wanted = getattr(model, ALSO, frozenset()) | matrices(model).keys()
+    return {name: p for name, p in model.named_parameters() if name in wanted and p.requires_grad}
 
 
 def hidden(model: nn.Module) -> list[str]:
@@ -72,14 +75,19 @@ def covered(
     return found
 
 
-def named(names: Iterable[str], pattern: str, which: str, kind: str = "layer") -> list[str]:
-    """Parameters that fit `pattern`, or that a module which fits it holds. MaskError where none does."""
+def fitting(names: Iterable[str], pattern: str) -> list[str]:
+    """Parameters that fit `pattern`, or that a module which fits it holds."""
 
     def fits(name: str) -> bool:
         parts = name.split(".")
         return any(fnmatchcase(".".join(parts[:depth]), pattern) for depth in range(1, len(parts) + 1))
 
-    if found := [name for name in names if fits(name)]:
+    return [name for name in names if fits(name)]
+
+
+def named(names: Iterable[str], pattern: str, which: str, kind: str = "layer") -> list[str]:
+    """The same, one at least. MaskError where none fits."""
+    if found := fitting(names, pattern):
         return found
     raise MaskError(f"{which}: no {kind} fits '{pattern}'. {kind.capitalize()}s: {', '.join(names)}.")
 
@@ -260,10 +268,8 @@ def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check(scores: Scores, sparsity: float) -> None:
     for name, score in scores.items():
-        if (
-            not torch.isfinite(score.sum()) and not torch.isfinite(score).all()
-        ):  # the sum is one pass, and rarely infinite
-            bad = int((~torch.isfinite(score)).sum())
+        # the sum is one pass, and rarely infinite
+        if bad := 0 if torch.isfinite(score.sum()) else int((~torch.isfinite(score)).sum()):
             raise MaskError(
                 f"scores of '{name}': {bad} of {score.numel()} are NaN or infinite. "
                 "A smaller prune.score.lr, fewer steps or a normalised input usually helps."
@@ -288,7 +294,7 @@ def _revive(flat: Tensor, keep: Tensor, sizes: list[int]) -> Tensor:
     return highest(ranked, int(keep.sum()))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Mask:
     """Which weights survive. `keep`: parameter name -> bool tensor of the parameter's shape, True = survives.
 
@@ -364,6 +370,19 @@ class Mask:
         weights = covered(prunable(model), exclude=exclude)
         return cls({name: torch.ones(p.shape, dtype=torch.bool) for name, p in weights.items()})
 
+    @classmethod
+    def of(cls, model: nn.Module, names: Iterable[str] | None = None) -> Self:
+        """What is zero was removed. `names`: of parameters (else MaskError); None: all that is prunable."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        wanted = list(prunable(model) if names is None else names)
+        if missing := [name for name in wanted if name not in parameters]:
+            raise MaskError(f"mask: the model has no parameter '{missing[0]}'.")
+        return cls({name: parameters[name].detach().cpu() != 0 for name in wanted})
+
+    def __repr__(self) -> str:
+        layers = f"{len(self.keep)} layer{'s' if len(self.keep) > 1 else ''}"
+        return f"Mask: {self.kept:,} of {self.total:,} weights kept in {layers}, sparsity {self.sparsity:.4f}"
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mask) and self.digest() == other.digest()
 
@@ -402,13 +421,8 @@ class Mask:
 
     def summary(self) -> dict[str, float]:
         """Counts for the tracker: sparsity, kept, total, layers, dead_layers."""
-        return {
-            "sparsity": self.sparsity,
-            "kept": self.kept,
-            "total": self.total,
-            "layers": len(self.keep),
-            "dead_layers": len(self.dead_layers()),
-        }
+        counts = {"kept": self.kept, "total": self.total, "layers": len(self.keep)}
+        return {"sparsity": self.sparsity, **counts, "dead_layers": len(self.dead_layers())}
 
     def jaccard(self, other: "Mask") -> float:
         """Overlap |A ∩ B| / |A ∪ B| of the surviving weights of two masks of one model, [0, 1]."""
@@ -452,15 +466,15 @@ class Mask:
             for name, keep in self.keep.items():
                 parameters[name].masked_fill_(~keep.to(parameters[name].device), 0.0)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write one safetensors file with a digest, the same bytes for the same mask."""
         keep = {name: keep.contiguous() for name, keep in self.keep.items()}
-        digests.save_tensors(path, "mask", keep, {"order": list(keep)})
+        digests.save_tensors(Path(path), "mask", keep, {"order": list(keep)})
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote. DamagedFile or MaskError names a file that is missing, damaged, or no such mask."""
-        keep, about = digests.load_tensors(path, "mask")
+        keep, about = digests.load_tensors(Path(path), "mask")
         try:
             mask = cls({name: keep[name] for name in about["order"]})
         except (MaskError, LookupError, TypeError) as error:

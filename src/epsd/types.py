@@ -20,7 +20,8 @@ Partner = Literal["none", "view", "same_class"]
 class Batch(NamedTuple):
     """One draw of images.
 
-    `images` (B, C, H, W) normalised; `labels` (B,) int64; `indices` (B,) int64, position in the
+    `images` (B, C, H, W) normalised, or other inputs (B, ...) that the network takes; `labels` (B,) int64, or targets
+    (B, ...) of a loss of one's own, probabilities (B, K) for cross entropy; `indices` (B,) int64, position in the
     split that the batch was drawn from; `partner` (B, C, H, W): a second augmentation of the same images
     ("view") or one random image of the same class each ("same_class"), None where nobody asked.
     """

@@ -230,8 +230,11 @@ def test_your_collate_is_honoured_for_images_and_partners(workers: int) -> None:
         (lambda samples: dict(enumerate(samples)), r"gives dict"),
         (lambda samples: samples, "gives list of 5: tuple"),
         (lambda s: (torch.zeros(5, 3, 4, 4, dtype=torch.uint8), torch.zeros(5).long()), r"must be float .* got uint8"),
-        (lambda s: (torch.zeros(5, 48), torch.zeros(5).long()), r"images must be float \(B, C, H, W\)"),
-        (lambda s: (torch.zeros(5, 3, 4, 4), torch.rand(5, 3)), r"labels must be 5 integers, .* float32 \(5, 3\)"),
+        (lambda s: (torch.zeros(5), torch.zeros(5).long()), r"images must be float \(B, C, H, W\) or \(B, \.\.\.\)"),
+        (
+            lambda s: (torch.zeros(5, 3, 4, 4), torch.rand(3, 5)),
+            r"labels must be 5, one per image; got float32 \(3, 5\)",
+        ),
     ],
 )
 def test_batches_of_another_form_are_refused(collate: Any, message: str) -> None:
@@ -339,8 +342,10 @@ def test_an_iterable_dataset_cannot_be_asked_again(needs: BatchNeeds) -> None:
 
 
 def test_what_cannot_be_wrapped_is_named() -> None:
-    with pytest.raises(LoaderError, match="got list"):
-        as_batches([1, 2])  # type: ignore[arg-type]
+    with pytest.raises(LoaderError, match=r"batches must be of type epsd\.Batch, the data gave int"):
+        as_batches([1, 2])  # type: ignore[list-item]
+    with pytest.raises(LoaderError, match="got int"):
+        as_batches(1)  # type: ignore[arg-type]
     with pytest.raises(LoaderError, match="batch_size=None"):
         as_batches(DataLoader(Photos(), batch_size=None))
     with pytest.raises(LoaderError, match="needs a __len__"):
@@ -351,10 +356,32 @@ def test_what_cannot_be_wrapped_is_named() -> None:
             epochs(DataLoader([(torch.zeros(3, 4, 4), label)] * 4, batch_size=2), CLASS)  # type: ignore[arg-type]
     with pytest.raises(LoaderError, match="label -1"):
         epochs(DataLoader(Listed([0, -1, 1, 1]), batch_size=2))
-    with pytest.raises(LoaderError, match=r"labels must be 2 integers"):
-        epochs(DataLoader(TensorDataset(torch.rand(4, 3, 4, 4), torch.tensor([[0], [1], [0], [1]])), batch_size=2))
     with pytest.raises(TooFewImages, match="the split has 3, the batch size is 4"):
         as_batches(DataLoader(Photos(3), batch_size=4, drop_last=True))
+
+
+def test_batches_that_are_there_are_passed_over_again_and_again() -> None:
+    """A list anew in each epoch; an iterator, which ends once, too."""
+    made = list(as_batches(DataLoader(Photos(20), batch_size=6)).epoch(0))
+    for given in (made, iter(made), (batch for batch in made)):
+        batches = as_batches(given)
+        assert (batches.size, len(batches), batches.num_classes) == (20, 4, 3)
+        for number in range(2):
+            seen = list(batches.epoch(number, BatchNeeds(indices=True)))
+            assert all(torch.equal(one.images, two.images) for one, two in zip(seen, made, strict=True))
+    far = as_batches([made[0]._replace(indices=made[0].indices + 20)])
+    assert len(list(far.epoch(0))) == 1
+    with pytest.raises(LoaderError, match="a batch has the index 25, the data 6 images"):
+        list(far.epoch(0, BatchNeeds(indices=True)))
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 9), (1, 5, 5, 5)])
+@pytest.mark.parametrize("targets", [torch.rand(12), torch.rand(12, 3), torch.randint(0, 2, (12, 4, 4))])
+def test_inputs_of_any_shape_and_targets_of_any_kind(shape: tuple[int, ...], targets: Tensor) -> None:
+    images = torch.rand(12, *shape)
+    batches = epochs(DataLoader(TensorDataset(images, targets), batch_size=5))
+    assert torch.equal(torch.cat([batch.images for batch in batches]), images)
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), targets)
 
 
 class Noisy(Counted):

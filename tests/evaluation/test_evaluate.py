@@ -102,13 +102,13 @@ def test_cost_and_the_dense_twin() -> None:
     weights = {"0.weight": net[0].weight, "2.weight": net[2].weight}
     with torch.no_grad():
         net[0].weight[:2] = 0
-    cost = evaluation.cost(net, weights, (1, 4, 4))
+    cost = evaluation.cost(net, (1, 4, 4), weights)
     assert cost["sparsity"] == pytest.approx(18 / 68)
     assert cost["density"] == pytest.approx(50 / 68)
     assert cost["compression"] == pytest.approx(74 / 56)
     assert cost["gflops_dense"] == pytest.approx(2e-9 * (36 * 4 + 32))
     assert cost["gflops_sparse"] == pytest.approx(2e-9 * (18 * 4 + 32))
     twin = timing.filled(net)
-    assert evaluation.cost(twin, {name: twin.get_parameter(name) for name in weights}, (1, 4, 4))["sparsity"] == 0
+    assert evaluation.cost(twin, (1, 4, 4), {name: twin.get_parameter(name) for name in weights})["sparsity"] == 0
     assert torch.equal(twin[2].weight, net[2].weight)
     assert not net[0].weight[:2].any()

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, cast
@@ -23,6 +23,7 @@ from torch.utils.data import (
 from epsd.compute.seeds import mix
 from epsd.data.sampling import SameClass, Sampler, cut, partner_positions
 from epsd.data.streaming import Requests, as_requests, draw_batches, drawing_from
+from epsd.losses import are_classes
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError
 
 
@@ -30,13 +31,18 @@ class LoaderError(EpsdError):
     """A DataLoader that cannot give what training needs of it."""
 
 
-def as_batches(source: Batches | DataLoader[Any], *, num_classes: int | None = None, seed: int = 0) -> Batches:
-    """`source` itself where it is `Batches`; a DataLoader of (image, label) wrapped as such.
+Source = Batches | DataLoader[Any] | Iterable[Batch]
+"""What is pruned, trained and judged by: prepared batches, a DataLoader of (image, label), any iterable of `Batch`."""
 
-    The dataset must give (image, label): a float tensor (C, H, W), ready for the network, and an integer. Batch size,
-    order (shuffled or not, or a sampler of yours), `drop_last`, workers and `collate_fn` are taken over. Second views
-    are drawn by asking the dataset again, partners by asking it for another image of the class among those that the
-    loader gives. Random numbers that dataset and `collate_fn` take from torch, numpy or random come from (seed, epoch,
+
+def as_batches(source: Source, *, num_classes: int | None = None, seed: int = 0) -> Batches:
+    """`source` itself where it is `Batches`; a DataLoader of (image, label) or an iterable of `Batch` wrapped as such.
+
+    The dataset must give (image, label): a float tensor of any shape, (C, H, W) say, ready for the network, and an
+    integer, or a tensor that a loss of one's own takes: probabilities, several labels, numbers. Batch size, order
+    (shuffled or not, or a sampler of yours), `drop_last`, workers and `collate_fn` are taken over. Second views are
+    drawn by asking the dataset again, partners by asking it for another image of the class among those that the loader
+    gives. Random numbers that dataset and `collate_fn` take from torch, numpy or random come from (seed, epoch,
     position), the order from (seed, epoch); the seed of the loader's own generator, where it has one, is mixed in.
 
     Parameters
@@ -51,7 +57,7 @@ def as_batches(source: Batches | DataLoader[Any], *, num_classes: int | None = N
     if isinstance(source, Batches):
         return source
     if not isinstance(source, DataLoader):
-        raise LoaderError(f"expected prepared batches or a torch DataLoader, got {type(source).__name__}.")
+        return GivenBatches(source)
     if isinstance(source.dataset, IterableDataset):
         return StreamBatches(source, num_classes, seed)
     if source.batch_sampler is None:
@@ -206,14 +212,18 @@ def _labels_of(samples: list[Any]) -> Tensor:
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    """(B, C, H, W) float images and (B,) int64 labels, or a LoaderError that says what came instead."""
+    """Float images (B, ...) and labels: (B,) int64, or targets (B, ...). LoaderError says what came instead."""
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
         raise LoaderError(f"a batch must be (images, labels), two tensors; the DataLoader gives {_shape_of(batch)}.")
     images, labels = batch
-    if images.ndim != 4 or not images.is_floating_point():
-        raise LoaderError(f"images must be float (B, C, H, W), ready for the network; got {_shape_of(images)}.")
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
-        raise LoaderError(f"labels must be {len(images)} integers, one per image; got {_shape_of(labels)}.")
+    if images.ndim < 2 or not images.is_floating_point():
+        raise LoaderError(
+            f"images must be float (B, C, H, W) or (B, ...), ready for the network; got {_shape_of(images)}."
+        )
+    if labels.shape[:1] != images.shape[:1]:
+        raise LoaderError(f"labels must be {len(images)}, one per image; got {_shape_of(labels)}.")
+    if labels.is_floating_point() or labels.ndim > 1:
+        return images, labels
     if len(labels) and labels.min() < 0:
         raise LoaderError(f"a batch has the label {int(labels.min())}: labels count from 0.")
     return images, labels.long()
@@ -225,6 +235,42 @@ def _shape_of(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"{type(value).__name__} of {len(value)}: {', '.join(type(part).__name__ for part in value[:4])}"
     return type(value).__name__
+
+
+class GivenBatches:
+    """An iterable of `Batch`, begun anew in each epoch; an iterator, which ends once, is kept in memory.
+
+    Partners and indices are those that its batches bring.
+    """
+
+    def __init__(self, given: Iterable[Batch]) -> None:
+        if not isinstance(given, Iterable):
+            raise LoaderError(
+                f"expected prepared batches, a torch DataLoader or epsd.Batch, got {type(given).__name__}."
+            )
+        self._given = list(given) if isinstance(given, Iterator) else given
+        self.size = self._count = self.num_classes = 0
+        for batch in self._given:
+            if not isinstance(batch, Batch):
+                raise LoaderError(
+                    f"batches must be of type epsd.Batch, the data gave {type(batch).__name__}. A DataLoader of "
+                    "(image, label) pairs is turned into such."
+                )
+            self.size, self._count = self.size + len(batch.labels), self._count + 1
+            if are_classes(batch.labels) and len(batch.labels):
+                self.num_classes = max(self.num_classes, int(batch.labels.max()) + 1)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def epoch(self, number: int, needs: BatchNeeds = BatchNeeds()) -> Iterator[Batch]:
+        """The batches as they are. LoaderError: an index that is none of so many images, where indices are needed."""
+        for batch in self._given:
+            if needs.indices and len(batch.indices) and int(batch.indices.max()) >= self.size:
+                raise LoaderError(
+                    f"a batch has the index {int(batch.indices.max())}, the data {self.size} images: they count from 0."
+                )
+            yield batch
 
 
 class StreamBatches:

@@ -92,7 +92,7 @@ def _encode(tensor: Tensor) -> tuple[str, dict[str, Tensor]]:
     return name, {":codes": codes, ":values": values}
 
 
-def save(state: Mapping[str, Tensor], path: Path, card: Mapping[str, Any] | None = None) -> Sizes:
+def save(state: Mapping[str, Tensor], path: str | Path, card: Mapping[str, Any] | None = None) -> Sizes:
     """Write the state dict of a network to `path`. `card`: how to rebuild it (as `artifacts.save_model`).
 
     Returns the sizes. Raises ArtifactError where the file cannot be written.
@@ -106,9 +106,9 @@ def save(state: Mapping[str, Tensor], path: Path, card: Mapping[str, Any] | None
         way, stored = _encode(tensor)
         index[name] = {"way": way, "shape": list(tensor.shape)}
         parts.update({name + suffix: part for suffix, part in stored.items()})
-    with replacing(path) as temporary:
+    with replacing(Path(path)) as temporary:
         digests.save_tensors(temporary, KIND, parts, {"tensors": index, "card": card or {}})
-    return Sizes(path.stat().st_size, dense)
+    return Sizes(Path(path).stat().st_size, dense)
 
 
 def _decode(name: str, entry: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Tensor:
@@ -125,12 +125,12 @@ def _decode(name: str, entry: Mapping[str, Any], parts: Mapping[str, Tensor]) ->
     return flat.view(shape)
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict (on the CPU, in the order it was saved) and card of a file that `save` wrote.
 
     Raises DamagedFile naming the file: missing, truncated, changed, or not of this format.
     """
-    parts, about = digests.load_tensors(path, KIND)
+    parts, about = digests.load_tensors(Path(path), KIND)
     try:
         return {name: _decode(name, entry, parts) for name, entry in about["tensors"].items()}, about["card"]
     except (AttributeError, ValueError, LookupError, TypeError, RuntimeError, MemoryError) as error:
@@ -140,3 +140,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def is_compact(path: Path) -> bool:
     """Whether `path` is a file that `save` wrote, told by its header."""
     return digests.kind_of(path) == KIND
+
+
+save_compact, load_compact = save, load
+"""Their names in the library."""

@@ -1,5 +1,7 @@
 """A network as an ONNX file, in fp32 and in int8: made here, asked by `epsd.files.onnx_file`."""
 
+import copy
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from epsd.compute.quantise import LEVELS
-from epsd.files.onnx_file import WEIGHT_BITS, save, silently, words_of
+from epsd.evaluation.intake import Intake, ServingError
+from epsd.evaluation.servable import Servable, example
+from epsd.files.onnx_file import CARD, WEIGHT_BITS, WEIGHTS, save, silently, words_of
 
 OPSET, OPSET_INT4 = 20, 21
 """The first with all that is used here, runtimes of 2024 and later read it; the first with numbers of four bits."""
@@ -49,6 +53,48 @@ def export(module: nn.Module, images: torch.Tensor, sizes: Sequence[str], path: 
         )
     assert program is not None
     save(program.model_proto, path, words)
+
+
+def export_whole(network: nn.Module, card: dict[str, Any], path: Path, weights: str = "") -> None:
+    """`network` with its preprocessing as an ONNX file that knows its card, and the digest of its `weights`. Errors: as
+    of `export`.
+    """
+    intake = Intake.of(card)
+    channels, height, width = intake.image_shape
+    module = Servable(copy.deepcopy(network).cpu(), intake)
+    images = torch.from_numpy(example(np.zeros((2, channels, height + 3, width + 1), dtype=np.uint8)))
+    export(module, images, ("batch", "height", "width"), path, {CARD: json.dumps(card), WEIGHTS: weights})
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    class_names: Sequence[str],
+    image_shape: tuple[int, int, int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> None:
+    """Write a classifier as an ONNX file that takes images (B, C, height, width) of any size, values 0 to 255.
+
+    It gives probabilities (B, K). `epsd predict --model PATH` and `epsd export --model PATH` take it.
+
+    image_shape : (C, H, W) that the network was trained on: images of another size are brought to it.
+    mean, std : per channel, of pixels in [0, 1], by which its training images were normalised; None: they were not.
+
+    Raises ServingError: torch cannot export it. OSError: `path` cannot be written.
+    """
+    channels = image_shape[0]
+    card = {"class_names": list(class_names), "image_shape": list(image_shape)}
+    card |= {"mean": list(mean or [0.0] * channels), "std": list(std or [1.0] * channels)}
+    try:
+        export_whole(model, card, Path(path))
+    except OSError:
+        raise
+    except Exception as error:  # torch.export raises nearly any type
+        raise ServingError(
+            f"torch cannot export this network ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+        ) from None
 
 
 def quantise(source: Path, path: Path, images: NDArray[np.float32], bits: int = 8) -> None:

@@ -5,7 +5,7 @@ our figure, under the name FLOPs: torchvision's ResNet-50 at 224 px is 4.09 G of
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -213,7 +213,7 @@ def _recurrent_in_parts(model: nn.Module) -> Iterator[None]:
             yield
 
 
-def flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
+def flops(model: nn.Module, image_shape: Sequence[int]) -> Flops:
     """FLOPs of the forward pass of one image (C, H, W): matrix products and convolutions, attention included.
 
     Recurrent layers are counted, too. Normalisation, activation, pooling and biases are not (about 1 % of a ResNet),

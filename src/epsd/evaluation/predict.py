@@ -4,6 +4,7 @@ Asks model.onnx, which lies beside this file: a classifier or a detector. Needs 
 nothing else.
 """
 
+import base64
 import io
 import json
 import sys
@@ -69,8 +70,8 @@ class Detector(Model):
     """A picture of any size -> boxes."""
 
     def predict(self, pictures: Any) -> list[dict[str, list[Any]]]:
-        """What is on each of the image files whose bytes stand in the column `image`; also what MLflow calls."""
-        return [self.find(io.BytesIO(content)) for content in pictures["image"]]
+        """What is on each of the image files in the column `image`, as bytes or in base64; also what MLflow calls."""
+        return [self.find(io.BytesIO(decoded(content))) for content in pictures["image"]]
 
     def find(self, file: Any) -> dict[str, list[Any]]:
         """`boxes` (left, top, right, bottom in pixels), `classes`, `scores`, best first."""
@@ -86,6 +87,14 @@ class Detector(Model):
         shown = [one for one in zip(*found.values(), strict=True) if one[2] >= SHOWN_FROM]
         told = [f"{name} {score:.2f} ({', '.join(f'{side:.0f}' for side in box)})" for box, name, score in shown]
         return ", ".join(told) or f"nothing of score {SHOWN_FROM} or more"
+
+
+def decoded(content: bytes) -> bytes:
+    """An image file that may come in base64, which no image file is by itself: MLflow decodes some requests only."""
+    try:
+        return base64.b64decode(content, validate=True)
+    except ValueError:
+        return content
 
 
 def scaled(picture: Image.Image) -> Any:

@@ -93,7 +93,7 @@ class PsKd:
         return Loss(total, terms, logits.detach(), parts)
 
     def _recalled(self, batch: Batch, logits: Tensor) -> Tensor:
-        onehot = F.one_hot(batch.labels, logits.shape[1]).to(logits.dtype)
+        onehot = losses.probabilities(batch.labels, logits)
         if self.past is None or self.seen is None:
             return onehot
         rows = batch.indices.to(self.past.device)

@@ -5,7 +5,6 @@ For the stage `evaluate` and for a study's cells.
 
 import copy
 import functools
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +23,9 @@ from epsd.data.prepared import Prepared
 from epsd.evaluation import compact_file, deploy
 from epsd.evaluation import evaluate as evaluation
 from epsd.evaluation.intake import Ask, Intake
-from epsd.evaluation.servable import Servable, example, levels
+from epsd.evaluation.servable import levels
 from epsd.files.digests import digest_of
-from epsd.files.onnx_file import CARD, FP32, INT8, WEIGHTS, OnnxFile, fill
+from epsd.files.onnx_file import FP32, INT8, OnnxFile, fill
 from epsd.masks import prunable
 from epsd.project.params import EvaluateParams
 from epsd.project.runtime import brief, note
@@ -53,7 +52,7 @@ def measured(model: nn.Module, card: Mapping[str, Any], *, dense: Path, compact:
     written = compact_file.save(model.state_dict(), compact, card)
     shape = tuple(card["image_shape"])
     whole = built(card["architecture"], card["num_classes"], shape) if card.get("shapes") else None
-    costs = evaluation.cost(model, masked(model, card), shape, whole)
+    costs = evaluation.cost(model, shape, masked(model, card), whole)
     return {**costs, "bytes_dense": dense.stat().st_size, "bytes_sparse": written.file}
 
 
@@ -142,12 +141,7 @@ def _written(subject: Subject, settings: EvaluateParams, folder: Path, elsewhere
 
 def export(network: nn.Module, card: Mapping[str, Any], weights: Path, path: Path) -> None:
     """`network` with its preprocessing as an ONNX file that knows its card. Errors: see `deploy.export`."""
-    intake = Intake.of(card)
-    channels, height, width = intake.image_shape
-    module = Servable(copy.deepcopy(network).cpu(), intake)
-    images = torch.from_numpy(example(np.zeros((2, channels, height + 3, width + 1), dtype=np.uint8)))
-    words = {CARD: json.dumps(card), WEIGHTS: digest_of(weights)}
-    deploy.export(module, images, ("batch", "height", "width"), path, words)
+    deploy.export_whole(network, {**card}, path, digest_of(weights))
 
 
 def _calibration(subject: Subject, settings: EvaluateParams) -> NDArray[np.float32]:

@@ -22,10 +22,11 @@ def drawn(table: "Table") -> str:
 class Progress:
     """A bar over `total` steps with a text that says how it goes. Silent when quiet or when stderr is no terminal.
 
-    `time_left`: estimated from the last half minute, so not for steps that take longer.
+    `shown` False: silent in any case. `time_left`: estimated from the last half minute, so not for steps that take
+    longer.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0, *, time_left: bool = True) -> None:
+    def __init__(self, title: str, total: int, done: int = 0, *, time_left: bool = True, shown: bool = True) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -37,7 +38,7 @@ class Progress:
             *([TimeRemainingColumn()] if time_left else []),
             TextColumn("{task.fields[text]}"),
         )
-        self._bar = Bar(*columns, console=Console(stderr=True), disable=not watched(), transient=True)
+        self._bar = Bar(*columns, console=Console(stderr=True), disable=not (shown and watched()), transient=True)
         self._task = self._bar.add_task(title, total=total, completed=done, text="")
 
     def __enter__(self) -> Self:

@@ -75,6 +75,15 @@ class Recipe(Section):
     accumulate: Literal["auto"] | Count = 1
     quantise: Annotated[Quantise | None, Bearing(neutral="null")] = None
 
+    def __repr__(self) -> str:
+        """What differs from the defaults, and what one always wants to know."""
+        usual = {name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()}
+        always = ("epochs", "lr", "optimiser", "schedule")
+        told = [f"{name}={value!r}" for name, value in self if name in always or value != usual[name]]
+        return f"{type(self).__name__}({', '.join(told)})"
+
+    __str__ = __repr__
+
     @model_validator(mode="after")
     def _warm_in_time(self) -> Self:
         if self.warmup_epochs > self.epochs:

@@ -70,13 +70,13 @@ class Structure:
     Parameters
     ----------
     model : left as it is; a copy is traced.
-    image_shape : (C, H, W) of its input.
+    image_shape : (C, H, W) of its input, or another shape without the batch.
 
     `groups` : by name, in the order of the network. `whole` : layers that keep all their channels, and why.
     Raises ChannelError where nothing can be cut.
     """
 
-    def __init__(self, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, model: nn.Module, image_shape: tuple[int, ...]) -> None:
         self._shape = image_shape
         self._weights = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._places = {name: place for place, name in enumerate(self._weights)}
@@ -204,7 +204,7 @@ def _by_input(gradient: Tensor, part: Slice, groups: int) -> Tensor:
     return whole.reshape(groups, -1, whole.shape[-1]).sum(1).flatten()
 
 
-def _uses(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, _Use]:
+def _uses(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, _Use]:
     """By weight: how often each of its entries multiplies for one image."""
     found: dict[str, _Use] = {}
 
@@ -231,7 +231,7 @@ def _evaluated(model: nn.Module, images: Tensor) -> Tensor:
 class _Traced:
     """A copy of a model under Torch-Pruning's dependency graph."""
 
-    def __init__(self, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, model: nn.Module, image_shape: tuple[int, ...]) -> None:
         import torch_pruning
 
         self.model = copy.deepcopy(model).cpu().requires_grad_()  # frozen parameters would vanish from its groups
@@ -284,7 +284,7 @@ class _Traced:
         self._group(root, channels).prune()
 
 
-def cut(model: nn.Module, image_shape: tuple[int, int, int], kept: Mapping[str, Tensor]) -> nn.Module:
+def cut(model: nn.Module, image_shape: tuple[int, ...], kept: Mapping[str, Tensor]) -> nn.Module:
     """A copy of `model` that has these channels alone, with their weights and statistics, on its device.
 
     Raises ChannelError: a group that is not there; a network that does not compute the same when it is built anew and
@@ -311,7 +311,7 @@ def cut(model: nn.Module, image_shape: tuple[int, int, int], kept: Mapping[str, 
     return narrow
 
 
-def _compare(expected: nn.Module, narrow: nn.Module, image_shape: tuple[int, int, int]) -> None:
+def _compare(expected: nn.Module, narrow: nn.Module, image_shape: tuple[int, ...]) -> None:
     expected.load_state_dict(narrow.state_dict())
     images = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
     wanted, got = _evaluated(expected, images), _evaluated(narrow, images)

@@ -175,8 +175,8 @@ def _what_parts_change(model: nn.Module, loss: LossFunction, batch: Batch) -> st
         return "BatchNorm normalises each part by itself"
     if isinstance(loss, Following) and isinstance(loss.objective, PlainLoss):
         with torch.no_grad():
-            classes = calling(model, {})(batch.images[:1]).shape[1]
-        if not loss.objective.averages(batch.labels, classes):
+            shape = calling(model, {})(batch.images[:1]).shape[1:]
+        if not loss.objective.averages(batch.labels, shape):
             return "the loss, which is no mean over the batch, is that of each part"
     return ""
 

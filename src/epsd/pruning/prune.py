@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from epsd.compute import distributed, networks
 from epsd.compute.random_state import keeping_random_state
 from epsd.data.balance import weighed
-from epsd.data.loaders import as_batches
+from epsd.data.loaders import Source, as_batches
 from epsd.losses import PlainLoss, as_objective, cross_entropy
-from epsd.masks import Mask, MaskError, Scope, check_fits, covered, hidden, prunable
+from epsd.masks import ALSO, Mask, MaskError, Scope, check_fits, covered, fitting, hidden, prunable
 from epsd.project.progress import Progress
 from epsd.pruning.blind_spots import BlindSpots, blind_spots, uncovered
 from epsd.pruning.channels import Structure
@@ -29,7 +29,6 @@ from epsd.pruning.metagradients import gradient_norms
 from epsd.pruning.scoring import Following, MetaGradientError, means, normalised, scoring, within
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError, Objective, Score, Scores
 
-Source = Batches | Iterable[Batch] | DataLoader[Any]
 LossLike = Objective | Callable[[Tensor, Tensor], Tensor]
 Average = Literal["absolute", "signed"]
 Names = str | Iterable[str]
@@ -127,7 +126,8 @@ def prune(
         which what changes its sign from batch to batch cancels. GraSP, whose sign counts, is averaged with it.
     keep_at_least_one : no layer loses its last weight. Otherwise a layer that does is named in a warning.
     include, exclude : the layers that the mask covers and that it leaves whole, see `masks.covered` ("fc",
-        "*.downsample.*"). The scores of the others are what they are without.
+        "*.downsample.*"). The scores of the others are what they are without. `include` may name parameters of other
+        layers, too ("lstm"): of a layer its matrices. A score of one's own covers all that it scores.
     restart : begin the data again when a score needs more batches than there are.
     seed : of order and augmentation where `batches` is a DataLoader.
 
@@ -145,9 +145,9 @@ def prune(
     objective = _own(model, score, objective, source)
     selection: dict[str, Any] = {"scope": scope, "densities": densities, "channel_cap": channel_cap}
     selection["keep_at_least_one"] = keep_at_least_one
-    wanted = covered(prunable(model), include, exclude)
-    check_fits(wanted, sparsity, **selection)
     work = _copied(model)
+    wanted = _wanted(work, include, exclude)
+    check_fits(wanted, sparsity, **selection)
     repeated = _Repeated(score, batches, average)
     drawn = Stream(source, objective.needs, restart, seed)
     mask: Mask | None = None
@@ -155,7 +155,7 @@ def prune(
         for done in range(1, rounds + 1):
             scores = repeated(work, drawn, objective, _sizes(source))
             if mask is None:
-                first = _only(wanted, scores)
+                first = _only(_widened(work, wanted, scores, include, exclude), scores)
                 first = _seen(work, first, drawn, score) if sparsity else first
             mask = Mask.from_scores(_only(first, scores), sparsity, **selection, within=mask, progress=done / rounds)
             mask.apply_(work)
@@ -164,6 +164,47 @@ def prune(
     assert mask is not None
     _warn_of_dead_layers(mask, first)
     return mask
+
+
+def _wanted(model: nn.Module, include: Names | None, exclude: Names) -> dict[str, nn.Parameter]:
+    """The weights to cover. Of other layers than those that are prunable, `model` is told which are wanted as well."""
+    weights = prunable(model)
+    for pattern in _each(include or ()):
+        others = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in weights}
+        if not fitting(weights, pattern) and (found := fitting(others, pattern)):
+            _cover(model, [name for name in found if name == pattern or others[name].dim() > 1])
+            weights = prunable(model)
+    return covered(weights, include, _meant(model, exclude))
+
+
+def _widened(
+    model: nn.Module, wanted: dict[str, nn.Parameter], scores: Scores, include: Names | None, exclude: Names
+) -> dict[str, nn.Parameter]:
+    """Where nobody said what to cover, also parameters of other layers that a score of one's own has scored.
+
+    Raises MaskError: a score of something that is no trainable parameter.
+    """
+    if include is not None or not (more := [name for name in scores if name not in prunable(model)]):
+        return wanted
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    if unknown := [name for name in more if name not in trainable]:
+        raise MaskError(f"the score gives '{unknown[0]}', which is no trainable parameter of the model.")
+    _cover(model, more)
+    return covered(prunable(model), exclude=_meant(model, exclude))
+
+
+def _each(names: Names) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _meant(model: nn.Module, exclude: Names) -> list[str]:
+    """The patterns but for those that name parameters of other layers alone: a score of one's own may score them."""
+    weights, all_names = prunable(model), [name for name, _ in model.named_parameters()]
+    return [name for name in _each(exclude) if fitting(weights, name) or not fitting(all_names, name)]
+
+
+def _cover(model: nn.Module, names: Iterable[str]) -> None:
+    setattr(model, ALSO, getattr(model, ALSO, frozenset()) | frozenset(names))
 
 
 def _only(names: Iterable[str], scores: Scores) -> Scores:
@@ -178,16 +219,20 @@ def scored(
     objective: LossLike = cross_entropy,
     batches: int = 1,
     average: Average = "absolute",
+    include: Names | None = None,
     exclude: Names = (),
 ) -> Scores:
-    """The scores that `prune` ranks in its first round; `selected` makes a mask of them at any sparsity.
+    """The scores that `prune` ranks in its first round, by parameter name; `Mask.from_scores` makes a mask of them at
+    any sparsity.
 
-    `model` and `objective` are left as they are. Raises MetaGradientError, MaskError and PruneError as `prune` does.
+    `model` and `objective` are left as they are. Parameters as of `prune`. Raises MetaGradientError, MaskError and
+    PruneError as `prune` does.
     """
     objective = _own(model, score, objective, source)
-    wanted, work, drawn = covered(prunable(model), exclude=exclude), _copied(model), Stream(source, objective.needs)
+    work, drawn = _copied(model), Stream(source, objective.needs)
+    wanted = _wanted(work, include, exclude)
     scores = _Repeated(score, batches, average)(work, drawn, objective, _sizes(source))
-    return _seen(work, _only(wanted, scores), drawn, score)
+    return _seen(work, _only(_widened(work, wanted, scores, include, exclude), scores), drawn, score)
 
 
 def gates(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from epsd.compute import distributed
 from epsd.compute.random_state import random_state, set_random_state
 from epsd.compute.second_order import laid_out, weights_laid_out
+from epsd.losses import are_classes
 from epsd.masks import prunable
 from epsd.project.settings import Count, Positive
 from epsd.pruning.scoring import LossFunction, MetaGradientError, calling, draw, of_labels, scoring, wide
@@ -111,6 +112,11 @@ class Grasp:
             drawn = draw(source, self.batches, f"score grasp with batches={self.batches}", device)
             return [(batch.images, batch.labels) for batch in drawn]
         first = draw(source, 1, "score grasp", device)[0]
+        if not are_classes(first.labels):
+            raise MetaGradientError(
+                "score grasp picks images by class, and these labels are no classes: samples_per_class=None takes "
+                "whole batches."
+            )
         with scoring(model, False), torch.no_grad():
             classes = max(2, calling(model, {})(first.images[:2])[0].numel())  # one output tells two classes
         images, labels = self._selected(first, source, classes, device)

@@ -4,14 +4,13 @@ import contextlib
 import copy
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader
 
 from epsd.compute import distributed, joint_layers, networks, quantise, shortage
 from epsd.compute.cost import Meter
@@ -19,8 +18,18 @@ from epsd.compute.devices import to_device
 from epsd.compute.seeds import mix
 from epsd.compute.speed import compiled, lay_out_
 from epsd.data.balance import weighed
-from epsd.data.loaders import as_batches
-from epsd.losses import PlainLoss, as_objective, class_logits, cross_entropy, logits_of, no_such_class
+from epsd.data.loaders import Source, as_batches
+from epsd.losses import (
+    Metric,
+    PlainLoss,
+    are_classes,
+    as_objective,
+    class_logits,
+    cross_entropy,
+    logits_of,
+    no_such_class,
+    of_type,
+)
 from epsd.masks import Mask
 from epsd.project.progress import Progress
 from epsd.project.recipes import Recipe
@@ -29,7 +38,7 @@ from epsd.training import autotune, checkpoints
 from epsd.training.groups import Freeze
 from epsd.training.moving import Moving
 from epsd.training.parts import Fitting, added
-from epsd.training.record import Record, Tally, TrainingError
+from epsd.training.record import History, Record, Tally, TrainingError, judged_by
 from epsd.training.result import Result, check_judged
 from epsd.training.schedule import lr_at
 from epsd.training.updates import Updates
@@ -38,20 +47,22 @@ from epsd.types import Batch, Batches, Loss, Objective
 
 def fit(
     model: nn.Module,
-    train: Batches | DataLoader[Any],
+    train: Source,
     *,
     objective: Objective | Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     mask: Mask | None = None,
     moving: Moving | None = None,
     recipe: Recipe | None = None,
-    validation: Batches | DataLoader[Any] | None = None,
+    validation: Source | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    progress: bool = True,
     seed: int = 0,
     checkpoint: Path | None = None,
     mark: str | None = None,
     meter: Meter | None = None,
     on_epoch: Callable[[Record], None] | None = None,
     on_mask: Callable[[Mask], None] | None = None,
-) -> list[Record]:
+) -> History:
     """Train `model` in place on its own device; weights that `mask` removed are exactly zero after every step.
 
     After `parallel.start` in each of several processes, they share every batch of `train` and `validation`: all of
@@ -60,14 +71,16 @@ def fit(
 
     Parameters
     ----------
-    train : prepared batches, or a `DataLoader` of (image, label) pairs, see `as_batches`.
+    train : prepared batches, a `DataLoader` of (image, label) pairs, or an iterable of `Batch`: see `as_batches`.
     objective : a self-distillation method, or a plain `loss(logits, labels)`, which gets what the network gives: one
         logit per image of a binary task, or several tensors, of which the one named `logits` is judged. On a CPU it is
         also called with a few images before the first step, to see whether the step will fit into memory.
     moving : moves `mask` while training, e.g. `RigL()`; weights that it removes are zero from that step on. The last
         mask is what `on_mask` is told.
     on_mask : called with the mask before the first step, after each move and after a resume.
-    validation : judged after every epoch where given.
+    validation : judged after every epoch where given: top1 and nll, or the loss where labels are no classes.
+    metrics : judged instead, as val/NAME: functions of all outputs (N, ...) and labels (N, ...) of `validation`.
+    progress : a bar where stderr is a terminal (and `EPSD_QUIET` is not set).
     seed : of everything random inside the loop (dropout, and of a DataLoader its order and augmentation): epoch n
         draws from (seed, n) alone, so a resumed run draws the same. The global random state is restored afterwards.
         A batch of one image that BatchNorm cannot normalise is skipped, and that is said.
@@ -81,9 +94,10 @@ def fit(
 
     Returns
     -------
-    One record per epoch. The model has the weights that `recipe.ema` and `recipe.keep` ask for, rounded where
-    `recipe.quantise` asks for it, and is in eval mode, with or without `validation`. While it trains, modules that were
-    in eval mode and frozen stay so (`networks.resting`): a frozen BatchNorm keeps its running statistics.
+    One record per epoch; printed, they are one line. The model has the weights that `recipe.ema` and `recipe.keep` ask
+    for, rounded where `recipe.quantise` asks for it, and is in eval mode, with or without `validation`. While it
+    trains, modules that were in eval mode and frozen stay so (`networks.resting`): a frozen BatchNorm keeps its running
+    statistics.
 
     Raises
     ------
@@ -95,6 +109,7 @@ def fit(
     """
     loop = _Loop(model, train, as_objective(objective), mask, recipe or Recipe(), seed, meter or Meter())
     loop.moving, loop.on_mask = moving, on_mask or (lambda mask: None)
+    loop.metrics, loop.bar = dict(metrics or {}), progress
     return loop.run(validation, checkpoint, mark, on_epoch or (lambda record: None))
 
 
@@ -104,7 +119,7 @@ class _Loop:
     def __init__(
         self,
         model: nn.Module,
-        train: Batches | DataLoader[Any],
+        train: Source,
         objective: Objective,
         mask: Mask | None,
         recipe: Recipe,
@@ -130,21 +145,23 @@ class _Loop:
         self.net = compiled(model, recipe.compile, self.device)
         self.mask = mask
         self.moving: Moving | None = None
+        self.metrics: dict[str, Metric] = {}
+        self.bar = True
         self.skipped = False
         self.on_mask: Callable[[Mask], None] = lambda mask: None
         half = self.way.precision == torch.float16
         self.updates = Updates(model, recipe, recipe.update, self.device, scaled=half)
-        self.history: list[Record] = []
+        self.history = History()
         self.room = Fitting(self, recipe.accumulate)
         objective.begin("train", self.train.size, self.train.num_classes)
 
     def run(
         self,
-        validation: Batches | DataLoader[Any] | None,
+        validation: Source | None,
         checkpoint: Path | None,
         mark: str | None,
         on_epoch: Callable[[Record], None],
-    ) -> list[Record]:
+    ) -> History:
         check_judged(self.recipe, validation is not None)
         lay_out_(self.model, self.way.layout)
         try:
@@ -165,11 +182,11 @@ class _Loop:
 
     def _run(
         self,
-        validation: Batches | DataLoader[Any] | None,
+        validation: Source | None,
         checkpoint: Path | None,
         mark: str | None,
         on_epoch: Callable[[Record], None],
-    ) -> list[Record]:
+    ) -> History:
         self._hold(self.mask)
         if checkpoint is not None and mark is None:
             mark = self._mark()
@@ -186,7 +203,7 @@ class _Loop:
         with (
             torch.random.fork_rng(devices=devices),
             distributed.prepared(self.model),
-            Progress("train", steps * epochs, steps * len(self.history)) as bar,
+            Progress("train", steps * epochs, steps * len(self.history), shown=self.bar) as bar,
         ):
             for epoch in range(len(self.history), epochs):
                 if thawed := self.freeze.thawed(epoch):
@@ -352,29 +369,42 @@ class _Loop:
         return Loss(total.detach(), {name: term * share for name, term in loss.terms.items()}, loss.logits)
 
     def judge(self, batches: Batches) -> Record:
-        """top1 and nll, in eval mode, of what would be kept now. EpsdError where it does not give logits then."""
+        """top1 and nll, in eval mode, of what would be kept now; the loss, where labels are no classes; or `metrics`.
+
+        EpsdError where it does not give logits then.
+        """
         net, judged, self.bits = self.net, self.result.network, self.recipe.weight_bits(self.recipe.epochs)
         self.net = net if judged is self.model else judged
         judged.eval()
         try:
-            return self._judge(batches)
+            with torch.no_grad():
+                return judged_by(self.metrics, self._answers(batches)) if self.metrics else self._judge(batches)
         finally:
             self.net = net
 
-    @torch.no_grad()
-    def _judge(self, batches: Batches) -> Record:
-        right, nll, seen = (torch.zeros((), device=self.device) for _ in range(3))
+    def _answers(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the network gives, named `logits` where it is several tensors, and the labels, batch by batch."""
         for drawn in batches.epoch(0):
             batch = to_device(drawn, self.device)
-            given = logits_of(self.forward(batch.images), named=True)
-            logits = class_logits(given, batch.labels)
-            seen = seen + len(batch.labels)
-            nll = nll + nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
-            right = right + (logits.argmax(1) == batch.labels).sum()
-        distributed.sum_([right, nll, seen])
+            yield logits_of(self.forward(batch.images), named=True), batch.labels
+
+    def _judge(self, batches: Batches) -> Record:
+        right, loss, seen = (torch.zeros((), device=self.device) for _ in range(3))
+        plain = self.objective.function if isinstance(self.objective, PlainLoss) else cross_entropy
+        classes = True
+        for given, labels in self._answers(batches):
+            seen, classes = seen + len(labels), are_classes(labels)
+            if not classes:
+                loss = loss + plain(given, of_type(labels, given)) * len(labels)
+                continue
+            logits = class_logits(given, labels)
+            loss = loss + nn.functional.cross_entropy(logits, labels, reduction="sum")
+            right = right + (logits.argmax(1) == labels).sum()
+        distributed.sum_([right, loss, seen])
         if not seen:
             raise TrainingError("validation: there is no batch to judge the network on.")
-        return {"top1": float(right / seen), "nll": float(nll / seen)}
+        mean = float(loss / seen)
+        return {"top1": float(right / seen), "nll": mean} if classes else {"loss": mean}
 
     def _mark(self) -> str:
         """Of all that makes this training another one, data and code excepted."""
@@ -396,7 +426,7 @@ class _Loop:
             "model": self.model.state_dict(),
             **self.updates.state_dict(),
             "objective": self.objective.state_dict(),
-            "history": self.history,
+            "history": list(self.history),
             "parts": self.room.parts,
             "way": str(self.way),
             "times": self.times,
@@ -412,7 +442,7 @@ class _Loop:
         self.result.load_state_dict(state["result"])
         placed = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in state["objective"].items()}
         self.objective.load_state_dict(placed)
-        self.history = copy.deepcopy(state["history"])
+        self.history = History(copy.deepcopy(state["history"]))
         self.meter.stand_at(Meter.of(self.history[-1], "cost/"))
         self.room.known, self.room.parts, self.times = True, state["parts"], dict(state["times"])
 

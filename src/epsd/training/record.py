@@ -1,10 +1,13 @@
 """What one epoch of training leaves behind, summed on the device while it runs."""
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
 
 from epsd.compute import distributed
-from epsd.losses import class_logits
+from epsd.losses import Metric, are_classes, class_logits
+from epsd.project.runtime import counted
 from epsd.types import EpsdError
 
 Record = dict[str, float]
@@ -12,6 +15,33 @@ Record = dict[str, float]
 whole gradient, masked, before clipping), `train/top1` (where the network gives logits), `train/lr`, `time/epoch`,
 `val/top1`, ...; what was spent up to its end (validation excluded): `cost/images_forward`, ..., `cost/image_passes`,
 `cost/seconds`."""
+
+
+class History(list[Record]):
+    """The records of a training, one for each epoch."""
+
+    def __repr__(self) -> str:
+        """One line: how the figures went from the first epoch to the last, and what it took."""
+        if not self:
+            return "History of no epoch"
+        first, last = self[0], self[-1]
+        told = [
+            f"{name} {first[name]:.4g} to {last[name]:.4g}"
+            for name in last
+            if name in first and (name in ("train/loss", "train/top1") or name.startswith("val/"))
+        ]
+        seconds = sum(record.get("time/epoch", 0.0) for record in self)
+        return f"History of {counted(len(self), 'epoch')}: {', '.join(told)}; {seconds:.1f} s"
+
+
+def judged_by(metrics: Mapping[str, Metric], answers: Iterable[tuple[Tensor, Tensor]]) -> Record:
+    """The value of each metric on all outputs and labels (of all processes). TrainingError: there are none."""
+    pairs = distributed.interleaved([(given.float().cpu(), labels.cpu()) for given, labels in answers])
+    if not pairs:
+        raise TrainingError("validation: there is no batch to judge the network on.")
+    outputs, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
+    return {name: float(metric(outputs, labels)) for name, metric in metrics.items()}
+
 
 _CHECK_EVERY = 50
 """Steps between looks at the loss on a GPU: each look waits for the device."""
@@ -41,11 +71,11 @@ class Tally:
         return len(self._losses)
 
     def add(self, total: Tensor, terms: dict[str, Tensor], logits: Tensor | None, labels: Tensor) -> None:
-        """One step: the batch's loss and terms (detached), its logits (B, K), where it has some, and labels (B,)."""
+        """One step: the batch's loss and terms (detached), its logits (B, K), where it has some, and labels."""
         self._losses.append(total)
         for name, term in terms.items():
             self._sums[name] = self._sums.get(name, 0) + term
-        if logits is not None:
+        if logits is not None and are_classes(labels):
             self._right += (class_logits(logits, labels).argmax(1) == labels).sum()
             self._images += len(labels)
         if len(self._losses) % self._every == 0:

@@ -68,9 +68,11 @@ class Result:
             distributed.settle_buffers(self._mean.module)
 
     def consider(self, history: Sequence[Record]) -> None:
-        """An epoch is over."""
+        """An epoch is over. TrainingError where nothing tells how good it is."""
         if self._recipe.keep == "last":
             return
+        if "val/top1" not in history[-1]:
+            raise TrainingError("train.keep: best is told by top-1, which is not judged here: use last.")
         if kept(history, "best") is history[-1]:
             self._best = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 

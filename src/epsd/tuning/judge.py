@@ -103,7 +103,7 @@ def deviations(done: list[Figures]) -> Figures:
 
 def figures(params: Params, data: Prepared, model: nn.Module, mask: Mask, record: Record) -> Figures:
     """All of FIGURES, for the network as it is after the epoch of `record`."""
-    cost = evaluation.cost(model, {name: model.get_parameter(name) for name in mask.keep}, data.image_shape)
+    cost = evaluation.cost(model, data.image_shape, {name: model.get_parameter(name) for name in mask.keep})
     with tempfile.TemporaryDirectory() as folder:
         size = compact_file.save(model.state_dict(), Path(folder) / "model", card(params, data, mask, model))
     known = {**record, **{f"model/{name}": float(value) for name, value in cost.items()}}
