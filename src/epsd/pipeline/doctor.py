@@ -15,7 +15,7 @@ from epsd.compute import timing
 from epsd.compute.devices import devices
 from epsd.files.digests import DamagedFile
 from epsd.files.onnx_file import FP32, INT8, OnnxFile
-from epsd.pipeline.export import onnx_at
+from epsd.pipeline.place import onnx_at
 from epsd.project import artifacts
 from epsd.project.runtime import PACKAGES, brief, state_folder, versions
 from epsd.tracking.addresses import shown, tracking_uri
@@ -126,6 +126,8 @@ def next_steps() -> Iterator[tuple[str, str]]:
         return
     yield "make ui", "the recorded runs in the browser"
     yield "epsd predict IMAGE", "ask the network that was trained here"
+    if artifacts.DETECTOR.is_file():
+        yield "epsd detect IMAGE", "ask the detector about a picture"
     yield "epsd export --to FOLDER", "files to deploy, with a script that needs neither torch nor epsd"
     yield "epsd compare", "all recorded runs as a table"
     if Path("mlruns/optuna.journal").is_file():
