@@ -36,7 +36,8 @@ class History(list[Record]):
 
 def judged_by(metrics: Mapping[str, Metric], answers: Iterable[tuple[Tensor, Tensor]]) -> Record:
     """The value of each metric on all outputs and labels (of all processes). TrainingError: there are none."""
-    pairs = distributed.interleaved([(given.float().cpu(), labels.cpu()) for given, labels in answers])
+    mine = [(given.float().cpu(), labels.cpu()) for given, labels in answers]
+    pairs = [pair for part in distributed.interleaved([mine]) for pair in part]
     if not pairs:
         raise TrainingError("validation: there is no batch to judge the network on.")
     outputs, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
