@@ -7,16 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from epsd.compute import distributed
 from epsd.evaluation.evaluate import EvaluationError, evaluate
 from epsd.losses import cross_entropy
 from epsd.masks import Mask
 from epsd.objectives import OBJECTIVES
+from epsd.project import progress
 from epsd.project.recipes import Recipe
 from epsd.pruning.prune import prune, scored
 from epsd.pruning.scoring import MetaGradientError
 from epsd.scores import SCORES
 from epsd.training.fit import fit
-from epsd.training.record import History, TrainingError
+from epsd.training.record import History, TrainingError, judged_by
 from epsd.types import EpsdError
 from toys import ToyBatches, convnet
 
@@ -171,3 +173,26 @@ def test_a_score_of_ones_own_covers_what_it_scores() -> None:
     assert list(chosen.keep) == [MATRICES[0], MATRICES[2]]
     with pytest.raises(EpsdError, match="the score gives 'nowhere', which is no trainable parameter"):
         prune(Reader(), SERIES, score=somewhere, sparsity=0.5)
+
+
+def test_metrics_are_of_the_images_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However these share them: one of the two has more batches here."""
+    batches = [(torch.full((2, 1), float(number)), torch.zeros(2)) for number in range(3)]
+    monkeypatch.setattr(distributed, "interleaved", lambda mine: [*mine, batches[1:]])
+    found = judged_by(
+        {"images": lambda outputs, labels: float(len(labels)), "mean": lambda o, _: o.mean()}, batches[:1]
+    )
+    assert found == {"images": 6.0, "mean": 1.0}
+    monkeypatch.undo()
+    with pytest.raises(TrainingError, match="no batch to judge"):
+        judged_by({}, [])
+
+
+def test_the_bar_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It draws on stderr where somebody watches, and only where it is wanted."""
+    monkeypatch.setattr(progress, "watched", lambda: True)
+    shown = []
+    for wanted in (True, False):
+        fit(convnet(), DATA, recipe=Recipe(epochs=1), progress=wanted)
+        shown.append(capsys.readouterr())
+    assert shown[0].err and shown[1].err == "" and shown[0].out == shown[1].out == ""
