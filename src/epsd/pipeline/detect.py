@@ -1,6 +1,7 @@
 """Ask a detector about pictures: `epsd detect`. An ONNX file is asked without torch, as `epsd predict` asks one."""
 
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -141,11 +142,12 @@ def _named(found: Detections, class_names: Sequence[str]) -> Iterator[tuple[str,
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:
     """Name of each drawn picture: that of its file, numbered where several are called so."""
-    taken: dict[str, int] = {}
     found: dict[Path, str] = {}
-    for path in paths:
-        taken[path.stem] = number = taken.get(path.stem, 0) + 1
-        found[path] = f"{path.stem}.png" if number == 1 else f"{path.stem}-{number}.png"
+    taken: set[str] = set()
+    for path in dict.fromkeys(paths):
+        stems = itertools.chain([path.stem], (f"{path.stem}-{number}" for number in itertools.count(2)))
+        found[path] = next(f"{stem}.png" for stem in stems if f"{stem}.png" not in taken)
+        taken.add(found[path])
     return found
 
 
