@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from torch import nn
 from epsd.architectures import ARCHITECTURES
 from epsd.compute import quantise
 from epsd.evaluation import deploy
-from epsd.evaluation.intake import Intake
+from epsd.evaluation.intake import Intake, ServingError
 from epsd.evaluation.servable import Servable, asking
 from epsd.files import onnx_file
 from epsd.files.digests import DamagedFile
@@ -25,6 +26,7 @@ from epsd.masks import matrices, prunable
 from epsd.registry import choose
 from epsd.types import EpsdError
 from handed_on import INTAKE, onnx_folder, servable
+from toys import convnet
 
 COLOUR = Intake(["a", "b", "c"], (3, 16, 16), [0.5, 0.4, 0.3], [0.2, 0.25, 0.3], size=16, resize=20)
 OPEN = ("batch", "height", "width")
@@ -248,3 +250,29 @@ def test_a_flipped_byte_is_told_and_not_used(place: int, folder: Path, tmp_path:
     (tmp_path / "x.onnx").write_bytes(content)
     with pytest.raises(DamagedFile, match=r"x\.onnx: (damaged|carries no digest)"):
         OnnxFile(tmp_path / "x.onnx")
+
+
+def test_a_network_of_ones_own_answers_with_its_preprocessing(tmp_path: Path) -> None:
+    model, path = convnet().eval(), tmp_path / "own.onnx"
+    about: dict[str, Any] = {"class_names": ["a", "b", "c"], "image_shape": (1, 4, 4)}
+    deploy.export_onnx(model, path, **about, mean=[0.3], std=[0.2])
+    images = torch.randint(0, 256, (3, 1, 4, 4)).float()
+    with torch.no_grad():
+        expected = model((images / 255 - 0.3) / 0.2).softmax(1)
+    file = OnnxFile(path)
+    assert file(images.numpy()) == pytest.approx(expected.numpy(), abs=1e-5)
+    assert file.card["class_names"] == about["class_names"]
+
+
+def test_a_network_that_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("not\nme")
+
+    with pytest.raises(ServingError, match=r"torch cannot export this network \(\w+: ") as told:
+        deploy.export_onnx(Odd(), tmp_path / "odd.onnx", class_names=["a", "b"], image_shape=(1, 4, 4))
+    assert "\n" not in str(told.value) and not list(tmp_path.iterdir())
