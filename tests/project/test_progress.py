@@ -5,6 +5,10 @@ import pty
 import subprocess
 import sys
 
+import pytest
+
+from epsd.project import progress
+
 SCRIPT = """
 import time
 from epsd.project.progress import Progress
@@ -49,3 +53,25 @@ def test_quiet_shows_nothing() -> None:
 def test_a_pipe_shows_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert done.stdout == done.stderr == ""
+
+
+def test_a_stage_tells_a_pipe_how_it_goes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every half minute, and where it goes on; not when quiet, not where it is switched off."""
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(progress, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(progress, "lines", True)
+    monkeypatch.delenv("EPSD_QUIET", raising=False)
+    with progress.Progress("train", 10, 2, after=1) as bar:
+        bar.say("loss 0.5")
+        for _ in range(4):
+            bar.step()
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "train: going on after epoch 1"
+    assert lines and all(line.startswith("train: ") and "%, loss 0.5, " in line for line in lines)
+    assert lines[0] == "train: 40%, loss 0.5, 180 s left", "60 seconds for two steps, and six more to go"
+    with progress.Progress("train", 10, 2, shown=False, after=1) as bar:
+        bar.step()
+    monkeypatch.setenv("EPSD_QUIET", "1")
+    with progress.Progress("train", 10, 2, after=1) as bar:
+        bar.step()
+    assert capsys.readouterr().err == ""

@@ -89,7 +89,7 @@ def fit_detector(
     for row in history:
         tell(row)
     gpus = [device] if device.type == "cuda" else []
-    bar = Progress("detect", recipe.epochs * len(scenes), len(history) * len(scenes))
+    bar = Progress("detect", recipe.epochs * len(scenes), len(history) * len(scenes), after=len(history))
     with torch.random.fork_rng(gpus), distributed.prepared(detector), Whole(detector) as whole, bar as progress:
         for epoch in range(len(history), recipe.epochs):
             torch.manual_seed(mix(seed, "detect", epoch))

@@ -22,7 +22,7 @@ from epsd.compute.devices import Machine, open_machine, pick_device, pick_precis
 from epsd.files.digests import digest_of
 from epsd.pipeline import changes, launch, weights
 from epsd.pipeline.describe import is_dense, method, stays
-from epsd.project import artifacts, processes
+from epsd.project import artifacts, processes, progress
 from epsd.project.params import DEFAULT_PATH, Params, load
 from epsd.project.runtime import STATE, counted, hush, located, no_telemetry, note, quiet, say_once
 from epsd.registry import ParamsError, choose, foreign
@@ -58,6 +58,7 @@ def run_stage(name: str, main: Main) -> None:
     if name not in SHARED and distributed.told_rank():
         return  # torchrun started several, this stage needs one
     _arguments(name)
+    progress.lines = distributed.told_rank() in (None, 0)
     started = time.monotonic()
     try:
         with processes.stops(), _watched(name):

@@ -1,10 +1,11 @@
-"""What a person sees while a stage works: one progress bar on a terminal, nothing per step elsewhere."""
+"""What a person sees while a stage works: one progress bar on a terminal, a line now and then elsewhere."""
 
 import sys
 from io import StringIO
+from time import monotonic
 from typing import TYPE_CHECKING, Self
 
-from epsd.project.runtime import watched
+from epsd.project.runtime import note, quiet, watched
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,14 +20,24 @@ def drawn(table: "Table") -> str:
     return text.getvalue().rstrip()
 
 
+EVERY = 30.0
+"""Seconds between two lines where nobody watches a bar."""
+
+lines = False
+"""Whether such lines are written: by the process of a stage, not by the library, a search or a study."""
+
+
 class Progress:
-    """A bar over `total` steps with a text that says how it goes. Silent when quiet or when stderr is no terminal.
+    """A bar over `total` steps with a text that says how it goes. Where stderr is no terminal a stage tells the same in
+    a line from time to time, everything else nothing; nobody tells anything when quiet.
 
     `shown` False: silent in any case. `time_left`: estimated from the last half minute, so not for steps that take
-    longer.
+    longer. `after`: epochs that were done before, which is said once.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0, *, time_left: bool = True, shown: bool = True) -> None:
+    def __init__(
+        self, title: str, total: int, done: int = 0, *, time_left: bool = True, shown: bool = True, after: int = 0
+    ) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -38,8 +49,13 @@ class Progress:
             *([TimeRemainingColumn()] if time_left else []),
             TextColumn("{task.fields[text]}"),
         )
-        self._bar = Bar(*columns, console=Console(stderr=True), disable=not (shown and watched()), transient=True)
+        watching = shown and watched()
+        self._bar = Bar(*columns, console=Console(stderr=True), disable=not watching, transient=True)
         self._task = self._bar.add_task(title, total=total, completed=done, text="")
+        self._tells, self._first, self._now = shown and lines and not watching and not quiet(), done, done
+        self._start = self._last = monotonic()
+        if after and (watching or self._tells):
+            note(f"{title}: going on after epoch {after}")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -51,7 +67,16 @@ class Progress:
     def step(self, count: int = 1) -> None:
         """`count` more steps are done."""
         self._bar.advance(self._task, count)
+        self._now += count
+        if self._tells and monotonic() - self._last >= EVERY:
+            self._line()
 
     def say(self, text: str) -> None:
         """Replace the text beside the bar."""
         self._bar.update(self._task, text=text)
+
+    def _line(self) -> None:
+        task, self._last = self._bar.tasks[self._task], monotonic()
+        share = self._now / (task.total or 1)
+        left = (self._last - self._start) * ((task.total or 0) - self._now) / max(1, self._now - self._first)
+        note(", ".join(filter(None, [f"{task.description}: {share:.0%}", task.fields["text"], f"{left:,.0f} s left"])))

@@ -203,7 +203,9 @@ class _Loop:
         with (
             torch.random.fork_rng(devices=devices),
             distributed.prepared(self.model),
-            Progress("train", steps * epochs, steps * len(self.history), shown=self.bar) as bar,
+            Progress(
+                "train", steps * epochs, steps * len(self.history), shown=self.bar, after=len(self.history)
+            ) as bar,
         ):
             for epoch in range(len(self.history), epochs):
                 if thawed := self.freeze.thawed(epoch):
