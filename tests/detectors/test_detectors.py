@@ -229,7 +229,7 @@ def test_building_leaves_modes_and_statistics_alone(name: str) -> None:
     ("choice", "message"),
     [
         ({"name": "yolo"}, "faster_rcnn, retinanet, ssd"),
-        ({"name": "ssd", "proposals": 10}, r"unknown 'proposals'"),
+        ({"name": "ssd", "proposal": 10}, r"unknown 'proposal'"),
         ({"name": "faster_rcnn", "anchor_scale": 0.0}, "anchor_scale"),
         ({"name": "retinanet", "channels": 40}, "channels.*32"),
         ({"name": "faster_rcnn", "aspect_ratios": []}, "aspect_ratios"),

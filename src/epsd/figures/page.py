@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from epsd.comparison import command, tables
 from epsd.comparison.types import ComparisonError, Entry
 from epsd.figures import deployed, study, style
+from epsd.files.regular import read_bytes
 from epsd.project.artifacts import write_text
 from epsd.project.runtime import brief, counted, versions
 from epsd.tracking.store import connection
@@ -185,7 +186,7 @@ def _drawn(draw: Callable[[Path], None]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figure.png"
         draw(path)
-        return _embedded(path.read_bytes())
+        return _embedded(read_bytes(path))
 
 
 def _embedded(picture: bytes, title: str = "") -> str:
@@ -222,6 +223,6 @@ def _pictures(run: str) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
             for file in client.list_artifacts(run):
                 if file.path.endswith(".png"):
-                    yield _embedded(Path(client.download_artifacts(run, file.path, folder)).read_bytes(), file.path)
+                    yield _embedded(read_bytes(Path(client.download_artifacts(run, file.path, folder))), file.path)
     except Exception as error:  # a store that was moved, files that were removed
         yield f"<p>Its pictures cannot be read ({_safe(brief(error))}).</p>"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from epsd.files.regular import refused
+from epsd.files.regular import read_bytes, refused
 from epsd.project.runtime import brief
 from epsd.types import EpsdError
 
@@ -49,9 +49,7 @@ def init(folder: Path) -> None:
         for name in FILES:
             copy = shutil.copytree if (source / name).is_dir() else shutil.copy
             copy(source / name, folder / name)
-        (folder / "dvc.yaml").write_text(
-            of_package((source / "dvc.yaml").read_text(encoding="utf-8")), encoding="utf-8"
-        )
+        (folder / "dvc.yaml").write_text(of_package(read_bytes(source / "dvc.yaml").decode("utf-8")), encoding="utf-8")
         (folder / "README.md").write_text(README, encoding="utf-8")
         (folder / "mlruns").mkdir()
         (folder / "mlruns" / ".gitkeep").touch()
