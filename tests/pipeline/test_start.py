@@ -193,7 +193,7 @@ def test_the_preset_fine_tunes_the_champion(
     tree = presets.read("digits-finetune")
     assert tree["start"]["weights"] == "champion" and tree["prune"]["sparsity"] == 0.98
     small = {"start.weights": "digits-run", "architecture.width": 0.5, "train.epochs": 1, "train.batch_size": 16}
-    narrow = {"prune.structure": "channels", "prune.sparsity": 0.0, "prune.macs": 0.25, "prune.round_to": 1}
+    narrow = {"prune.structure": "channels", "prune.sparsity": 0.0, "prune.macs": 0.25, "prune.round_to": 4}
     for key, value in {**small, "prune.batch_size": 32, **(narrow if wanted == "channels" else {})}.items():
         override(tree, key, value)
     how = parse(tree)
