@@ -248,7 +248,8 @@ def files_up_to(size: int) -> Iterator[None]:
 
 
 FULL = [("prepare", 64, "train_images.npy"), ("prune", 64, "channels.safetensors"), ("prune", 4096, "mask.safetensors"),
-        ("train", 64, "run.json"), ("train", 300, "last.safetensors"), ("evaluate", 64, "model.sparse.safetensors"),
+        ("train", 64, "run.json|last.safetensors"), ("train", 300, "last.safetensors"),
+        ("evaluate", 64, "model.sparse.safetensors"),
         ("evaluate", 100_000, "model.onnx"), ("detect", 4096, "detector.safetensors")]  # fmt: skip
 
 
@@ -256,13 +257,19 @@ FULL = [("prepare", 64, "train_images.npy"), ("prune", 64, "channels.safetensors
 def test_a_disk_without_room_is_one_line_that_names_the_file(
     name: str, size: int, file: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object
 ) -> None:
-    """`capsys` holds in memory what pytest otherwise writes to a file."""
+    """`capsys` holds in memory what pytest otherwise writes to a file. Which of several files is the first that a stage
+    cannot write may hang on whether the store of runs was opened before in this process."""
     shutil.copytree(project, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     with contextlib.chdir(tmp_path), pytest.raises(Exception) as caught, files_up_to(size):
         stage(name)(load(), Machine())
     line = one_line(caught.value)
-    assert line is not None and file in line and "File too large" in line and "\n" not in line, repr(caught.value)
+    assert (
+        line is not None
+        and any(name in line for name in file.split("|"))
+        and "File too large" in line
+        and "\n" not in line
+    ), repr(caught.value)
     left = {path.name for path in (tmp_path / "artifacts").rglob(".*")}
     assert left == set(), "nothing half-written stays"
 
