@@ -53,7 +53,7 @@ def _versions() -> Finding:
 def _device() -> Finding:
     found = versions()
     names = [found.get("gpu", ""), f"{found['cpu']}, {found['threads']} threads"]
-    return Finding("device", f"device may be {', '.join(devices())}: {'; '.join(filter(None, names))}")
+    return Finding("device", f"{', '.join(devices())}: {'; '.join(filter(None, names))}")
 
 
 def _space() -> Finding:
