@@ -1,10 +1,12 @@
 """How fast networks are in the forms in which they are deployed, and what asking them costs.
 
     python benchmarks/deploy.py [--networks digits cifar ...] [--variants dense zeros half quarter] [--batches 1 32]
-        [--repeats 20] [--parts speed asking] [--write FILE]
+        [--repeats 20] [--parts speed channels asking] [--write FILE]
 
 speed : torch eager (fp32, the layout that is fastest there), ONNX fp32 and ONNX int8 of bare networks with random
     weights, on one thread and on all; medians of passes in turns (`epsd.compute.timing`).
+channels : ResNet-18 cut to a quarter of its multiply-adds before training, beside the dense one: a step of its
+    training, its ONNX files, a Faster R-CNN around it; and every `round_to`. On one thread.
 asking : `epsd predict` of one image, and `mlflow models serve` until it answers: seconds and most memory, of a model
     that torch runs (before) and of the ONNX file (after).
 
@@ -12,6 +14,7 @@ A row is one line of NETWORKS or VARIANTS: a network by the architecture of a pr
 """
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -35,11 +38,15 @@ from epsd.architectures import ARCHITECTURES, built
 from epsd.compute import timing
 from epsd.compute.devices import Machine, pick_memory_format
 from epsd.compute.speed import lay_out_
+from epsd.detectors import DETECTORS, Picture
 from epsd.evaluation.deploy import export, quantise
 from epsd.files.onnx_file import CARD, FP32, INT8, OnnxFile
 from epsd.masks import prunable
+from epsd.project.params import load
 from epsd.project.runtime import versions
-from epsd.registry import settings_of
+from epsd.pruning import widths
+from epsd.pruning.channels import ChannelError, Structure, cut
+from epsd.registry import choose, settings_of
 from page import options, show
 
 
@@ -151,6 +158,142 @@ def timed(network: Network, make: Callable[[Network], nn.Module], arguments: arg
         machine = Machine(threads=torch.get_num_threads())
         sizes = {f"{form}_bytes": float(file.stat().st_size) for form, file in files.items()}
         return sizes | timing.sweep(passes, arguments.batches, machine, arguments.repeats)
+
+
+# --- channels -------------------------------------------------------------------------------------------------------
+
+
+def channels(arguments: argparse.Namespace) -> Iterator[str]:
+    """What a quarter of the multiply-adds takes, and the widths that `prune.round_to` offers."""
+    share, network, repeats = arguments.macs, NETWORKS["cifar-resnet18"], arguments.repeats
+    kinds: dict[str, tuple[str, Callable[[nn.Module, Path], timing.Pass]]] = {
+        "step": ("training step, fp32, 32 images", lambda model, _: _step(model, network)),
+        "fp32": ("ONNX fp32, 32 images", lambda model, folder: _asked(model, network, folder, FP32, 32)),
+        "int8": ("ONNX int8, 32 images", lambda model, folder: _asked(model, network, folder, INT8, 32)),
+        "fp32-1": ("ONNX fp32, 1 image", lambda model, folder: _asked(model, network, folder, FP32, 1)),
+        "int8-1": ("ONNX int8, 1 image", lambda model, folder: _asked(model, network, folder, INT8, 1)),
+        "detector": (
+            "Faster R-CNN training step, 8 pictures of 64 px",
+            lambda model, _: _detector(model, network, True),
+        ),
+        "found": ("Faster R-CNN answer in torch, 1 picture", lambda model, _: _detector(model, network, False)),
+    }
+    yield f"### ResNet-18, 32 px, {share:.0%} of the multiply-adds, ms"
+    yield ""
+    yield "| | dense | cut | times as fast |"
+    yield "|---|---:|---:|---:|"
+    with tempfile.TemporaryDirectory() as folder, timing.threads(1):
+        found: dict[str, float] = {}
+        forms = {"dense": _dense(network), "cut": _cut(network, share)}
+        for kind, (words, make) in kinds.items():
+            passes = {form: make(model, Path(folder) / form) for form, model in forms.items()}
+            taken = timing.interleaved(passes, repeats, time.process_time).milliseconds
+            found |= {f"{kind} {form}": value for form, value in taken.items()}
+            yield f"| {words} | {taken['dense']:.3g} | {taken['cut']:.3g} | {taken['dense'] / taken['cut']:.2f} |"
+        yield ""
+        ratios = [f"{found[f'fp32{n} dense'] / found[f'int8{n} cut']:.1f} times ({words})" for n, words in _SIZES]
+        yield f"ONNX int8 of the cut network against ONNX fp32 of the dense one: {', '.join(ratios)}."
+        yield ""
+        yield from _rounding(arguments, Path(folder))
+    yield f"Medians of {timing.LEAST} to {repeats} passes in turns, of processor time, on one thread."
+    yield ""
+
+
+_SIZES = (("", "32 images"), ("-1", "1 image"))
+
+
+def _rounding(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
+    """Times as fast as the dense network, by what widths are multiples of."""
+    yield "### By `prune.round_to`, times as fast as the dense network: ONNX fp32 / int8 / training step, 32 images"
+    yield ""
+    yield f"| network | share | {' | '.join(map(str, arguments.round_to))} |"
+    yield "|---|---:|" + "---:|" * len(arguments.round_to)
+    repeats = arguments.repeats
+    for name in ("cifar-quick", "cifar-resnet18"):
+        for share in (0.5, arguments.macs):
+            network, cells = NETWORKS[name], []
+            dense = _dense(network)
+            for round_to in arguments.round_to:
+                try:
+                    forms = {"dense": dense, "cut": _cut(network, share, round_to)}
+                except ChannelError:
+                    cells.append("too coarse")
+                    continue
+                places = {"dense": folder / f"{name} dense", "cut": folder / f"{name} {share} {round_to}"}
+                cells.append(" / ".join(_times(forms, network, places, kind, repeats) for kind in (FP32, INT8, "")))
+            yield f"| {name} | {share:.0%} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _times(
+    forms: Mapping[str, nn.Module], network: Network, places: Mapping[str, Path], kind: str, repeats: int
+) -> str:
+    """How many times as fast as the dense network the cut one is: as an ONNX file of that name, "" a training step."""
+    passes = {
+        form: _asked(model, network, places[form], kind, 32) if kind else _step(model, network)
+        for form, model in forms.items()
+    }
+    taken = timing.interleaved(passes, repeats, time.process_time).milliseconds
+    return f"{taken['dense'] / taken['cut']:.2f}"
+
+
+def _cut(network: Network, share: float, round_to: int = 8) -> nn.Module:
+    """By uniform widths; which channels stay makes nothing faster. Raises ChannelError: `round_to` is too coarse."""
+    torch.manual_seed(0)
+    model = _dense(network)
+    structure = Structure(model, network.shape)
+    lots = {name: torch.rand(group.size) for name, group in structure.groups.items()}
+    return cut(model, network.shape, widths.chosen(structure, lots, macs=share, round_to=round_to))
+
+
+def _step(model: nn.Module, network: Network, batch: int = 32) -> timing.Pass:
+    """Forward, backward and update, laid out as `train` does it."""
+    model = copy.deepcopy(model)
+    lay_out_(model, layout := pick_memory_format("auto", model, torch.device("cpu")))
+    images = torch.randn(batch, *network.shape).contiguous(memory_format=layout)
+    labels, optimiser = torch.arange(batch) % network.classes, torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+
+    def one() -> None:
+        optimiser.zero_grad()
+        loss: torch.Tensor = nn.functional.cross_entropy(model.train()(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+
+    return one
+
+
+def _asked(model: nn.Module, network: Network, folder: Path, name: str, batch: int) -> timing.Pass:
+    """The ONNX file of that form in `folder`, which is made where it is not there."""
+    images = np.random.default_rng(0).standard_normal((32, *network.shape), dtype=np.float32)
+    if not (folder / FP32).is_file():
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            model.train()(torch.randn(16, *network.shape))  # so that statistics are not those of a network at its start
+        export(model.eval(), torch.randn(2, *network.shape), ("batch",), folder / FP32, {CARD: "{}"})
+        quantise(folder / FP32, folder / INT8, images)
+    return partial(OnnxFile(folder / name, threads=1), images[:batch])
+
+
+def _detector(model: nn.Module, network: Network, training: bool) -> timing.Pass:
+    """A step of training on eight pictures of 64 px with four boxes each, or an answer to one."""
+    params = load(Path(__file__).parents[1] / "params.yaml")
+    nodes = choose(ARCHITECTURES, network.architecture, "architecture").feature_nodes(model)
+    build = choose(DETECTORS, params.detect.detector, "detect.detector")
+    detector = build(copy.deepcopy(model), nodes, Picture(64, 64, [0.5] * 3, [0.25] * 3), 10)
+    pictures = list(torch.rand(8 if training else 1, 3, 64, 64))
+    if not training:
+        return timing.in_torch(detector, pictures)
+    corners = torch.tensor([[4.0, 4.0], [34.0, 6.0], [8.0, 36.0], [36.0, 38.0]])
+    target = {"boxes": torch.cat([corners, corners + 20], 1), "labels": torch.tensor([1, 2, 3, 4])}
+    optimiser = torch.optim.SGD(detector.parameters(), 1e-4, momentum=0.9)
+
+    def one() -> None:
+        optimiser.zero_grad()
+        losses: dict[str, torch.Tensor] = detector.train()(pictures, [target] * len(pictures))
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+
+    return one
 
 
 # --- asking ---------------------------------------------------------------------------------------------------------
@@ -283,25 +426,32 @@ def answer(port: int, deadline: float) -> None:
             time.sleep(0.05)
 
 
-PARTS = {"speed": speed, "asking": asking}
+PARTS = {"speed": speed, "channels": channels, "asking": asking}
+
+
+def _said(arguments: argparse.Namespace) -> Iterator[str]:
+    for part in arguments.parts:
+        yield from (f"## {part}", "")
+        yield from PARTS[part](arguments)
 
 
 def main() -> None:
-    """Print the tables, and write them where asked."""
+    """Print the tables line by line, and write them where asked."""
     parser = options(__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["dense"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--repeats", type=int, default=20, help="passes of each form (fewer where they take long)")
+    parser.add_argument("--macs", type=float, default=0.25, help="share that stays, of the part channels")
+    parser.add_argument("--round-to", nargs="+", type=int, default=[4, 8, 16, 32])
     parser.add_argument("--repeats-of-asking", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
     found = versions()
     head = f"On {found['cpu']}, {torch.get_num_threads()} threads in all, torch {found['torch']}, "
-    lines = [f"{head}onnxruntime {found.get('onnxruntime', '?')}.", ""]
-    for part in arguments.parts:
-        lines += [f"## {part}", "", *PARTS[part](arguments)]
-    show(lines, arguments.write)
+    show(
+        itertools.chain([f"{head}onnxruntime {found.get('onnxruntime', '?')}.", ""], _said(arguments)), arguments.write
+    )
 
 
 if __name__ == "__main__":
