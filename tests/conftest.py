@@ -3,10 +3,15 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from epsd.data.prepared import Prepared
+    from epsd.project.params import Params
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
@@ -66,3 +71,36 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("store") / "mlflow.db"
     complete(file, file.parent)
     return file
+
+
+def shipped(changes: Mapping[str, object]) -> "Params":
+    """The parameters of the repository with some of them changed, by dotted name."""
+    from epsd.project.params import override, parse, read_yaml
+
+    tree = read_yaml(ROOT / "params.yaml")
+    for key, value in changes.items():
+        override(tree, key, value)
+    return parse(tree)
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
+    """The current folder: a project of its own with a store without runs."""
+    shutil.copy(empty_store, tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> "Prepared":
+    """Twelve images of each digit, prepared; nobody writes there."""
+    from epsd.data.prepared import Prepared
+    from epsd.datasets import DATASETS
+    from epsd.preparing.write import prepare
+    from epsd.registry import choose
+
+    folder = tmp_path_factory.mktemp("digits")
+    prepare(choose(DATASETS, {"name": "digits"})(), folder, limit=12)
+    return Prepared.load(folder)

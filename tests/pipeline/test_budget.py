@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import shipped
 from epsd.data.prepared import Prepared
-from epsd.datasets import DATASETS
 from epsd.files.onnx_file import FP32
 from epsd.pipeline import budget, deploy
 from epsd.pipeline.budget import Budget
@@ -17,28 +16,21 @@ from epsd.pipeline.describe import run_name, story
 from epsd.pipeline.prune import pruned
 from epsd.pipeline.stage import describe
 from epsd.pipeline.train import card
-from epsd.preparing.write import prepare
 from epsd.project import artifacts
-from epsd.project.params import Params, ParamsError, override, parse, read_yaml
+from epsd.project.params import Params, ParamsError
 from epsd.pruning.channels import ChannelError
-from epsd.registry import choose
 
 AUTO = {"data.limit": 12, "prune.batch_size": 32, "threads": 1,
         "prune.structure": "channels", "prune.macs": "auto", "prune.sparsity": 0.0, "prune.compare": False}  # fmt: skip
 
 
 def params(**changes: Any) -> Params:
-    tree = read_yaml(ROOT / "params.yaml")
-    for key, value in changes.items():
-        override(tree, key, value)
-    return parse(tree)
+    return shipped(changes)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    folder: Path = tmp_path_factory.mktemp("data")
-    prepare(choose(DATASETS, {"name": "digits"})(), folder, limit=12)
-    return Prepared.load(folder)
+@pytest.fixture
+def data(few_digits: Prepared) -> Prepared:
+    return few_digits
 
 
 @pytest.fixture

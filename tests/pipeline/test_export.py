@@ -1,7 +1,6 @@
 """The model that is handed on says what evaluation said: for a set in memory and for one streamed from files."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,6 @@ from pictures import classes, write
 NET = {"name": "resnet", "depth": 8, "width": 0.5}
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
-    shutil.copy(empty_store, tmp_path)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def trained(data: Prepared) -> torch.nn.Module:
     """A network with statistics of its own, saved as `train` saves it."""
     torch.manual_seed(0)
@@ -61,25 +51,23 @@ def agree(answers: list[dict[str, float]], logits: torch.Tensor, names: list[str
     torch.testing.assert_close(shares, logits.softmax(1), atol=1e-5, rtol=1e-4)
 
 
-def test_stored_digits_are_answered_as_in_evaluation(project: Path) -> None:
+def test_stored_digits_are_answered_as_in_evaluation(stored: Path) -> None:
     prepare(Digits()(), artifacts.DATA, limit=8)
     data = Prepared.load(artifacts.DATA)
     test = data.batches("test", batch_size=16)
     logits, _ = evaluation.predict(trained(data), test)
     for number, image in enumerate(data.images("test")):
-        (project / "images").mkdir(exist_ok=True)
-        Image.fromarray(image[0]).save(project / "images" / f"{number:04}.png")
+        (stored / "images").mkdir(exist_ok=True)
+        Image.fromarray(image[0]).save(stored / "images" / f"{number:04}.png")
     agree(said(["images"]), logits, data.class_names)
     assert np.array_equal(
         pixels_of(test, Intake.of(artifacts.read_json(artifacts.MODEL_CARD))), data.images("test")[:2]
     )
 
 
-def test_a_streamed_image_folder_is_answered_as_in_evaluation(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_streamed_image_folder_is_answered_as_in_evaluation(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(
-        project / "photos", {f"{split}/{name}": c for split in ("train", "test") for name, c in classes(3, 90).items()}
+        stored / "photos", {f"{split}/{name}": c for split in ("train", "test") for name, c in classes(3, 90).items()}
     )
     prepare(ImageFolder(root="photos", size=72, resize=80)(), artifacts.DATA, validation=0.0)
     data = Prepared.load(artifacts.DATA)
@@ -116,14 +104,14 @@ def test_a_streamed_image_folder_is_answered_as_in_evaluation(
     ],
 )
 def test_a_mistake_is_one_line(
-    arguments: list[str], message: str, project: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, stored: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Image.new("L", (8, 8)).save(project / "photo.png")
+    Image.new("L", (8, 8)).save(stored / "photo.png")
     assert cli.main(["predict", *arguments]) == 1
     errors = capsys.readouterr().err
     assert errors.startswith("epsd: ") and message in errors and errors.count("\n") == 1
 
 
-def test_promote_without_runs_is_one_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_promote_without_runs_is_one_line(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["promote", "abc"]) == 1
     assert "There are no runs yet: `make repro` makes one." in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """A trained network comes back as it was: from files, folders and runs; narrow and compact ones, too."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,6 @@ CARD |= {"mean": [0.3], "std": [0.4]}
 IMAGES = torch.rand(4, 1, 8, 8)
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
-    shutil.copy(empty_store, tmp_path)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def pruned() -> tuple[torch.nn.Module, Mask]:
     torch.manual_seed(0)
     model = built(NET, 3, (1, 8, 8))
@@ -40,14 +30,14 @@ def pruned() -> tuple[torch.nn.Module, Mask]:
     return model.eval(), mask
 
 
-def test_from_files_folders_and_runs(project: Path) -> None:
+def test_from_files_folders_and_runs(stored: Path) -> None:
     model, mask = pruned()
     artifacts.save_model(model, artifacts.MODEL, CARD)
     compact_file.save(model.state_dict(), Path("compact.safetensors"), CARD)
     with track("train", experiment="epsd", name="trained", tags={"kind": "pipeline"}) as tracker:
         tracker.artifact(artifacts.MODEL, folder="model")
         tracker.artifact(artifacts.MODEL_CARD, folder="model")
-    for place in (project, artifacts.MODEL, "artifacts/train", "compact.safetensors", "trained", tracker.run_id[:8]):
+    for place in (stored, artifacts.MODEL, "artifacts/train", "compact.safetensors", "trained", tracker.run_id[:8]):
         loaded = epsd.load(place)
         assert not loaded.training and Mask.of(loaded) == mask
         assert torch.equal(loaded(IMAGES), model(IMAGES))
@@ -55,7 +45,7 @@ def test_from_files_folders_and_runs(project: Path) -> None:
     assert Mask.of(loaded).sparsity >= mask.sparsity
 
 
-def test_a_narrow_network_comes_back_narrow(project: Path) -> None:
+def test_a_narrow_network_comes_back_narrow(stored: Path) -> None:
     data = ToyBatches(shape=(1, 8, 8))
     torch.manual_seed(0)
     whole = built(NET, 3, (1, 8, 8))
@@ -68,7 +58,7 @@ def test_a_narrow_network_comes_back_narrow(project: Path) -> None:
         epsd.load(artifacts.MODEL)
 
 
-def test_what_cannot_be_loaded_is_one_line(project: Path) -> None:
+def test_what_cannot_be_loaded_is_one_line(stored: Path) -> None:
     Path("empty").mkdir()
     for place, message in (("empty", "no model.safetensors in it"), ("elsewhere", "no run 'elsewhere'")):
         with pytest.raises(epsd.EpsdError, match=message) as told:

@@ -1,43 +1,34 @@
 """Scores computed once and cut at several sparsities give the masks of separate scorings."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from conftest import ROOT
+from conftest import shipped
 from epsd.architectures import built
 from epsd.data.prepared import Prepared
-from epsd.datasets import DATASETS
 from epsd.evaluation import metrics
 from epsd.masks import prunable
 from epsd.pipeline.deploy import masked
 from epsd.pipeline.prune import pruned, scored, scoring_key
 from epsd.pipeline.train import card
-from epsd.preparing.write import prepare
-from epsd.project.params import Params, override, parse, read_yaml
+from epsd.project.params import Params
 from epsd.pruning.paths import on_path
 from epsd.pruning.prune import PruneError
-from epsd.registry import choose
 from epsd.studies.procedures.pipeline import Pipeline
 
 SMALL = {"data.limit": 12, "architecture.width": 0.25, "prune.batch_size": 32, "threads": 1}
 
 
 def params(**changes: Any) -> Params:
-    tree = read_yaml(ROOT / "params.yaml")
-    for key, value in {**SMALL, **changes}.items():
-        override(tree, key, value)
-    return parse(tree)
+    return shipped({**SMALL, **changes})
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    folder: Path = tmp_path_factory.mktemp("data")
-    prepare(choose(DATASETS, {"name": "digits"})(), folder, limit=12)
-    return Prepared.load(folder)
+@pytest.fixture
+def data(few_digits: Prepared) -> Prepared:
+    return few_digits
 
 
 @pytest.mark.filterwarnings("ignore:no weight survives")

@@ -1,6 +1,5 @@
 """The weights of a file, a folder, a project, a run, an alias or an address, whether registered or not."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,10 @@ from toys import convnet
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
+def project(stored: Path) -> Path:
     """Weights as `train` leaves them, in a folder of its own."""
-    shutil.copy(empty_store, tmp_path)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.chdir(tmp_path)
     artifacts.save_model(convnet(), artifacts.MODEL, {"a": "card"})
-    return tmp_path
+    return stored
 
 
 def test_files_and_folders(project: Path) -> None:
