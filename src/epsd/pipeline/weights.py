@@ -114,10 +114,9 @@ def _bare(path: Path) -> "dict[str, Tensor]":
             content = torch.load(check_regular(path), map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
         raise ArtifactError(f"{path}: cannot be read ({_first_line(error)}).") from None
-    except Exception as error:  # pickle's own, of many kinds
+    except Exception:  # pickle's own, of many kinds; torch's text recommends to run the code
         raise ArtifactError(
-            f"{path}: holds more than tensors, and no code of a file is run: save model.state_dict() "
-            f"alone ({_first_line(error)})."
+            f"{path}: holds more than tensors, and no code of a file is run: save model.state_dict() alone."
         ) from None
     for key in _WRAPPED:
         content = content[key] if isinstance(content, Mapping) and isinstance(content.get(key), Mapping) else content
