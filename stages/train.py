@@ -86,6 +86,7 @@ def save(params: Params, data: Prepared, model: nn.Module, mask: Mask, history: 
     tracker.artifact(artifacts.MODEL, folder="model")
     tracker.artifact(artifacts.MODEL_CARD, folder="model")
     tracker.artifact(artifacts.MASK, folder="model")
+    tracker.artifact(artifacts.MASK_FIGURE, folder="prune")
     tracker.artifact("params.yaml")
 
 

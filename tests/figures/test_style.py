@@ -64,6 +64,41 @@ def test_density_names_every_layer_and_the_dead() -> None:
     assert axes.lines[0].get_xdata()[0] == 5
 
 
+def test_a_mask_at_a_glance() -> None:
+    """Each weight is in one bar, on its side of the threshold; the first layer's squares are its filters."""
+    from epsd.masks import Mask
+
+    scores = {"conv1": torch.rand(5, 3, 2, 2), "fc": torch.rand(4, 10)}
+    scores["fc"][0, :7] = 0
+    mask = Mask.from_scores(scores, 0.5)
+    figure = figures.glance(mask, scores)
+    layers, ranked, first = figure.axes
+    assert [round(bar.get_width(), 4) for bar in layers.patches] == [
+        round(100 * float(keep.float().mean()), 4) for keep in mask.keep.values()
+    ]
+    removed, kept = (patch.get_data() for patch in ranked.patches)
+    assert (removed.values.sum(), kept.values.sum()) == (mask.total - mask.kept - 7, mask.kept)
+    least = min(scores[name][keep].min() for name, keep in mask.keep.items())
+    assert ranked.lines[0].get_xdata()[0] == pytest.approx(float(least.log10()))
+    assert "7 scores of 0" in ranked.get_legend().get_title().get_text()
+    drawn = torch.tensor(first.images[0].get_array().filled(-1))
+    assert drawn.shape == (5, 8) and float(drawn[:2, 3:5].sum()) == pytest.approx(
+        float(mask.keep["conv1"][1].float().mean(0).sum())
+    )
+    assert len(figures.glance(mask, None).axes) == 2
+
+
+def test_scores_that_may_be_negative_are_drawn_as_they_are() -> None:
+    from epsd.masks import Mask
+
+    scores = {"fc": torch.randn(40, 100)}
+    scores["fc"][0, 0] = 1e6
+    mask = Mask.from_scores(scores, 0.9)
+    ranked = figures.glance(mask, scores).axes[1]
+    assert sum(patch.get_data().values.sum() for patch in ranked.patches) == 4000
+    assert ranked.get_xlim()[0] < -1 and ranked.get_xlim()[1] < 10
+
+
 def test_curves_differ_without_colour_and_gaps_stay_gaps() -> None:
     panels = {"loss (nats)": {"train/loss": [2.0, 1.0], "val/nll": [2.1, None]}, "learning rate": {"lr": [0.1, 0.01]}}
     figure = figures.curves(panels)

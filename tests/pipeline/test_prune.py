@@ -10,7 +10,7 @@ from conftest import shipped
 from epsd.architectures import built
 from epsd.data.prepared import Prepared
 from epsd.evaluation import metrics
-from epsd.masks import prunable
+from epsd.masks import Mask, prunable
 from epsd.pipeline.deploy import masked
 from epsd.pipeline.prune import pruned, scored, scoring_key
 from epsd.pipeline.train import card
@@ -63,6 +63,9 @@ def test_the_report_says_what_of_the_final_mask_is_in_effect(data: Prepared) -> 
         assert found.examined is not None
         assert [row["on_path"] for row in found.examined.rows()] == [kept for kept, _ in effective.per_layer().values()]
         assert found.report["on_path"] < 1 < 1 + found.report["random_erk_gini"]
+        assert found.scores is not None
+        ranked = Mask.from_scores(found.scores, 0.97)
+        assert ranked == found.mask if control == "none" else ranked.kept == found.mask.kept
 
 
 @pytest.mark.filterwarnings("ignore:no weight survives", "ignore:.*lie on no path")

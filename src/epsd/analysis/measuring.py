@@ -88,7 +88,7 @@ def examine(params: Params, data: Prepared, *, points: int, slice_seed: int) -> 
 
     points : of the loss slice along each direction; 0 leaves slice and features out.  slice_seed : of its directions.
     """
-    mask, model, report, examined, _ = pruned(params, data)
+    mask, model, report, examined, *_ = pruned(params, data)
     drawn = batches(params, data, "train")
     objective = weighed(choose(OBJECTIVES, params.objective, "objective"), drawn)
     figures = _named("trainability", gradient_norms(model, mask, drawn, objective))

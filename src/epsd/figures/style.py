@@ -3,12 +3,15 @@
 Each function returns a matplotlib `Figure`; `save` writes it. Lines differ by style and marker, bars by hatching.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from epsd.masks import Mask
 from epsd.project.artifacts import replacing
 
 if TYPE_CHECKING:
@@ -20,6 +23,11 @@ if TYPE_CHECKING:
 DPI = 120
 NUMBERS_UP_TO = 12
 NAMES_UP_TO = 40
+FILTERS = 64
+"""Of the first layer, drawn at most."""
+BINS = 60
+OUTER = 0.005
+"""Share of signed scores at either end that is drawn in the outermost bin: a few are a thousand times the others."""
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 COLOURS = ("black", "#D55E00", "#0072B2", "#009E73")
 """Of lines beyond the styles; of Okabe and Ito, told apart by colour-blind eyes."""
@@ -90,8 +98,18 @@ def reliability(table: "ReliabilityTable") -> "Figure":
 
 def density_per_layer(layers: Mapping[str, float], overall: float | None = None) -> "Figure":
     """Share of each layer's prunable weights that is kept, input layer on top; `overall`: the whole network's."""
-    figure = figure_of_size(7, min(1.5 + 0.22 * len(layers), 30))
-    axes = figure.subplots()
+    figure = figure_of_size(7, height_of(len(layers)))
+    densities(figure.subplots(), layers, overall)
+    return figure
+
+
+def height_of(bars: int) -> float:
+    """Inches for so many bars, one below the other."""
+    return min(1.5 + 0.22 * bars, 30)
+
+
+def densities(axes: "Axes", layers: Mapping[str, float], overall: float | None = None) -> None:
+    """`density_per_layer` on axes of a larger figure."""
     names, values = list(layers), [100 * value for value in layers.values()]
     axes.barh(range(len(names)), values, color="0.75", edgecolor="black")
     for place, value in enumerate(values):
@@ -106,7 +124,81 @@ def density_per_layer(layers: Mapping[str, float], overall: float | None = None)
     if overall is not None:
         axes.axvline(100 * overall, color="black", linestyle="--", label=f"network: {100 * overall:.3g} %")
         axes.legend(loc="lower right")
+
+
+def glance(mask: Mask, scores: Mapping[str, Tensor] | None) -> "Figure":
+    """Three panels: density by layer; how many weights have which score, the removed and the kept ones; the kept
+    weights of the first layer, a square for each filter. Without `scores` the second one is left out.
+    """
+    right = ["first"] if scores is None else ["scores", "first"]
+    figure = figure_of_size(12, max(6, height_of(len(mask.keep))))
+    axes = figure.subplot_mosaic([["layers", name] for name in right])
+    layers = {name: float(keep.float().mean()) for name, keep in mask.keep.items()}
+    densities(axes["layers"], layers, 1 - mask.sparsity)
+    if scores is not None:
+        ranked(axes["scores"], mask, scores)
+    name = next(iter(mask.keep))
+    filters(axes["first"], name, mask.keep[name])
     return figure
+
+
+def ranked(axes: "Axes", mask: Mask, scores: Mapping[str, Tensor]) -> None:
+    """Histogram of the scores, removed beside kept; the threshold where one parts them."""
+    known = [name for name in mask.keep if name in scores]
+    keep = torch.cat([mask.keep[name].flatten().cpu() for name in known])
+    found = torch.cat([scores[name].detach().flatten().float().cpu() for name in known])
+    zeros, signed = int((found == 0).sum()), bool((found < 0).any())
+    if signed:
+        low, high = (float(found.kthvalue(_place(share, len(found))).values) for share in (OUTER, 1 - OUTER))
+        shown, label = found.clamp(low, high), f"score (the outer {OUTER:.1%} in the last bins)"
+    else:
+        keep, found = keep[found > 0], found[found > 0]
+        shown, label = found.log10(), "score (log10)"
+    if not len(shown):
+        axes.set(title="Every score is 0")
+        return
+    edges = torch.linspace(float(shown.min()), float(shown.max()) + 1e-6, BINS + 1)
+    for chosen, colour, hatch, which in ((~keep, "0.85", "", "removed"), (keep, "white", "////", "kept")):
+        counts = torch.histogram(shown[chosen], edges).hist
+        axes.stairs(
+            counts.numpy(), edges.numpy(), fill=True, facecolor=colour, edgecolor="black", hatch=hatch, alpha=0.8,
+            label=f"{int(chosen.sum()):,} {which}",
+        )  # fmt: skip
+    if keep.any() and not keep.all() and found[keep].min() >= found[~keep].max():
+        axes.axvline(float(shown[keep].min()), color="black", linestyle="--", label="threshold")
+    axes.set(xlabel=label, ylabel="weights (log)", yscale="log", title="Scores of the weights")
+    axes.legend(fontsize=8, title=f"{zeros:,} scores of 0 are not drawn" if zeros and not signed else None)
+
+
+def _place(share: float, count: int) -> int:
+    return min(count, max(1, math.ceil(share * count)))
+
+
+def filters(axes: "Axes", name: str, keep: Tensor) -> None:
+    """The kept weights of one layer: of a convolution a square for each filter, dark where more input channels keep
+    that place; of a linear layer a row for each output.
+    """
+    shown = keep[:FILTERS].float().cpu()
+    more = "" if len(keep) <= FILTERS else f", the first {FILTERS} of {len(keep)} outputs"
+    shares = shown.mean(1) if keep.dim() > 2 else shown.unsqueeze(1)
+    squares, aspect = shares.reshape(len(shares), -1, shares.shape[-1]), "equal" if keep.dim() > 2 else "auto"
+    axes.imshow(_tiled(squares), cmap="Greys", vmin=0, vmax=1, aspect=aspect)
+    axes.set(xticks=[], yticks=[], title=f"First layer, {name}: {int(keep.sum()):,} of {keep.numel():,} weights{more}")
+    axes.set_xlabel("a square for each filter; darker: kept for more input channels" if keep.dim() > 2 else "inputs")
+    axes.set_facecolor("#B0C4DE")
+
+
+def _tiled(squares: Tensor) -> Tensor:
+    """(n, h, w) -> one picture, NaN between the squares."""
+    count, height, width = squares.shape
+    columns = math.ceil(math.sqrt(count)) if height > 1 else 1
+    rows = math.ceil(count / columns)
+    gap = int(height > 1)
+    picture = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap), math.nan)
+    for number, square in enumerate(squares):
+        top, left = number // columns * (height + gap), number % columns * (width + gap)
+        picture[top : top + height, left : left + width] = square
+    return picture
 
 
 def curves(panels: Mapping[str, Mapping[str, Sequence[float | None]]], title: str = "Training") -> "Figure":

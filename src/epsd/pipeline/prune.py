@@ -40,7 +40,8 @@ class Pruned(NamedTuple):
 
     `report`: the mask's summary; what finding it cost (`Meter.figures`, the comparison excluded); the comparison; what
     of the mask is in effect. `examined`: that layer by layer, None for a dense network. `channels`: those that the
-    network was cut to before its weights were looked at, None where it is as wide as its architecture.
+    network was cut to before its weights were looked at, None where it is as wide as its architecture. `scores`: those
+    that the mask was cut from, None where none were computed here.
     """
 
     mask: Mask
@@ -48,6 +49,7 @@ class Pruned(NamedTuple):
     report: dict[str, Any]
     examined: paths.Examined | None = None
     channels: Kept | None = None
+    scores: Scores | None = None
 
 
 class Scored(NamedTuple):
@@ -81,7 +83,7 @@ def pruned(params: Params, data: Prepared, known: Scored | Pruned | None = None)
     again, with the same mask. It needs `prune.rounds: 1`, as later rounds score what earlier ones left. With more of
     them it is what this function gave for the parameters without their control.
     """
-    work, kept = _begin(params, data), None
+    work, kept, ranked = _begin(params, data), None, list[Scores]()
     if params.start.mask == "keep" and work.taken is not None:
         mask = start.mask_of(work.model, work.taken)
         report = mask.summary() | {"start_share": work.taken.share}
@@ -98,7 +100,8 @@ def pruned(params: Params, data: Prepared, known: Scored | Pruned | None = None)
         how |= _draws(params)
         with within(work.means):
             with _measured(work) as spent:
-                mask = pruning.prune(work.model, work.batches, score=work.score, objective=work.objective, **how)
+                asked = {"score": work.score, "objective": work.objective, "on_scores": ranked.append}
+                mask = pruning.prune(work.model, work.batches, **asked, **how)
             report = mask.summary() | spent
             if params.prune.compare:
                 report |= _compared(work, mask, how)
@@ -107,7 +110,8 @@ def pruned(params: Params, data: Prepared, known: Scored | Pruned | None = None)
     else:
         mask, report = _cut(known, params)
     report |= {} if work.taken is None else {"start_share": work.taken.share}
-    return _examined(params, data, _controlled(params, data, Pruned(mask, work.model, report, channels=kept)))
+    found = Pruned(mask, work.model, report, channels=kept, scores=ranked[0] if ranked else None)
+    return _examined(params, data, _controlled(params, data, found))
 
 
 def scored(params: Params, data: Prepared) -> Scored:

@@ -103,6 +103,7 @@ def prune(
     exclude: Names = (),
     restart: bool = True,
     seed: int = 0,
+    on_scores: Callable[[Scores], object] | None = None,
 ) -> Mask:
     """The mask that keeps the highest-scoring weights of `model`, which is left as it is in every respect.
 
@@ -130,6 +131,7 @@ def prune(
         layers, too ("lstm"): of a layer its matrices. A score of one's own covers all that it scores.
     restart : begin the data again when a score needs more batches than there are.
     seed : of order and augmentation where `batches` is a DataLoader.
+    on_scores : is given the scores that the last round ranked.
 
     Raises
     ------
@@ -162,6 +164,8 @@ def prune(
             if bar is not None:
                 bar.step()
     assert mask is not None
+    if on_scores is not None:
+        on_scores(_only(first, scores))
     _warn_of_dead_layers(mask, first)
     return mask
 

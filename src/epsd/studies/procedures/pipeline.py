@@ -49,4 +49,4 @@ def _known(params: Params, data: Prepared) -> Scored | Pruned:
     if params.prune.rounds == 1:
         return scored(params, data)
     found = pruned(params.pruning(control="none"), data)
-    return found._replace(model=nn.Identity())  # training changes it: each gets its own
+    return found._replace(model=nn.Identity(), scores=None)  # training changes it: each gets its own
