@@ -132,7 +132,7 @@ def glance(mask: Mask, scores: Mapping[str, Tensor] | None) -> "Figure":
     """
     right = ["first"] if scores is None else ["scores", "first"]
     figure = figure_of_size(12, max(6, height_of(len(mask.keep))))
-    axes = figure.subplot_mosaic([["layers", name] for name in right])
+    axes: dict[str, Axes] = figure.subplot_mosaic([["layers", name] for name in right])
     layers = {name: float(keep.float().mean()) for name, keep in mask.keep.items()}
     densities(axes["layers"], layers, 1 - mask.sparsity)
     if scores is not None:
@@ -181,8 +181,8 @@ def filters(axes: "Axes", name: str, keep: Tensor) -> None:
     shown = keep[:FILTERS].float().cpu()
     more = "" if len(keep) <= FILTERS else f", the first {FILTERS} of {len(keep)} outputs"
     shares = shown.mean(1) if keep.dim() > 2 else shown.unsqueeze(1)
-    squares, aspect = shares.reshape(len(shares), -1, shares.shape[-1]), "equal" if keep.dim() > 2 else "auto"
-    axes.imshow(_tiled(squares), cmap="Greys", vmin=0, vmax=1, aspect=aspect)
+    squares = _tiled(shares.reshape(len(shares), -1, shares.shape[-1]))
+    axes.imshow(squares, cmap="Greys", vmin=0, vmax=1, aspect="equal" if keep.dim() > 2 else "auto")
     axes.set(xticks=[], yticks=[], title=f"First layer, {name}: {int(keep.sum()):,} of {keep.numel():,} weights{more}")
     axes.set_xlabel("a square for each filter; darker: kept for more input channels" if keep.dim() > 2 else "inputs")
     axes.set_facecolor("#B0C4DE")

@@ -100,7 +100,7 @@ def pruned(params: Params, data: Prepared, known: Scored | Pruned | None = None)
         how |= _draws(params)
         with within(work.means):
             with _measured(work) as spent:
-                asked = {"score": work.score, "objective": work.objective, "on_scores": ranked.append}
+                asked: dict[str, Any] = {"score": work.score, "objective": work.objective, "on_scores": ranked.append}
                 mask = pruning.prune(work.model, work.batches, **asked, **how)
             report = mask.summary() | spent
             if params.prune.compare:
