@@ -1,6 +1,5 @@
 """What came of a search: the best trials as a table, Optuna's figures, CSV, and the way back into params.yaml."""
 
-import contextlib
 import html
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -171,31 +170,25 @@ def export(study: optuna.Study, path: Path) -> int:
 
 
 def _row(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-    seconds = trial.duration.total_seconds() if trial.duration else None
-    known = {key: trial.user_attrs.get(key) for key in ("origin", "retry_of", "lost", "error", "threads", "run_id")}
+    said, done = trial.user_attrs, trial.user_attrs.get("repeats") or []
+    judged = study.user_attrs.get("epsd", {}).get("objectives", [])
+    deviations = {f"{name} sd": value for name, value in (said.get("deviations") or {}).items() if name in judged}
+    each = {f"{name} repeat {n}": one[name] for name in judged for n, one in enumerate(done) if len(done) > 1}
     return {
         "trial": trial.number,
         "slot": slot(trial),
         "state": trial.state.name,
         "feasible": feasible(trial) if trial.state == TrialState.COMPLETE else None,
         "begun": trial.datetime_start,
-        "seconds": seconds,
+        "seconds": trial.duration.total_seconds() if trial.duration else None,
         "epochs_reported": len(trial.intermediate_values),
         **trial.params,
-        **(trial.user_attrs.get("figures") or {}),
-        **_repeats(trial, list(study.user_attrs["epsd"]["objectives"]) if "epsd" in study.user_attrs else []),
-        **known,
+        **(said.get("figures") or {}),
+        "repeats": len(done) or None,
+        **deviations,
+        **each,
+        **{key: said.get(key) for key in ("origin", "retry_of", "lost", "error", "threads", "run_id")},
     }
-
-
-def _repeats(trial: FrozenTrial, objectives: list[str]) -> dict[str, Any]:
-    """Standard deviation and single values of the objectives, where trials are repeated."""
-    done = trial.user_attrs.get("repeats") or []
-    deviations = trial.user_attrs.get("deviations") or {}
-    row: dict[str, Any] = {f"{name} sd": deviations[name] for name in objectives if name in deviations}
-    if len(done) > 1:
-        row |= {f"{name} repeat {n}": figures[name] for name in objectives for n, figures in enumerate(done)}
-    return {"repeats": len(done) or None, **row}
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -267,7 +260,6 @@ def _still(study: optuna.Study, plot: Plot, path: Path) -> Path:
     import numpy as np
     from optuna.visualization import matplotlib as drawn
 
-    before = plt.get_backend()
     plt.switch_backend("agg")
     try:
         figure = np.ravel(getattr(drawn, plot.function)(study, **plot.settings))[0].figure
@@ -276,8 +268,6 @@ def _still(study: optuna.Study, plot: Plot, path: Path) -> Path:
             figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
     finally:
         plt.close("all")
-        with contextlib.suppress(Exception):
-            plt.switch_backend(before)
     return path
 
 
