@@ -55,7 +55,8 @@ def unbounded(kind: Any) -> list[Mapping[str, Any]]:
         schema = TypeAdapter(kind).json_schema()
     schema.pop("$defs", None)  # sections within sections: each is looked at by itself
     ends = ({"minimum", "exclusiveMinimum"}, {"maximum", "exclusiveMaximum"})
-    return [number for number in numbers(schema) if "enum" not in number and not all(end & set(number) for end in ends)]
+    free = [number for number in numbers(schema) if not {"enum", "const"} & set(number)]
+    return [number for number in free if not all(end & set(number) for end in ends)]
 
 
 def sections(cls: type[Section] = Section) -> Iterator[type[Section]]:

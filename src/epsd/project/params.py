@@ -86,7 +86,7 @@ class PruneParams(Section):
     latency_ms: Annotated[Positive | None, Bearing(neutral="null")] = None
     bytes: Annotated[Count | None, Bearing(neutral="null")] = None
     allocation: Literal["uniform", "cost", "random"] = "uniform"
-    round_to: Annotated[int, Field(ge=4, le=MOST, multiple_of=4)] = 8
+    round_to: Literal[4] | Annotated[int, Field(ge=8, le=MOST, multiple_of=8)] = 8
     floor: Annotated[float, Field(gt=0, le=1)] = 0.5
     scope: Literal["global", "layer", "erk", "lamp"]
     exclude: Annotated[list[str], Bearing(neutral="[]")] = Field(default_factory=list)

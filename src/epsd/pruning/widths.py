@@ -9,6 +9,8 @@ from torch import Tensor
 from epsd.pruning.channels import Allocation, ChannelError, Group, Kept, Structure
 from epsd.types import Scores
 
+SMALL = 4
+"""The one `round_to` below 8 that params.yaml takes."""
 ENOUGH = 0.9
 """Share of the budget that widths in whole steps should reach; less is told."""
 
@@ -31,7 +33,8 @@ def chosen(
     macs : (0, 1], share of the whole network's multiply-adds that stays at most.
     allocation : "uniform", the same share of every group, the gate picks inside; "cost", channels of all groups compete
         by gate per multiply-add saved (undivided, deep layers would be cut to nothing); "random", they compete by lot.
-    round_to : widths are multiples of it, since kernels are slow at others; narrower groups stay whole.
+    round_to : widths are multiples of it, since kernels are slow at others; narrower groups stay whole. 4 allows widths
+        of 4 beside multiples of 8: at 12, 20, ... a convolution goes backward no faster than at the next multiple of 8.
     floor : of the uniform width, the least that a group keeps where channels compete.
     seed : of the lots.
 
@@ -65,11 +68,13 @@ def shuffled(structure: Structure, kept: Mapping[str, Tensor], seed: int) -> Kep
 
 
 class Widths:
-    """Widths within a budget, in steps of `round_to` channels. `least`: of the narrowest network that they allow."""
+    """Widths within a budget, in steps of `round_to` channels (of 4, then 8). `least`: the narrowest network's."""
 
     def __init__(self, structure: Structure, macs: float, round_to: int) -> None:
         self._structure = structure
-        self._steps = {name: math.lcm(round_to, group.blocks) for name, group in structure.groups.items()}
+        self._narrowest = {name: math.lcm(round_to, group.blocks) for name, group in structure.groups.items()}
+        step = 2 * round_to if round_to == SMALL else round_to
+        self._steps = {name: math.lcm(step, group.blocks) for name, group in structure.groups.items()}
         self._most = structure.dense()
         self.least = {name: self._rounded(name, 0.0) for name in self._most}
         self._budget = macs * structure.macs(self._most)
@@ -81,9 +86,14 @@ class Widths:
             )
 
     def _rounded(self, name: str, width: float) -> int:
-        """The next multiple below, at least one step; a group narrower than a step stays whole."""
+        """The next multiple below, at least the narrowest; a group that is narrower stays whole."""
         step, most = self._steps[name], self._most[name]
-        return most if most <= step else min(max(step, int(width) // step * step), most)
+        return min(max(self._narrowest[name], int(width) // step * step), most)
+
+    def _wider(self, name: str, width: int) -> int:
+        """One step more."""
+        step = self._steps[name]
+        return min(width // step * step + step, self._most[name])
 
     def _fits(self, widths: Mapping[str, int]) -> bool:
         return self._structure.macs(widths) <= self._budget
@@ -121,11 +131,12 @@ class Widths:
         return self._filled(widths, {name: self._next(name, widths[name], value) for name, value in values.items()})
 
     def _up(self, name: str, width: float) -> int:
-        return self._rounded(name, math.ceil(width / self._steps[name]) * self._steps[name])
+        step, least = self._steps[name], self._narrowest[name]
+        return self._rounded(name, least if width <= least else math.ceil(width / step) * step)
 
     def _next(self, name: str, width: int, value: Tensor) -> float:
         """Mean value of the channels that one more step would add."""
-        after = value.sort(descending=True).values[width : width + self._steps[name]]
+        after = value.sort(descending=True).values[width : self._wider(name, width)]
         return float(after.mean()) if len(after) else -math.inf
 
     def _filled(self, widths: dict[str, int], wish: Mapping[str, float]) -> dict[str, int]:
@@ -135,7 +146,7 @@ class Widths:
         while before != widths and (not before or self._structure.macs(widths) < ENOUGH * self._budget):
             before = widths
             for name in sorted(widths, key=lambda name: -wish[name]):
-                wider = widths | {name: min(widths[name] + self._steps[name], self._most[name])}
+                wider = widths | {name: self._wider(name, widths[name])}
                 widths = wider if self._fits(wider) else widths
         return widths
 
