@@ -39,8 +39,9 @@ from epsd.project.code import digests
 from epsd.project.params import Params, override, parse
 from epsd.project.runtime import versions
 from epsd.registry import choose
-from epsd.studies.prune_then_distill.rewinding import Rewinding
-from epsd.studies.prune_then_distill.student import StudentKind, distilled
+from epsd.studies.procedures import Desk, PruneThenDistill
+from epsd.studies.procedures.types import Cache
+from epsd.studies.prune_then_distill.student import StudentKind
 from epsd.training.checkpoints import fingerprint
 from epsd.training.record import Record
 from epsd.training.result import kept
@@ -141,15 +142,16 @@ def with_a_teacher(
     if kind != KINDS[0] and shared.exists() and not place.exists():
         place.mkdir(parents=True)
         shutil.copy(shared, place)
-    found = distilled(params, data, Rewinding(), kind, on_epoch=lambda record: None, folder=place, mark=mark)
+    desk = Desk(place, mark, lambda record: None, Cache(), None)
+    found, teacher = PruneThenDistill(student=kind).with_teacher(params, data, desk)
     last = max(record["train/phase"] for record in found.history)
 
     def curve(phase: float) -> Curve:
         return [point(record) for record in found.history if record["train/phase"] == phase]
 
-    yield row(params, data, STUDENTS[kind], found.student, found.figures["val/top1"], curve(last))
+    yield row(params, data, STUDENTS[kind], found.model, found.figures["val/top1"], curve(last))
     if kind == KINDS[0]:
-        yield row(params, data, ROUNDS, found.teacher, found.figures["teacher/pruned_top1"], curve(last - 1))
+        yield row(params, data, ROUNDS, teacher, found.figures["teacher/pruned_top1"], curve(last - 1))
 
 
 def finished(path: Path) -> list[Row]:

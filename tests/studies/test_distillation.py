@@ -10,7 +10,6 @@ from epsd.compute.cost import Meter
 from epsd.project.recipes import Recipe
 from epsd.studies.prune_then_distill.distillation import Distillation
 from epsd.training.fit import fit
-from epsd.types import EpsdError
 from toys import ToyBatches, convnet
 
 
@@ -68,9 +67,3 @@ def test_the_teacher_teaches_in_lower_precision_where_asked() -> None:
     lower = Distillation(teacher, precision=torch.bfloat16).loss(student, batch, 1.0)
     assert lower.total.item() != exact.total.item()
     assert lower.total.item() == pytest.approx(exact.total.item(), rel=0.05)
-
-
-@pytest.mark.parametrize(("settings", "said"), [({"temperature": 0}, "temperature 0"), ({"alpha": 1.5}, "alpha 1.5")])
-def test_bad_settings(settings: dict[str, float], said: str) -> None:
-    with pytest.raises(EpsdError, match=said):
-        Distillation(convnet(), **settings)

@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,14 +22,7 @@ from epsd.evaluation.evaluate import evaluate
 from epsd.masks import Mask, MaskError, prunable
 from epsd.project.recipes import Recipe
 from epsd.registry import ParamsError, choose
-from epsd.studies.prune_then_distill.rewinding import (
-    Outcome,
-    Rewinding,
-    RewindingError,
-    lasting,
-    prune_then_distill,
-    rewound,
-)
+from epsd.studies.prune_then_distill.rewinding import Course, Rewinding, RewindingError, lasting, rewound
 from epsd.training.checkpoints import CheckpointError
 from epsd.training.record import Record
 from epsd.training.schedule import lr_at
@@ -40,20 +35,33 @@ SPARSITY = 0.45  # three rounds: 0.8, 0.64, 0.55
 EPOCHS = 4 + 3 * 2 + 3
 
 
-def student(mask: Mask) -> tuple[nn.Module, Mask]:
-    """The same architecture under the mask that was found."""
-    return convnet(), mask
+class Outcome(NamedTuple):
+    """Both networks under the one mask that the rounds found, and what is known of all phases."""
+
+    teacher: nn.Module
+    student: nn.Module
+    mask: Mask
+    history: list[Record]
+    chosen: list[Record]
 
 
-def run(**more: object) -> Outcome:
+def run(*, sparsity: float = SPARSITY, teacher: nn.Module | None = None, **more: Any) -> Outcome:
+    """The student has the same architecture, under the mask that was found."""
     common = {
-        "sparsity": SPARSITY,
         "settings": SETTINGS,
         "recipe": RECIPE,
+        "train": ToyBatches(),
         "validation": ToyBatches(size=24),
         "seed": 3,
+        "mark": "",
+        "on_epoch": lambda record: None,
     }
-    return prune_then_distill(convnet(), student, ToyBatches(), **{**common, **more})
+    with tempfile.TemporaryDirectory() as folder:
+        course = Course(**{**common, "folder": Path(folder), **more})
+        teacher, student = teacher or convnet(), convnet()
+        mask = course.prune(teacher, sparsity)
+        course.distil(teacher, student, mask)
+    return Outcome(teacher, student, mask, course.history, course.chosen)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +106,9 @@ def test_a_round_runs_through_the_end_of_the_schedule() -> None:
     assert lr_at(lasting(dense, 20), 19, 1) == lr_at(dense, 9, 1)
 
 
-@pytest.mark.parametrize("bad", [{"share": 1.0}, {"alpha": 1.1}, {"select": "test"}, {"rounds": 3}])
+@pytest.mark.parametrize(
+    "bad", [{"share": 1.0}, {"alpha": 1.1}, {"temperature": 0.0}, {"select": "test"}, {"rounds": 3}]
+)
 def test_bad_settings_name_the_key(bad: dict[str, object]) -> None:
     with pytest.raises(ParamsError, match=rf"procedure.*{next(iter(bad))}"):
         choose({"it": Rewinding}, {"name": "it", **bad}, "procedure")
@@ -111,7 +121,7 @@ def test_a_sparsity_that_cannot_be_is_refused_before_any_training(sparsity: floa
             raise AssertionError("it trained")
 
     with pytest.raises(MaskError, match="sparsity"):
-        prune_then_distill(convnet(), lambda mask: (convnet(), None), Never(), sparsity=sparsity, validation=Never())
+        run(sparsity=sparsity, train=Never(), validation=Never())
 
 
 def test_selection_by_validation_needs_validation() -> None:
@@ -124,11 +134,10 @@ def test_selection_by_validation_needs_validation() -> None:
 
 def test_each_round_removes_the_smallest_of_what_is_left(whole: Outcome) -> None:
     total = Mask.dense(convnet()).total
-    assert whole.teacher_mask.kept == total - round(SPARSITY * total)
-    assert whole.student_mask is whole.teacher_mask
+    assert whole.mask.kept == total - round(SPARSITY * total)
     for model in (whole.teacher, whole.student):
         kept = {name: weight != 0 for name, weight in prunable(model).items()}
-        assert all(torch.equal(kept[name], keep) for name, keep in whole.teacher_mask.keep.items())
+        assert all(torch.equal(kept[name], keep) for name, keep in whole.mask.keep.items())
     phases = [record["train/phase"] for record in whole.history]
     assert phases == [0.0] * 4 + [1.0] * 2 + [2.0] * 2 + [3.0] * 2 + [4.0] * 3
     assert [record["epoch"] for record in whole.history] == list(range(1, EPOCHS + 1))
@@ -139,7 +148,7 @@ def test_weights_are_kept_from_round_to_round() -> None:
     still = Recipe(epochs=1, lr=1e-30, weight_decay=0.0)
     found = run(recipe=still, settings=Rewinding(select="last"))
     weights = {name: weight.detach().abs() for name, weight in prunable(convnet()).items()}
-    assert found.teacher_mask.jaccard(Mask.from_scores(weights, SPARSITY)) == 1.0
+    assert found.mask.jaccard(Mask.from_scores(weights, SPARSITY)) == 1.0
     assert same(found.student[0], found.teacher[0]), "neither has moved from the same start"
 
 
@@ -151,14 +160,7 @@ def test_rounds_continue_the_learning_rate_and_the_epochs_of_the_data() -> None:
             numbers.append(number)
             return super().epoch(number, *needs)
 
-    found = prune_then_distill(
-        convnet(),
-        student,
-        Listening(),
-        sparsity=0.3,
-        settings=Rewinding(select="last", student_epochs=1),
-        recipe=RECIPE,
-    )
+    found = run(train=Listening(), sparsity=0.3, settings=Rewinding(select="last", student_epochs=1))
     assert numbers == list(range(4 + 2 * 3 + 1))
     rates = [record["train/lr"] for record in found.history]
     assert rates[4:7] == rates[7:10] == pytest.approx(rates[1:4]), "65 % of 4 epochs are 3"
@@ -240,10 +242,7 @@ def test_the_model_given_is_the_one_that_is_trained() -> None:
     model = convnet()
     before = copy.deepcopy(model.state_dict())
     started = time.monotonic()
-    found = prune_then_distill(
-        model, student, ToyBatches(), sparsity=0, settings=Rewinding(select="last"), recipe=Recipe(epochs=1, lr=0.05)
-    )
-    assert found.teacher is model
+    found = run(teacher=model, sparsity=0, settings=Rewinding(select="last"), recipe=Recipe(epochs=1, lr=0.05))
     assert not torch.equal(before["0.weight"], model.state_dict()["0.weight"])
-    assert found.teacher_mask.sparsity == 0
+    assert found.mask.sparsity == 0
     assert 0 < found.history[-1]["cost/seconds"] < time.monotonic() - started

@@ -29,4 +29,4 @@ PROCEDURES: dict[str, type[Procedure]] = {
     "rigl": RigL,
 }
 
-__all__ = ["PROCEDURES", "Desk", "Procedure", "Trained"]
+__all__ = ["PROCEDURES", "Desk", "Procedure", "PruneThenDistill", "Trained"]

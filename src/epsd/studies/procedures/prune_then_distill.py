@@ -1,11 +1,18 @@
 """A pruned teacher and its student, on the same data, recipe and sparsity: what EPSD's cost is compared with."""
 
+from torch import nn
+
+from epsd.compute.cost import Meter
 from epsd.data.prepared import Prepared
+from epsd.masks import Mask
+from epsd.pipeline.prune import initial, pruned, selection
+from epsd.pipeline.train import batches
 from epsd.project.params import Params
+from epsd.project.settings import Choice
 from epsd.registry import ParamsError, variant
 from epsd.studies.procedures.types import Desk, Procedure, Trained
-from epsd.studies.prune_then_distill.rewinding import Rewinding
-from epsd.studies.prune_then_distill.student import StudentKind, distilled, has_width
+from epsd.studies.prune_then_distill.rewinding import Course, Rewinding
+from epsd.studies.prune_then_distill.student import StudentKind, has_width, narrowed, nonzero
 
 
 @variant
@@ -32,9 +39,32 @@ class PruneThenDistill(Rewinding, Procedure):
 
     def __call__(self, params: Params, data: Prepared, desk: Desk) -> Trained:
         """All phases, each epoch kept under `desk.folder`."""
-        found = distilled(params, data, self, self.student, on_epoch=desk.log, folder=desk.folder, mark=desk.mark)
-        seconds = {"time/train": found.history[-1]["cost/seconds"]}
-        return Trained(found.student, found.mask, found.history, found.figures | seconds, found.architecture)
+        return self.with_teacher(params, data, desk)[0]
+
+    def with_teacher(self, params: Params, data: Prepared, desk: Desk) -> tuple[Trained, nn.Module]:
+        """The student, and the teacher as pruned. Beside `mask/...` of the student the figures are `Course.figures`."""
+        self.check(params)
+        teacher, train = initial(params, data), batches(params, data, "train")
+        validation = batches(params, data, "validation") if data.sizes["validation"] else None
+        course = Course(self, params.train, train, validation, params.seed, desk.folder, desk.mark, desk.log)
+        left = course.prune(teacher, exclude=params.prune.exclude, **selection(params))
+        student, mask, architecture = self._student(params, data, left, course.meter)
+        course.distil(teacher, student, mask)
+        figures = {f"mask/{name}": value for name, value in mask.summary().items()} | course.figures()
+        figures |= {"teacher/sparsity": left.sparsity, "time/train": course.history[-1]["cost/seconds"]}
+        return Trained(student, mask, course.history, figures, architecture), teacher
+
+    def _student(self, params: Params, data: Prepared, left: Mask, meter: Meter) -> tuple[nn.Module, Mask, Choice]:
+        """Untrained, the mask to train it under, what builds it. `left`: what the teacher's rounds found."""
+        architecture = dict(params.architecture)
+        if self.student == "scored":
+            found = pruned(params.pruning(compare=False), data)
+            meter.add(Meter.of(found.report))
+            return found.model, found.mask, architecture
+        if self.student == "narrow":
+            architecture = narrowed(params, data, nonzero(params, data, left))
+        model = initial(params.model_copy(update={"architecture": architecture}), data)
+        return model, left if self.student == "rewound" else Mask.dense(model), architecture
 
     def story(self, params: Params, data: Prepared) -> str:
         """In plain words."""

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from epsd import losses
 from epsd.compute.cost import Meter
-from epsd.types import Batch, EpsdError, Forward, Loss, Objective
+from epsd.types import Batch, Forward, Loss, Objective
 
 
 class Distillation(Objective):
@@ -21,10 +21,6 @@ class Distillation(Objective):
     alpha : [0, 1], weight of the distillation. Default 0.95 (likewise).
     precision : the type that the teacher computes in (autocast), None = its own.
     meter : counts the teacher's forward passes, beside the student's.
-
-    Raises
-    ------
-    EpsdError : temperature or alpha out of range.
     """
 
     def __init__(
@@ -36,10 +32,6 @@ class Distillation(Objective):
         precision: torch.dtype | None = None,
         meter: Meter | None = None,
     ) -> None:
-        if not temperature > 0:
-            raise EpsdError(f"distillation: temperature {temperature} must be above 0.")
-        if not 0 <= alpha <= 1:
-            raise EpsdError(f"distillation: alpha {alpha} is outside [0, 1].")
         self.temperature, self.alpha = temperature, alpha
         self._teacher, self._precision = teacher.eval(), precision
         self._asked = (meter or Meter()).through(self._told)

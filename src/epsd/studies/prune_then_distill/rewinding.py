@@ -10,32 +10,25 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import nn
-from torch.utils.data import DataLoader
 
 from epsd.compute.cost import Meter
 from epsd.compute.devices import pick_precision
 from epsd.compute.seeds import mix
-from epsd.data.loaders import as_batches
 from epsd.losses import cross_entropy
-from epsd.masks import Mask, Scope, check_fits, covered, prunable
+from epsd.masks import Mask, check_fits, covered, prunable
 from epsd.project.recipes import Recipe
 from epsd.project.settings import Count, Positive
 from epsd.registry import variant
 from epsd.studies.prune_then_distill.distillation import Distillation
-from epsd.training import checkpoints
+from epsd.training import checkpoints, result
 from epsd.training.fit import fit
 from epsd.training.record import Record
-from epsd.training.result import kept
 from epsd.training.schedule import Rewound
 from epsd.types import Batch, Batches, BatchNeeds, EpsdError, Objective
-
-OnEpoch = Callable[[Record], None]
-Student = Callable[[Mask], tuple[nn.Module, Mask]]
-"""The mask that the rounds found -> an untrained student on its device, and the mask to train it under."""
 
 
 class RewindingError(EpsdError):
@@ -91,96 +84,6 @@ def rewound(recipe: Recipe, epochs: int) -> Recipe:
     return Rewound.model_construct(**{**dict(recipe), "epochs": epochs}, whole=recipe)
 
 
-class Outcome(NamedTuple):
-    """`teacher`: pruned under `teacher_mask`. `student`: trained, under `student_mask`.
-
-    `history`: the records of all phases, `epoch` counted through, `train/phase` 0 (teacher), 1 ... n (rounds) and
-    n + 1 (student). `chosen`: of each phase the record of the epoch whose weights were handed on.
-    """
-
-    teacher: nn.Module
-    teacher_mask: Mask
-    student: nn.Module
-    student_mask: Mask
-    history: list[Record]
-    chosen: list[Record]
-
-
-def prune_then_distill(
-    teacher: nn.Module,
-    student: Student,
-    train: Batches | DataLoader[Any],
-    *,
-    sparsity: float,
-    settings: Rewinding | None = None,
-    recipe: Recipe | None = None,
-    scope: Scope = "global",
-    keep_at_least_one: bool = False,
-    exclude: Iterable[str] = (),
-    validation: Batches | DataLoader[Any] | None = None,
-    seed: int = 0,
-    folder: Path | None = None,
-    mark: str = "",
-    meter: Meter | None = None,
-    on_epoch: OnEpoch | None = None,
-) -> Outcome:
-    """Train `teacher` in place with cross entropy, prune it in rounds to `sparsity`, distil it into a student.
-
-    Parameters
-    ----------
-    teacher : randomly initialised, on its device.
-    student : asked for once the teacher is pruned.
-    train, validation, recipe, seed, meter : as of `epsd.training.fit.fit`; every epoch of every phase is another
-        epoch of `train`. The meter also counts the teacher's forward passes while it teaches.
-    scope, keep_at_least_one, exclude : of each round's selection, as of `epsd.pruning.prune.prune`.
-    folder, mark : where and as what every epoch is kept; called again with the same arguments after a kill, it goes on
-        there to the same result. The caller deletes the folder when the result is safe.
-    on_epoch : called with the record of each epoch; after a resume also with those of the epochs done before.
-
-    Raises
-    ------
-    RewindingError : `select: validation` without validation images; rounds longer than the teacher's training; a
-        recipe that rounds weights, by whose magnitudes each round would prune.
-    And what `epsd.training.fit.fit` and `Mask.from_scores` raise.
-    """
-    settings, recipe = settings or Rewinding(), recipe or Recipe()
-    if settings.select == "validation" and validation is None:
-        raise RewindingError("select: 'validation' needs validation images: set data.validation, or select: last.")
-    if recipe.quantise is not None:
-        raise RewindingError("train.quantise: prune_then_distill prunes by magnitude, which rounding levels: use null.")
-    check_fits(covered(prunable(teacher), exclude=exclude), sparsity, scope)
-    teacher_epochs, round_epochs, student_epochs = settings.epochs(recipe)
-    course = _Course(
-        as_batches(train, seed=mix(seed, "train")),
-        validation,
-        settings.select,
-        seed,
-        folder,
-        mark,
-        meter or Meter(),
-        on_epoch or (lambda record: None),
-    )
-    dense = lasting(recipe, teacher_epochs)
-    mask = course.restored(teacher)
-    densities = [1.0, *settings.densities(sparsity)]
-    for number in range(course.done, len(densities)):
-        if number:
-            # the last round's target is `sparsity` itself, so that rounding removes what a one-shot method would
-            target = sparsity if number == len(densities) - 1 else 1 - densities[number]
-            weights = covered(prunable(teacher), exclude=exclude)
-            magnitudes = {name: weight.detach().abs() for name, weight in weights.items()}
-            mask = Mask.from_scores(magnitudes, target, scope, keep_at_least_one=keep_at_least_one, within=mask)
-        course.run(number, teacher, mask, rewound(dense, round_epochs) if number else dense)
-        course.keep(teacher, mask)
-    learner, learner_mask = student(mask)
-    precision = pick_precision(recipe.precision, next(teacher.parameters()).device)
-    objective = Distillation(
-        teacher, temperature=settings.temperature, alpha=settings.alpha, precision=precision, meter=course.meter
-    )
-    course.run(len(densities), learner, learner_mask, lasting(recipe, student_epochs), objective)
-    return Outcome(teacher, mask, learner, learner_mask, course.history, course.chosen)
-
-
 class _Later:
     """Batches from epoch `start` on, so that each phase sees the images in other orders and augmentations."""
 
@@ -196,31 +99,97 @@ class _Later:
 
 
 @dataclass
-class _Course:
-    """Phases one after the other, kept on disk: `course.safetensors` after each, beside it the one that is at work."""
+class Course:
+    """A teacher is trained and pruned, then its student is distilled: phases one after the other.
 
+    Kept on disk: `course.safetensors` after each phase, beside it the one that is at work.
+
+    Parameters
+    ----------
+    recipe, train, validation, seed, meter : as of `epsd.training.fit.fit`; every epoch of every phase is another
+        epoch of `train`. The meter also counts the teacher's forward passes while it teaches.
+    folder, mark : where and as what every epoch is kept; a course of the same goes on there after a kill, to the same
+        result. The caller deletes the folder when the result is safe.
+    on_epoch : called with the record of each epoch; after a resume also with those of the epochs done before.
+    history : the records of all phases, `epoch` counted through, `train/phase` 0 (teacher), 1 ... n (rounds) and n + 1
+        (student).
+    chosen : of each phase the record of the epoch whose weights were handed on.
+    """
+
+    settings: Rewinding
+    recipe: Recipe
     train: Batches
-    validation: Batches | DataLoader[Any] | None
-    select: Literal["validation", "last"]
+    validation: Batches | None
     seed: int
-    folder: Path | None
+    folder: Path
     mark: str
-    meter: Meter
-    on_epoch: OnEpoch
+    on_epoch: Callable[[Record], None]
+    meter: Meter = field(default_factory=Meter)
     history: list[Record] = field(default_factory=list)
     chosen: list[Record] = field(default_factory=list)
 
-    @property
-    def done(self) -> int:
-        """Phases that are over."""
-        return len(self.chosen)
+    def prune(self, teacher: nn.Module, sparsity: float, *, exclude: Iterable[str] = (), **how: Any) -> Mask:
+        """Train `teacher` in place with cross entropy, prune it in rounds to `sparsity`; the mask.
 
-    def run(
-        self, number: int, model: nn.Module, mask: Mask, recipe: Recipe, objective: Objective | None = None
-    ) -> None:
-        """Train `model` in place as phase `number`; it ends with the weights of the chosen epoch."""
-        before = len(self.history)
-        keep: Literal["best", "last"] = "best" if self.select == "validation" else "last"
+        exclude, how : of each round's selection, as of `epsd.pruning.prune.prune` and `Mask.from_scores`.
+
+        Raises
+        ------
+        RewindingError : `select: validation` without validation images; rounds longer than the teacher's training; a
+            recipe that rounds weights, by whose magnitudes each round would prune.
+        And what `epsd.training.fit.fit` and `Mask.from_scores` raise.
+        """
+        if self.settings.select == "validation" and self.validation is None:
+            raise RewindingError("select: 'validation' needs validation images: set data.validation, or select: last.")
+        if self.recipe.quantise is not None:
+            raise RewindingError(
+                "train.quantise: prune_then_distill prunes by magnitude, which rounding levels: use null."
+            )
+        check_fits(covered(prunable(teacher), exclude=exclude), sparsity, **how)
+        teacher_epochs, round_epochs, _ = self.settings.epochs(self.recipe)
+        dense, densities = lasting(self.recipe, teacher_epochs), self.settings.densities(sparsity)
+        mask = self._restored(teacher)
+        for number in range(len(self.chosen), len(densities) + 1):
+            if number:
+                # the last round's target is `sparsity` itself, so that rounding removes what a one-shot method would
+                target = sparsity if number == len(densities) else 1 - densities[number - 1]
+                weights = covered(prunable(teacher), exclude=exclude)
+                magnitudes = {name: weight.detach().abs() for name, weight in weights.items()}
+                mask = Mask.from_scores(magnitudes, target, **how, within=mask)
+            self._run(teacher, mask, rewound(dense, round_epochs) if number else dense)
+            self._keep(teacher, mask)
+        return mask
+
+    def distil(self, teacher: nn.Module, student: nn.Module, mask: Mask) -> None:
+        """Train `student` in place under `mask`, with `teacher` as it stands."""
+        objective = Distillation(
+            teacher,
+            temperature=self.settings.temperature,
+            alpha=self.settings.alpha,
+            precision=pick_precision(self.recipe.precision, next(teacher.parameters()).device),
+            meter=self.meter,
+        )
+        self._run(student, mask, lasting(self.recipe, self.settings.epochs(self.recipe)[2]), objective)
+
+    def figures(self) -> dict[str, float]:
+        """`teacher/...`, the cost of each part (`cost/teacher_image_passes`, `cost/rounds_seconds`, ...), and the
+        student's validation figures where an epoch was chosen by them.
+        """
+        last, spent = len(self.chosen) - 1, Meter()
+        found = {"teacher/rounds": float(last - 1)}
+        for name, record in {"dense": self.chosen[0], "pruned": self.chosen[-2]}.items():
+            found |= {f"teacher/{name}_{key[4:]}": value for key, value in record.items() if key.startswith("val/")}
+        for name, phase in {"teacher": 0, "rounds": last - 1, "student": last}.items():
+            done = Meter.of([record for record in self.history if record["train/phase"] <= phase][-1], "cost/")
+            found[f"cost/{name}_image_passes"] = float(done.image_passes - spent.image_passes)
+            found[f"cost/{name}_seconds"] = done.seconds - spent.seconds
+            spent = done
+        return found | (result.chosen(self.chosen[-1]) if self.settings.select == "validation" else {})
+
+    def _run(self, model: nn.Module, mask: Mask, recipe: Recipe, objective: Objective | None = None) -> None:
+        """Train `model` in place as the next phase; it ends with the weights of the chosen epoch."""
+        number, before = len(self.chosen), len(self.history)
+        keep: Literal["best", "last"] = "best" if self.settings.select == "validation" else "last"
 
         def follow(record: Record) -> None:
             self.history.append({**record, "epoch": before + record["epoch"], "train/phase": float(number)})
@@ -234,24 +203,22 @@ class _Course:
             recipe=recipe.model_copy(update={"keep": keep}),
             validation=self.validation,
             seed=mix(self.seed, "phase", number),
-            checkpoint=None if self.folder is None else self._file(number),
+            checkpoint=self._file(number),
             mark=self.mark,
             meter=self.meter,
             on_epoch=follow,
         )
-        self.chosen.append(kept(self.history[before:], keep))
+        self.chosen.append(result.kept(self.history[before:], keep))
 
-    def keep(self, teacher: nn.Module, mask: Mask) -> None:
+    def _keep(self, teacher: nn.Module, mask: Mask) -> None:
         """The phase is over: from here on a kill cannot lose it."""
-        if self.folder is None:
-            return
         state = {"model": teacher.state_dict(), "mask": mask.keep, "history": self.history, "chosen": self.chosen}
         checkpoints.save(self.folder / "course.safetensors", state, self.mark)
-        self._file(self.done - 1).unlink(missing_ok=True)
+        self._file(len(self.chosen) - 1).unlink(missing_ok=True)
 
-    def restored(self, teacher: nn.Module) -> Mask:
+    def _restored(self, teacher: nn.Module) -> Mask:
         """The mask of the last phase that is over, whose weights `teacher` then has; a dense one where none is."""
-        if self.folder is None or not (state := checkpoints.load(self.folder / "course.safetensors", self.mark)):
+        if not (state := checkpoints.load(self.folder / "course.safetensors", self.mark)):
             return Mask.dense(teacher)
         teacher.load_state_dict(state["model"])
         self.history, self.chosen = list(state["history"]), list(state["chosen"])
@@ -261,5 +228,4 @@ class _Course:
         return Mask(state["mask"])
 
     def _file(self, number: int) -> Path:
-        assert self.folder is not None
         return self.folder / f"phase-{number:02d}.safetensors"
