@@ -18,7 +18,8 @@ def main(params: Params, _machine: object) -> str:
     index = prepare(dataset(), artifacts.DATA, seed=params.seed, dataset=params.dataset, **shares)
     images = written_arrays(artifacts.DATA, index)
     sources = devkit(artifacts.VOC, seed=params.seed, images=images, class_names=index["class_names"])
-    scenes = read_index(sources, seed=params.seed, **devkit.reading)
+    validation, test = params.data.validation, params.data.test
+    scenes = read_index(sources, seed=params.seed, validation=validation, test=test, **devkit.reading)
     scenes.save(artifacts.VOC_INDEX)
     changes.remember(images_read(params))
     pictures = ", ".join(f"{count['pictures']} {split}" for split, count in scenes.counts().items())

@@ -18,6 +18,7 @@ from epsd.datasets.downloads import DownloadError, Published
 from epsd.files.archives import ArchiveError
 from epsd.registry import ParamsError, choose
 from epsd.voc.annotations import read_index
+from epsd.voc.scenes import VocError
 from pictures import tarred, write, zipped
 
 THINGS = [("cat", (2, 2, 20, 12))]
@@ -77,8 +78,8 @@ def test_a_damaged_archive_leaves_what_was_unpacked(tmp_path: Path) -> None:
     before = sorted(path.relative_to(out) for path in out.rglob("*"))
     sound = root.read_bytes()
     root.write_bytes(sound.replace(b"<annotation>", b"<ANNOTATION>"))
-    with pytest.raises(ArchiveError, match="cannot be read"):
-        Devkit(root=str(root))(out, seed=0)
+    with pytest.raises(VocError, match="cannot be read"):
+        ids(Devkit(root=str(root)), out)
     assert sorted(path.relative_to(out) for path in out.rglob("*")) == before
 
 
@@ -100,7 +101,7 @@ def test_root_may_be_the_devkit_folder_itself(tmp_path: Path) -> None:
 def test_missing_set_lists_what_is_there(tmp_path: Path) -> None:
     root = write(tmp_path, devkit(TRAIN))
     with pytest.raises(ArchiveError, match=r"has no image set 'VOC2007/test' .*VOC2007/trainval") as caught:
-        Devkit(root=str(root))(tmp_path / "out", seed=0)
+        Devkit(root=str(root), test=["VOC2007/test"])(tmp_path / "out", seed=0)
     assert "\n" not in str(caught.value)
 
 
@@ -114,8 +115,10 @@ def test_missing_root_and_archive_without_a_devkit(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match=r"nowhere: no such folder"):
         Devkit(root=str(tmp_path / "nowhere"))(tmp_path / "out", seed=0)
     root = zipped(tmp_path / "other.zip", {"readme.txt": b"hello"})
-    with pytest.raises(ArchiveError, match=r"other\.zip: has no image set .*It has: \(none\)"):
+    with pytest.raises(VocError, match=r"other\.zip: has neither lists .* nor annotations"):
         Devkit(root=str(root))(tmp_path / "out", seed=0)
+    with pytest.raises(ArchiveError, match=r"other\.zip: has no image set .*It has: \(none\)"):
+        Devkit(root=str(root), train=["train"])(tmp_path / "out", seed=0)
 
 
 @pytest.mark.parametrize("name", ["../evil.txt", "/evil.txt", "a/../../JPEGImages/evil.jpg"])

@@ -22,7 +22,8 @@ from epsd.preparing.write import prepare
 from epsd.project import artifacts, params
 from epsd.training import checkpoints
 from epsd.types import EpsdError
-from epsd.voc import annotations
+from epsd.voc.annotations import read_index
+from epsd.voc.devkits import Sets, from_sets
 from pictures import classes, tarred, write, zipped
 
 
@@ -62,7 +63,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "a.npy": lambda path: digests.check(path, "00000000"),
     "params.yaml": params.load,
     "a.png": Intake(["a", "b"], (1, 4, 4), [0.0], [1.0]).read,
-    "a.xml": annotations.read_annotation,
     "a.tar.gz": lambda path: fetch(Published("a.tar.gz", "nowhere", "md5:0"), path.parent),
 }
 """Name of a file -> what reads it."""
@@ -100,10 +100,11 @@ def test_among_images(tmp_path: Path, make: Callable[[Path], None]) -> None:
 def test_in_a_devkit(tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
     boxes = {"train": {"a": [("dog", (5, 5, 9, 9))]}, "test": {"b": [("dog", (1, 1, 9, 9))]}}
     root = write(tmp_path, devkit(boxes)) / "VOCdevkit" / "VOC2007"
+    sets: Sets = {"train": [("", "train")], "test": [("", "test")]}
     (root / name).unlink()
     make(root / name)
     with pytest.raises(EpsdError, match=name.rpartition("/")[2].removesuffix(".jpg")):
-        annotations.read_index({"train": [(root, "train")], "test": [(root, "test")]})
+        read_index(from_sets(open_tree(root), sets, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz"])

@@ -16,11 +16,14 @@ from epsd.detection.average_precision import (
     ap_area,
     curve,
 )
-from epsd.files.images import EXIF_ORIENTATION, ImageError
+from epsd.files.archives import ArchiveError, open_tree
+from epsd.files.images import EXIF_ORIENTATION
 from epsd.files.layouts import SourceError
 from epsd.project import artifacts
 from epsd.project.artifacts import ArtifactError
-from epsd.voc.annotations import read_annotation, read_image_set, read_index, read_picture
+from epsd.voc.annotations import read_index, read_picture
+from epsd.voc.devkits import Sets, from_sets, read_annotation
+from epsd.voc.entries import BoxSource
 from epsd.voc.scenes import VocError, VocIndex
 from pictures import write
 
@@ -30,12 +33,14 @@ GOOD = {
     "val": {"000003": [("cat", (3, 3, 9, 9))]},
     "test": {"000004": [("cat", (3, 3, 9, 9)), ("cat", (10, 10, 20, 20), 0)]},
 }
-FOLDER = Path("VOCdevkit/VOC2007")
+FOLDER = "VOCdevkit/VOC2007/"
 
 
-def sources(root: Path) -> dict[str, list[tuple[Path, str]]]:
-    folder = root / FOLDER
-    return {"train": [(folder, "train")], "validation": [(folder, "val")], "test": [(folder, "test")]}
+SETS: Sets = {"train": [(FOLDER, "train")], "validation": [(FOLDER, "val")], "test": [(FOLDER, "test")]}
+
+
+def sources(root: Path, **sets: list[tuple[str, str]]) -> BoxSource:
+    return from_sets(open_tree(root), {**SETS, **sets}, root / "out")  # type: ignore[dict-item]
 
 
 @pytest.fixture
@@ -114,15 +119,14 @@ def test_limit_draws_by_seed_and_keeps_the_order(tmp_path: Path) -> None:
 def test_two_years_make_one_split(root: Path) -> None:
     more = {"train": {"2008_000001": [("bird", (1, 1, 9, 9))]}}
     write(root, devkit(more, prefix="VOCdevkit/VOC2012"))
-    both = sources(root) | {"train": [(root / FOLDER, "train"), (root / "VOCdevkit/VOC2012", "train")]}
-    index = read_index(both)
+    index = read_index(sources(root, train=[(FOLDER, "train"), ("VOCdevkit/VOC2012/", "train")]))
     assert [s.id for s in index.scenes["train"]] == ["000001", "000002", "2008_000001"]
     assert index.class_names == ["bird", "cat", "dog"]
 
 
 def test_second_column_of_a_class_file_is_no_id(root: Path) -> None:
     (root / FOLDER / "ImageSets/Main/cat_train.txt").write_text("000001  1\n000002 -1\n")
-    assert read_image_set(root / FOLDER, "cat_train") == ["000001", "000002"]
+    assert [entry.id for entry in sources(root, train=[(FOLDER, "cat_train")]).splits["train"]] == ["000001", "000002"]
 
 
 def _damage(root: Path, name: str, content: bytes | None) -> None:
@@ -141,10 +145,13 @@ def _damage(root: Path, name: str, content: bytes | None) -> None:
             xml([("dog", (5, 5, 5, 9))]),
             r"000002\.xml: the box of object 1 \(dog.*has no area",
         ),
-        ("Annotations/000002.xml", xml([("dog", (9, 5, 7, 9))]), r"000002\.xml: .*has no area"),
         ("Annotations/000002.xml", xml([("dog", (5, 5, 50, 9))]), r"000002\.xml: .*outside the picture of 40x30"),
         ("Annotations/000002.xml", xml([("dog", (-5, 5, 9, 9))]), r"000002\.xml: .*outside"),
-        ("Annotations/000002.xml", xml([("cow", (5, 5, 8, 9))]), r"000002\.xml: unknown class 'cow'.*cat, dog"),
+        (
+            "Annotations/000004.xml",
+            xml([("cow", (5, 5, 8, 9))]),
+            r"000004\.xml: unknown class 'cow'.*cat, dog.*class_names",
+        ),
         ("Annotations/000002.xml", xml([("", (5, 5, 8, 9))]), r"000002\.xml: object 1 has no name"),
         ("Annotations/000002.xml", xml([("dog", ("a", 5, 8, 9))]), r"000002\.xml: xmin in bndbox of object 1 is 'a'"),  # type: ignore[list-item]
         ("Annotations/000002.xml", xml([("dog", ("nan", 5, 8, 9))]), r"000002\.xml: xmin.*'nan'"),  # type: ignore[list-item]
@@ -164,9 +171,9 @@ def _damage(root: Path, name: str, content: bytes | None) -> None:
             r"000002\.xml: states a size of 80x60, the picture has 40x30",
         ),
         ("Annotations/000002.xml", b'<?xml version="1.0" encoding="foo-8"?><a/>', r"000002\.xml: not a readable XML"),
-        ("JPEGImages/000002.jpg", None, r"000002\.jpg: no such picture"),
+        ("JPEGImages/000002.jpg", None, r"no picture '000002', .*train\.txt names it.*unreadable"),
         ("JPEGImages/000002.jpg", b"no picture", r"000002\.jpg: not an image"),
-        ("ImageSets/Main/train.txt", None, r"train\.txt: no such image set\. Found there: test, val"),
+        ("ImageSets/Main/train.txt", None, r"has no file '.*train\.txt'"),
         ("ImageSets/Main/train.txt", b"\n", r"train\.txt: lists no picture"),
         ("ImageSets/Main/test.txt", b"000001\n", r"000001 \(1 in all\) is both in train and in test"),
         ("ImageSets/Main/val.txt", b"000001\n", r"000001 \(1 in all\) is both in train and in validation"),
@@ -174,32 +181,29 @@ def _damage(root: Path, name: str, content: bytes | None) -> None:
 )
 def test_bad_devkit_is_named(root: Path, name: str, content: bytes | None, message: str) -> None:
     _damage(root, name, content)
-    with pytest.raises((VocError, ImageError), match=message) as caught:
-        read_index(sources(root), class_names=["cat", "dog"])
+    with pytest.raises((VocError, ArchiveError), match=message) as caught:
+        read_index(sources(root))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("text", "flag"), [("1", True), (" True ", True), ("0", False), ("false", False), ("", False)])
-def test_what_is_flagged_difficult(tmp_path: Path, text: str, flag: bool) -> None:
-    path = tmp_path / "a.xml"
-    path.write_bytes(
-        xml([("dog", (5, 5, 8, 9))]).replace(b"<bndbox>", f"<difficult>{text}</difficult><bndbox>".encode())
-    )
-    assert read_annotation(path).difficult.tolist() == [flag]
+def test_what_is_flagged_difficult(text: str, flag: bool) -> None:
+    content = xml([("dog", (5, 5, 8, 9))]).replace(b"<bndbox>", f"<difficult>{text}</difficult><bndbox>".encode())
+    assert read_annotation(content).difficult.tolist() == [flag]
 
 
 def test_a_test_split_needs_an_object_that_counts(root: Path) -> None:
     for path in (root / FOLDER / "Annotations").glob("*.xml"):
         content = path.read_bytes().replace(b"<difficult>0</difficult>", b"")
         path.write_bytes(content.replace(b"<bndbox>", b"<difficult>1</difficult><bndbox>"))
-    with pytest.raises(VocError, match=r"voc\.test: holds no object that counts"):
+    with pytest.raises(VocError, match=r"the test split holds no object that counts"):
         read_index(sources(root))
 
 
 def test_truncated_picture_is_named(root: Path) -> None:
     path = root / FOLDER / "JPEGImages/000002.jpg"
     path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(ImageError, match=r"000002\.jpg: cannot be read as an image"):
+    with pytest.raises(VocError, match=r"000002\.jpg: cannot be read as an image"):
         read_index(sources(root))
 
 
@@ -232,8 +236,8 @@ def test_repeated_class_name_and_missing_splits(root: Path) -> None:
     _damage(root, "Annotations/000002.xml", xml([("Dog", (5, 5, 9, 9)), ("dog", (1, 1, 9, 9))]))
     with pytest.raises(SourceError, match=r"class names clash: Dog, dog \(upper and lower case"):
         read_index(sources(root))
-    with pytest.raises(VocError, match=r"voc\.test: names no image set"):
-        read_index({**sources(root), "test": []})
+    with pytest.raises(VocError, match=r"the test split holds no object that counts \(there is none\)"):
+        read_index(sources(root, test=[]), classes={"dog": ["Dog"]})
 
 
 def test_exif_turns_the_picture_only_where_the_boxes_mean_it(root: Path) -> None:
@@ -279,8 +283,7 @@ def test_real_pictures_of_voc_2007(tmp_path: Path) -> None:
         "validation": 20,
         "test": 20,
     }
-    everything = read_image_set(*sets["test"][0])
-    assert len(everything) == 300
+    assert len(sets.splits["test"]) == 300
     perfect = [Detections(s.boxes, np.ones(len(s.labels)), s.labels) for s in index.scenes["test"]]
     scores = [ap_area(curve(perfect, index.scenes["test"], label)) for label in range(20)]
     there = [score for score in scores if not math.isnan(score)]

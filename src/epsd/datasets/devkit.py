@@ -1,19 +1,20 @@
 """A devkit in Pascal VOC's layout: VOC 2007, 2012, both together, or one of your own."""
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import Field
 
 from epsd.datasets.downloads import Published, fetch
-from epsd.files.archives import ArchiveError, Tree, is_archive, open_tree, unpack
-from epsd.files.layouts import UNPACKED
+from epsd.files.archives import ArchiveError, Tree
+from epsd.files.faults import few
+from epsd.files.layouts import SPLITS, Split
 from epsd.project.runtime import located
-from epsd.project.settings import Count, Place
+from epsd.project.settings import Place
 from epsd.registry import variant
+from epsd.voc.devkits import LISTS, Sets, from_pairs, from_sets, image_sets
+from epsd.voc.entries import BoxReading, BoxSource, opened
 
 SITE = "http://host.robots.ox.ac.uk/pascal/VOC"
 PUBLISHED = {
@@ -33,59 +34,64 @@ PUBLISHED = {
 }
 """What the organisers publish (0.4, 0.4 and 1.9 GB). Addresses and checksums are those that torchvision uses."""
 
-PARTS = ("ImageSets/Main/", "Annotations/", "JPEGImages/")
+USUAL: dict[Split, tuple[str, ...]] = {
+    "train": ("trainval", "train", "training"),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+"""Names of lists, the first of which that is there is taken where none is named."""
+
+Names = list[str]
 
 
 @variant
-class Devkit:
-    """Pictures with boxes, laid out as Everingham et al. published them (IJCV 88(2), 2010).
+class Devkit(BoxReading):
+    """Pictures with boxes in one XML file each, as Everingham et al. published them (IJCV 88(2), 2010) and as labelling
+    tools write them.
 
     A devkit folder holds `JPEGImages/<id>.jpg`, `Annotations/<id>.xml` and `ImageSets/Main/<set>.txt`, a list of ids.
+    Without lists, pictures and XML files of one name belong together, in one folder or in two, and folders named train,
+    valid and test are splits.
 
     Settings
     --------
     root : a folder, .zip or .tar that holds devkit folders at any depth (VOCdevkit/VOC2007, VOCdevkit/VOC2012, ...), or
         a folder of such archives, as they are published (VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar, ...).
     train, validation, test : image sets, each `<devkit folder>/<set>`, or `<set>` alone where only one folder has it.
-        VOC 07+12 -> 07 test: train [VOC2007/trainval, VOC2012/trainval], test [VOC2007/test].
-    class_names : in the order of the labels; null: the names in the training annotations, alphabetically.
+        VOC 07+12 -> 07 test: train [VOC2007/trainval, VOC2012/trainval], test [VOC2007/test]. null: of every devkit
+        folder the list trainval (or train), test, and val beside train (none beside trainval, which holds it, nor where
+        `train` is named). Splits without a list are held out of train, by seed: data.validation and data.test of it.
+    class_names : in the order of the labels, others are left out; null: the names in the training annotations,
+        alphabetically.
+    classes : spellings that mean one class: `{helmet: [Helmet, hard-hat]}`.
     bad_boxes : a box without area or outside its picture is an "error", or is left out ("drop") and counted.
     empty : a picture without boxes is an "error", or is kept as "background".
+    unannotated : a picture without XML file is an "error", is left out ("skip"), or kept as "background".
+    unreadable : a picture that is missing or damaged is an "error", or is left out ("skip") and named.
     limit : [1, ...) pictures per split, drawn by seed; null: all.
     download : which of "2007", "2007-test", "2012" to fetch into the folder `root` where they are not there yet. It
         accepts the terms: the pictures are from flickr, whose terms of use hold.
     """
 
     root: Place
-    train: list[str] = Field(default_factory=lambda: ["VOC2007/trainval"], min_length=1)
-    validation: list[str] = Field(default_factory=list)
-    test: list[str] = Field(default_factory=lambda: ["VOC2007/test"], min_length=1)
-    class_names: list[str] | None = None
-    bad_boxes: Literal["error", "drop"] = "error"
-    empty: Literal["error", "background"] = "error"
-    limit: Count | None = None
+    train: Names | None = Field(default=None, min_length=1)
+    validation: Names | None = None
+    test: Names | None = Field(default=None, min_length=1)
+    unannotated: Literal["error", "skip", "background"] = "error"
     download: list[Literal["2007", "2007-test", "2012"]] = Field(default_factory=list)
 
     @property
     def reading(self) -> dict[str, Any]:
         """Settings for `epsd.voc.annotations.read_index`."""
-        return {
-            "class_names": self.class_names,
-            "bad_boxes": self.bad_boxes,
-            "empty": self.empty,
-            "limit": self.limit,
-        }
+        return {**super().reading, "unannotated": self.unannotated}
 
-    def __call__(
-        self, folder: Path, *, seed: int, images: object = None, class_names: object = None
-    ) -> dict[str, list[tuple[Path, str]]]:
-        """Split -> (devkit folder, image set) pairs. Archives are unpacked below `folder`, into a folder that is made
-        anew; folders are used in place.
+    def __call__(self, folder: Path, *, seed: int, images: object = None, class_names: object = None) -> BoxSource:
+        """The pictures by split. Those of archives will be kept below `folder`; folders are used in place.
 
         `seed`, `images`, `class_names` (of the classification stage) have no part in it.
 
         Raises ArchiveError: `root` is missing, damaged, points outside itself, or lacks an image set. DownloadError:
-        see `epsd.datasets.downloads.fetch`.
+        see `epsd.datasets.downloads.fetch`. VocError: lists and annotations that cannot be used.
         """
         root = located(self.root)
         for part in self.download:
@@ -96,59 +102,69 @@ class Devkit:
                 f"{root}: no such folder or archive. For Pascal VOC place {names} there, or set voc.download; "
                 "for a devkit of your own, set voc.root to its folder or archive."
             )
-        found = list(_devkits(root, folder))
-        return {
-            split: [_find(found, name, self.root) for name in getattr(self, split)]
-            for split in ("train", "validation", "test")
-        }
+        tree = opened(root)
+        found = list(image_sets(tree))
+        if not found and (self.train or self.validation or self.test) is None:
+            return from_pairs(tree, folder)
+        return from_sets(tree, self._sets(tree, found), folder)
+
+    def _sets(self, tree: Tree, found: Sequence[tuple[str, str]]) -> Sets:
+        """The lists of each split; a split that has none, and is asked for, is missing."""
+        sets: dict[Split, list[tuple[str, str]]] = {}
+        for split in SPLITS:
+            named: Names | None = getattr(self, split)
+            if named is not None:
+                sets[split] = [_find(found, name, tree) for name in named]
+            elif usual := _usual(found, split):
+                sets[split] = usual
+        if "train" not in sets:
+            sets["train"] = [_only(found, tree)]
+        if self.validation is None and (self.train is not None or sets["train"][0][1] == "trainval"):
+            sets["validation"] = []
+        return sets
 
 
 def _fetched(root: Path, part: str) -> None:
     """The published archive of one part in `root`, unless that part lies there unpacked."""
     year, _, split = part.partition("-")
-    if not any(root.glob(f"**/VOC{year}/ImageSets/Main/{split or 'trainval'}.txt")):
+    if not any(root.glob(f"**/VOC{year}/{LISTS}{split or 'trainval'}.txt")):
         fetch(PUBLISHED[part], root)
 
 
-def _devkits(root: Path, folder: Path) -> Iterator[tuple[Path, str]]:
-    """Every (devkit folder, image set) below `root`, once its archives are unpacked."""
-    tree = open_tree(root)
-    if not root.is_dir():
-        tree = _unpacked([tree], folder)
-    elif not any(_is_set(name) for name in tree.names):
-        archives = [root / name for name in tree.names if "/" not in name and is_archive(root / name)]
-        tree = _unpacked([open_tree(path) for path in archives], folder) if archives else tree
-    for name in filter(_is_set, tree.names):
-        path = tree.where / name
-        yield path.parents[2], path.stem
+def _usual(found: Sequence[tuple[str, str]], split: Split) -> list[tuple[str, str]]:
+    """The lists of that split in every devkit folder that has one."""
+    have = {one for _, one in found}
+    name = next((name for name in USUAL[split] if name in have), None)
+    return [(folder, one) for folder, one in found if one == name]
 
 
-def _unpacked(trees: Sequence[Tree], folder: Path) -> Tree:
-    """What is needed of the archives, in a fresh folder of its own: beside it may lie what another variant has left."""
-    target = folder / UNPACKED
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unpacking.", dir=folder) as temporary:
-        fresh = Path(temporary) / UNPACKED
-        fresh.mkdir()
-        for tree in trees:
-            unpack(tree, [name for name in tree.names if any(part in f"/{name}" for part in PARTS)], fresh)
-        shutil.rmtree(target, ignore_errors=True)
-        fresh.rename(target)
-    return open_tree(target)
-
-
-def _is_set(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix == ".txt" and f"/{path.parent}".endswith("/ImageSets/Main")
-
-
-def _find(found: Sequence[tuple[Path, str]], wanted: str, root: str) -> tuple[Path, str]:
-    """The one devkit folder that ends in the wanted path and has the wanted set."""
-    *parents, name = PurePosixPath(wanted).parts
-    depth = len(parts) if (parts := tuple(parents)) else 0
-    fits = [(path, one) for path, one in found if one == name and path.parts[len(path.parts) - depth :] == parts]
+def _only(found: Sequence[tuple[str, str]], tree: Tree) -> tuple[str, str]:
+    """The list that is there, whatever its name: of those that are no other split, and of no single class."""
+    others = {name for split in ("validation", "test") for name in USUAL[split]}
+    fits = [one for one in found if one[1] not in others and "_" not in one[1]]
     if len(fits) == 1:
         return fits[0]
-    have = ", ".join(sorted(f"{path.name}/{one}" for path, one in found if "_" not in one)) or "(none)"
+    raise ArchiveError(f"{tree.where}: which list is to be learnt? Set voc.train. It has: {_have(found)}.")
+
+
+def _find(found: Sequence[tuple[str, str]], wanted: str, tree: Tree) -> tuple[str, str]:
+    """The one devkit folder that ends in the wanted path and has the wanted set."""
+    place = PurePosixPath(wanted)
+    above = () if place.parent == PurePosixPath() else place.parent.parts
+    fits = [
+        (at, one) for at, one in found if one == place.name and (not above or _parts(at, tree)[-len(above) :] == above)
+    ]
+    if len(fits) == 1:
+        return fits[0]
     fault = "has no" if not fits else "has more than one"
-    raise ArchiveError(f"{root}: {fault} image set '{wanted}' (ImageSets/Main/{name}.txt). It has: {have}.")
+    raise ArchiveError(f"{tree.where}: {fault} image set '{wanted}' ({LISTS}{place.name}.txt). It has: {_have(found)}.")
+
+
+def _parts(folder: str, tree: Tree) -> tuple[str, ...]:
+    """Of a devkit folder's path, which may be the root itself."""
+    return (*tree.where.parts, *PurePosixPath(folder).parts)
+
+
+def _have(found: Iterable[tuple[str, str]]) -> str:
+    names = sorted(f"{PurePosixPath(at).name}/{one}".lstrip("/") for at, one in found if "_" not in one)
+    return few(names) or "(none)"

@@ -10,9 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from epsd.files.archives import open_tree
+from epsd.files.layouts import SPLITS
 from epsd.project.artifacts import writing
 from epsd.project.settings import Count, Natural, Share
 from epsd.registry import ParamsError, variant
+from epsd.voc.devkits import Sets, from_sets
+from epsd.voc.entries import BoxSource
 
 Pixels = npt.NDArray[np.uint8]
 Pool = tuple[Pixels, npt.NDArray[np.int64]]
@@ -85,12 +89,11 @@ class DigitScenes:
         seed: int,
         images: Mapping[str, Pool] | None = None,
         class_names: Sequence[str] = CLASS_NAMES,
-    ) -> dict[str, list[tuple[Path, str]]]:
-        """Write the devkit below `folder` (what was there goes) and name its image sets.
+    ) -> BoxSource:
+        """Write the devkit below `folder` (what was there goes), and find it there.
 
         `images`: split -> images (N, 1, H, W) or (N, H, W) uint8 and labels (N,), the classification stage's
-        (validation may be missing), and its `class_names`: used where they are grey digits "0" to "9". Returns split ->
-        [(devkit folder, image set)].
+        (validation may be missing), and its `class_names`: used where they are grey digits "0" to "9".
         """
         pools = _pools(images if list(class_names) == CLASS_NAMES else None, seed, bool(self.validation))
         home = folder / FOLDER
@@ -103,7 +106,8 @@ class DigitScenes:
             for split, ids in listed.items():
                 text = "".join(f"{identifier}\n" for identifier in ids)
                 (home / "ImageSets" / "Main" / f"{SETS.get(split, split)}.txt").write_text(text, encoding="utf-8")
-        return {split: [(home, name)] if listed[split] else [] for split, name in SETS.items()}
+        sets: Sets = {split: [("", SETS[split])] if listed[split] else [] for split in SPLITS}
+        return from_sets(open_tree(home), sets, folder)
 
     def _write(self, home: Path, split: str, pools: Mapping[str, Pool], seed: int) -> list[str]:
         from PIL import Image

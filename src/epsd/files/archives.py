@@ -5,6 +5,7 @@ that would leave the archive (an absolute path, `..`, a link to outside) makes t
 opened, before any entry is used.
 """
 
+import codecs
 import errno
 import os
 import posixpath
@@ -29,6 +30,7 @@ ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".ta
 MOST = 5_000_000
 """Entries of an archive that is read: ImageNet with all its annotations has two million."""
 
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Errors of the system that say nothing about the file."""
 
@@ -85,9 +87,10 @@ class Tree(ABC):
         return next(iter(self.read_many([name])))[1]
 
     def text(self, name: str) -> str:
-        """The content of one UTF-8 text file."""
+        """The content of one text file: UTF-8, with or without the mark that Windows sets before it, or UTF-16 with."""
+        content = self.read(name)
         try:
-            return self.read(name).decode("utf-8")
+            return content.decode("utf-16" if content.startswith(_UTF_16) else "utf-8-sig")
         except UnicodeDecodeError:
             raise ArchiveError(f"{self.where}: '{name}' is not UTF-8 text.") from None
 
@@ -226,6 +229,28 @@ class TarTree(FolderTree):
         if path.is_symlink():  # a later member of this name replaces the link, not the file that it leads to
             path.unlink()
         return tarfile.data_filter(member, folder)
+
+
+class Several(Tree):
+    """Archives of one data set that lie in one folder, as one tree. Of several files of one name the last counts."""
+
+    lasting = False
+
+    def __init__(self, where: Path, trees: Iterable[Tree]) -> None:
+        super().__init__(where)
+        trees = list(trees)
+        self._owner = {name: tree for tree in trees for name in tree.names}
+        self._listed = tuple(sorted(self._owner)), frozenset[str]().union(*(tree.folders for tree in trees))
+
+    def _listing(self) -> Listing:
+        return self._listed
+
+    def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """In the order given."""
+        for name in names:
+            if name not in self._owner:
+                raise self.missing(name)
+            yield name, self._owner[name].read(name)
 
 
 def _remove(folder: Path, process: int) -> None:

@@ -24,7 +24,7 @@ UNPACKED = "unpacked"
 for a devkit out of its archives."""
 
 Unreadable = Literal["error", "skip"]
-_SPLIT_FOLDERS: dict[str, Split] = {
+SPLIT_FOLDERS: dict[str, Split] = {
     "train": "train",
     "training": "train",
     "val": "validation",
@@ -116,12 +116,13 @@ def check_class_names(names: Sequence[str], where: str) -> None:
     check_spelling(names, where)
 
 
-def check_spelling(names: Sequence[str], where: str) -> None:
-    """Raises SourceError for names that differ at most in case."""
+def check_spelling(names: Sequence[str], where: str, way_out: str = "") -> None:
+    """Raises SourceError for names that differ at most in case; `way_out`: what would help."""
     counts = Counter(name.casefold() for name in names)
     clash = sorted(name for name in names if counts[name.casefold()] > 1)
     if clash:
-        raise SourceError(f"{where}: class names clash: {', '.join(clash)} (upper and lower case count as the same).")
+        told = f"{where}: class names clash: {', '.join(clash)} (upper and lower case count as the same)."
+        raise SourceError(f"{told} {way_out}".strip())
 
 
 def unread(names: Iterable[str]) -> list[str]:
@@ -158,7 +159,7 @@ def folder_source(tree: Tree, reading: Reading) -> Source:
         raise SourceError(f"{tree.where}: holds no images.")
     folders = [folder[len(top) :].split("/") for folder in sorted(tree.folders) if folder.startswith(top)]
     firsts = [parts[0] for parts in folders if len(parts) == 1]
-    named = {first: _SPLIT_FOLDERS[first.lower()] for first in firsts if first.lower() in _SPLIT_FOLDERS}
+    named = {first: SPLIT_FOLDERS[first.lower()] for first in firsts if first.lower() in SPLIT_FOLDERS}
     if not named:
         return _by_class({"train": found}, firsts, tree, reading)
     _check_split_folders(tree, firsts, named)
@@ -177,7 +178,7 @@ def _top(tree: Tree) -> str:
     firsts = {name.split("/")[0] for name in tree.names if is_image(name)}
     only = min(firsts) if len(firsts) == 1 else ""
     wraps = any(folder.startswith(f"{only}/") for folder in tree.folders)
-    return f"{only}/" if wraps and only.lower() not in _SPLIT_FOLDERS else ""
+    return f"{only}/" if wraps and only.lower() not in SPLIT_FOLDERS else ""
 
 
 def _check_split_folders(tree: Tree, firsts: Sequence[str], named: Mapping[str, Split]) -> None:

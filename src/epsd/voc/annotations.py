@@ -1,137 +1,48 @@
-"""Pascal VOC layout: annotations to boxes, read and checked.
+"""A detection data set as found becomes scenes: pictures and boxes are checked, what is wrong is named.
 
-Boxes. A VOC annotation counts pixels from 1 and includes both ends: `xmin` 1, `xmax` 10 is ten pixels wide. Everything
-behind `read_annotation` uses corners of pixels instead, `[xmin - 1, ymin - 1, xmax, ymax]`: 0-based, right and bottom
-exclusive, the convention of torchvision's detectors. The plain overlap of such boxes *is* the devkit's, whose widths
-are `xmax - xmin + 1`; no "+ 1" appears below, and a test holds the two against each other.
+Boxes. Everything behind `epsd.voc.entries` uses corners of pixels, `[left, top, right, bottom]`: 0-based, right and
+bottom exclusive, the convention of torchvision's detectors. The plain overlap of such boxes *is* the devkit's, whose
+widths are `xmax - xmin + 1`; no "+ 1" appears below, and a test holds the two against each other.
 """
 
+import contextlib
 import hashlib
 import io
-import math
 import random
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from epsd.files.archives import ArchiveError
 from epsd.files.digests import digest
 from epsd.files.duplicates import Marks, duplicates, mark
-from epsd.files.images import decode, named, orientation, pixels
-from epsd.files.layouts import check_spelling
+from epsd.files.faults import Faults, few
+from epsd.files.images import ImageError, decode, named, orientation, pixels
+from epsd.files.layouts import SPLITS, UNPACKED, Split
 from epsd.files.regular import read_bytes, refused
-from epsd.voc.scenes import SPLITS, Floats, Scene, VocError, VocIndex
+from epsd.voc.class_names import Naming
+from epsd.voc.entries import Annotation, BoxSource, Entry, annotation
+from epsd.voc.held_out import held_out
+from epsd.voc.scenes import Floats, Scene, VocError, VocIndex
 
-Sources = Mapping[str, Sequence[tuple[Path, str]]]
-"""Split -> its image sets, each a devkit folder (holding JPEGImages, Annotations, ImageSets) and a set's name."""
+EDGE = 0.05
+"""Share of the picture's side by which a box may reach over its edge, and is clipped: a slip of the hand, a rounding.
+What lies further outside is of another picture, or of another size of this one."""
+_SLACK = 1.0
+"""Pixels over the edge that are not counted as such: many tools count from 0 where VOC counts from 1, or round."""
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp")
-
-
-class Annotation(NamedTuple):
-    """One XML file: the size it states (None where it states none), and its objects in order."""
-
-    size: tuple[int, int] | None
-    names: list[str]
-    boxes: Floats
-    difficult: npt.NDArray[np.bool_]
-
-
-def _number(node: ElementTree.Element | None, path: Path, what: str) -> float:
-    try:
-        value = float(node.text or "") if node is not None else math.nan
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        given = "missing" if node is None else f"'{node.text}'"
-        raise VocError(f"{path}: {what} is {given}, expected a number.")
-    return value
-
-
-def _box(node: ElementTree.Element, path: Path, number: int) -> list[float]:
-    where = f"bndbox of object {number}"
-    box = node.find("bndbox")
-    if box is None:
-        raise VocError(f"{path}: object {number} has no bndbox.")
-    left, top, right, bottom = (_number(box.find(key), path, f"{key} in {where}") for key in _CORNERS)
-    return [left - 1, top - 1, right, bottom]
-
-
-_CORNERS = ("xmin", "ymin", "xmax", "ymax")
-
-
-def _flag(node: ElementTree.Element | None, path: Path) -> bool:
-    text = "" if node is None else (node.text or "").strip()
-    if text.lower() not in _FLAGS:
-        raise VocError(f"{path}: difficult is '{text}', expected 0 or 1.")
-    return _FLAGS[text.lower()]
-
-
-_FLAGS = {"": False, "0": False, "false": False, "1": True, "true": True}
-
-
-def read_annotation(path: Path) -> Annotation:
-    """Objects of one annotation file; boxes (n, 4) as corners of pixels. Raises VocError naming the file."""
-    try:
-        top = ElementTree.fromstring(read_bytes(path))
-    except FileNotFoundError:
-        raise VocError(f"{path}: no such annotation.") from None
-    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:  # the last: an unknown encoding
-        raise VocError(f"{path}: not a readable XML file ({error}).") from None
-    size, stated = top.find("size"), None
-    if size is not None:
-        width, height = (int(_number(size.find(key), path, f"size/{key}")) for key in ("width", "height"))
-        stated = (width, height)
-    objects = top.findall("object")
-    names = [(node.findtext("name") or "").strip() for node in objects]
-    if "" in names:
-        raise VocError(f"{path}: object {names.index('') + 1} has no name.")
-    boxes = [_box(node, path, number) for number, node in enumerate(objects, 1)]
-    difficult = [_flag(node.find("difficult"), path) for node in objects]
-    return Annotation(stated, names, np.asarray(boxes, dtype=np.float64).reshape(-1, 4), np.asarray(difficult, bool))
-
-
-def read_image_set(folder: Path, name: str) -> list[str]:
-    """The ids that `ImageSets/Main/<name>.txt` lists, in its order (its first column: per-class files have two)."""
-    sets = folder / "ImageSets" / "Main"
-    path = sets / f"{name}.txt"
-    try:
-        ids = [line.split()[0] for line in read_bytes(path).decode("utf-8").splitlines() if line.strip()]
-    except (FileNotFoundError, NotADirectoryError):
-        found = sorted(p.stem for p in sets.glob("*.txt") if "_" not in p.stem)
-        raise VocError(f"{path}: no such image set. Found there: {', '.join(found) or '(none)'}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise VocError(f"{path}: cannot be read ({error}).") from None
-    if not ids:
-        raise VocError(f"{path}: lists no picture.")
-    return ids
-
-
-def find_image(folder: Path, identifier: str) -> Path:
-    """`JPEGImages/<id>` with whatever usual ending it has. Raises VocError when there is none."""
-    images = folder / "JPEGImages"
-    path = next((p for p in (images / f"{identifier}{suffix}" for suffix in SUFFIXES) if p.is_file()), None)
-    if path is None:
-        raise VocError(f"{images / identifier}.jpg: no such picture, though an image set lists it.")
-    return path
-
-
-def _probe(path: Path) -> tuple[tuple[int, int], int, bytes]:
-    """(width, height) as stored, EXIF orientation, and the content of a picture that was decoded to its last row."""
-    from PIL import Image
-
-    content = _content(path)
-    with named(str(path)), Image.open(io.BytesIO(content)) as image:
-        image.load()
-        return image.size, orientation(image), content
-
-
-def _content(path: Path) -> bytes:
-    with refused(VocError, path, "read"):
-        return read_bytes(path)
+Flags = npt.NDArray[np.bool_]
+OnBadBox = Literal["error", "drop"]
+OnEmpty = Literal["error", "background"]
+OnUnannotated = Literal["error", "skip", "background"]
+OnUnreadable = Literal["error", "skip"]
 
 
 def read_picture(scene: Scene, channels: int) -> npt.NDArray[np.uint8]:
@@ -139,82 +50,93 @@ def read_picture(scene: Scene, channels: int) -> npt.NDArray[np.uint8]:
 
     Raises VocError (missing, another than was prepared) or ImageError (damaged), naming the file.
     """
-    content = _content(scene.image)
+    with refused(VocError, scene.image, "read"):
+        content = read_bytes(scene.image)
     if scene.digest and digest([content]) != scene.digest:
         raise VocError(f"{scene.image}: changed or damaged since prepare read it. Run prepare again.")
     return pixels(decode(content, str(scene.image), grayscale=channels == 1, upright=scene.upright))
 
 
-OnBadBox = Literal["error", "drop"]
+class Rules(NamedTuple):
+    """What is done about what is wrong: see `read_index`."""
 
-OnEmpty = Literal["error", "background"]
-
-
-def _sound(found: Annotation, path: Path, size: tuple[int, int], bad_boxes: OnBadBox) -> npt.NDArray[np.bool_]:
-    """Which boxes have an area and lie inside the picture (one pixel of slack: many tools count from 0)."""
-    (width, height), boxes = size, found.boxes
-    flat = (boxes[:, 2] - boxes[:, 0] <= 1) | (boxes[:, 3] - boxes[:, 1] <= 1)
-    outside = (boxes[:, :2] < -1).any(1) | (boxes[:, 2] > width + 1) | (boxes[:, 3] > height + 1)
-    bad = np.flatnonzero(flat | outside)
-    if len(bad) and bad_boxes == "error":
-        number = int(bad[0])
-        left, top, right, bottom = boxes[number] + [1, 1, 0, 0]
-        fault = "has no area" if flat[number] else f"lies outside the picture of {width}x{height}"
-        corners = f"xmin {left:g}, ymin {top:g}, xmax {right:g}, ymax {bottom:g}"
-        raise VocError(f"{path}: the box of object {number + 1} ({found.names[number]}: {corners}) {fault}.")
-    return ~(flat | outside)
+    bad_boxes: OnBadBox = "error"
+    empty: OnEmpty = "error"
+    unannotated: OnUnannotated = "error"
+    unreadable: OnUnreadable = "error"
 
 
-def read_scene(
-    folder: Path, identifier: str, numbers: Mapping[str, int], bad_boxes: OnBadBox = "error", empty: OnEmpty = "error"
-) -> tuple[Scene, int, bytes]:
-    """One picture of a devkit, checked against its annotation.
+def read_index(
+    source: BoxSource,
+    *,
+    class_names: Sequence[str] | None = None,
+    classes: Mapping[str, Sequence[str]] | None = None,
+    bad_boxes: OnBadBox = "error",
+    empty: OnEmpty = "error",
+    unannotated: OnUnannotated = "error",
+    unreadable: OnUnreadable = "error",
+    limit: int | None = None,
+    seed: int = 0,
+    validation: float = 0.1,
+    test: float = 0.2,
+) -> VocIndex:
+    """Read and check every picture and annotation of a detection data set. Pictures out of an archive are kept below
+    `source.folder`, anew; those of a folder stay where they are.
 
-    Returns the scene, how many boxes were dropped, and the picture's SHA-256. Raises ImageError: a damaged picture.
-    VocError: no picture, no or damaged XML; a class outside `numbers`; a stated size that is not the picture's; a box
-    without area or outside the picture (unless `bad_boxes` is "drop"); no box (unless `empty` is "background").
+    Parameters
+    ----------
+    class_names : in the order of the labels; objects of other classes are left out and counted. None: those that the
+        training annotations name, in the data set's order or alphabetically (which is VOC's own).
+    classes : name -> spellings that mean it.
+    bad_boxes : a box without area or outside its picture is an "error", or left out ("drop") and counted. Corners in
+        the wrong order are swapped back; what reaches over the edge by less than EDGE is clipped; both are counted.
+    empty : a picture without a box is an "error", or kept as "background".
+    unannotated : a picture of which nothing is said is an "error", left out ("skip"), or kept as "background".
+    unreadable : a picture that is missing or damaged is an "error", or left out ("skip") and named.
+    limit : pictures per split, drawn by `seed`; None: all.
+    validation, test : shares of train that are held out by `seed`, where the source has no such split.
+
+    Raises
+    ------
+    VocError : naming the files, all of a kind at once; also where a picture is in two splits, and where no object of
+        the test split counts. SourceError : class names that differ in case only.
     """
-    path = folder / "Annotations" / f"{identifier}.xml"
-    found = read_annotation(path)
-    unknown = [name for name in found.names if name not in numbers]
-    if unknown:
-        raise VocError(f"{path}: unknown class '{unknown[0]}'. Known: {', '.join(numbers)}.")
-    image = find_image(folder, identifier)
-    (width, height), orientation, content = _probe(image)
-    if found.size not in (None, (0, 0), (width, height), (height, width)):
-        raise VocError(
-            f"{path}: states a size of {found.size[0]}x{found.size[1]}, the picture has {width}x{height}: its boxes "
-            "may be those of another. Mend it, or take out its <size> if they fit."
-        )
-    upright = orientation >= 5 and found.size == (height, width) != (width, height)
-    width, height = (height, width) if upright else (width, height)
-    keep = _sound(found, path, (width, height), bad_boxes)
-    if not keep.any() and empty == "error":
-        raise VocError(f"{path}: no boxes. Set voc.empty to 'background' to keep such pictures as background.")
-    boxes = np.clip(found.boxes[keep], 0, [width, height, width, height])
-    labels = np.asarray([numbers[name] for name in found.names], dtype=np.int64)[keep]
-    scene = Scene(identifier, image, width, height, boxes, labels, found.difficult[keep], upright, digest([content]))
-    return scene, int((~keep).sum()), hashlib.sha256(content).digest()
+    where = source.tree.where
+    there = {split: [one for one in some if _is_asked(one, unannotated)] for split, some in source.splits.items()}
+    every = held_out(there, validation, test, seed, where)
+    naming = Naming.of(every, source, class_names, classes or {})
+    listed = {split: _drawn(every.get(split, ()), limit, seed) for split in SPLITS}
+    _disjoint(listed, where)
+    reader = _Reader(source, naming, Rules(bad_boxes, empty, unannotated, unreadable))
+    hasher = hashlib.sha256(repr(naming.names).encode())
+    scenes: dict[str, list[Scene]] = {}
+    marks: dict[str, Marks] = {}
+    with _kept(source) as keep:
+        for split, entries in listed.items():
+            read = [one for entry in entries if (one := reader.read(entry, keep))]
+            for scene, sha in read:
+                hasher.update(sha + scene.boxes.tobytes() + scene.labels.tobytes() + scene.difficult.tobytes())
+            scenes[split] = [scene for scene, _ in read]
+            marks[split] = np.array([mark(sha) for _, sha in read], dtype=np.uint64)
+        reader.faults.check()
+        _check_countable(scenes, where)
+    over = sum(map(len, every.values())) - sum(map(len, listed.values()))
+    bare = sum(map(len, source.splits.values())) - sum(map(len, there.values()))
+    notes = [*source.notes, *([f"pictures without annotation left out: {bare:,}"] if bare else [])]
+    notes += [*naming.notes(listed), *reader.notes()]
+    carved = ", ".join(split for split in every if split not in source.splits)
+    notes += [f"held out of train by seed: {carved}"] if carved else []
+    notes += [f"pictures left out by voc.limit: {over:,}"] if over else []
+    identifiers = {split: [scene.id for scene in some] for split, some in scenes.items()}
+    dropped = reader.tally["boxes dropped"]
+    return VocIndex(naming.names, scenes, hasher.hexdigest(), dropped, notes + duplicates(marks, identifiers))
 
 
-def find_class_names(sources: Sequence[tuple[Path, str]]) -> list[str]:
-    """The classes that annotations of these image sets name, in alphabetical order (which is VOC's own)."""
-    names: set[str] = set()
-    for folder, image_set in sources:
-        for identifier in read_image_set(folder, image_set):
-            names.update(read_annotation(folder / "Annotations" / f"{identifier}.xml").names)
-    if not names:
-        raise VocError(f"{sources[0][0] if sources else 'voc'}: no annotation names a class.")
-    check_spelling(sorted(names), str(sources[0][0]))
-    return sorted(names)
+def _is_asked(entry: Entry, unannotated: OnUnannotated) -> bool:
+    return entry.annotation is not None or unannotated != "skip"
 
 
-def _listed(sources: Sequence[tuple[Path, str]]) -> list[tuple[Path, str]]:
-    """(folder, id) of every picture of a split once."""
-    return list(dict.fromkeys((folder, i) for folder, name in sources for i in read_image_set(folder, name)))
-
-
-def _drawn(every: list[tuple[Path, str]], limit: int | None, seed: int) -> list[tuple[Path, str]]:
+def _drawn(every: Sequence[Entry], limit: int | None, seed: int) -> Sequence[Entry]:
     """A seeded draw of `limit` pictures in the same order."""
     if limit is None or limit >= len(every):
         return every
@@ -222,64 +144,189 @@ def _drawn(every: list[tuple[Path, str]], limit: int | None, seed: int) -> list[
     return [every[position] for position in sorted(chosen)]
 
 
-def _disjoint(listed: Mapping[str, list[tuple[Path, str]]]) -> None:
-    for split, other in (("train", "test"), ("validation", "test"), ("train", "validation")):
-        shared = set(listed.get(split, ())).intersection(listed.get(other, ()))
+def _disjoint(listed: Mapping[Split, Sequence[Entry]], where: Path) -> None:
+    files = {split: {entry.image or entry.where: entry.id for entry in entries} for split, entries in listed.items()}
+    pairs: tuple[tuple[Split, Split], ...] = (("train", "test"), ("validation", "test"), ("train", "validation"))
+    for split, other in pairs:
+        shared = sorted(files[split][file] for file in files[split].keys() & files[other].keys())
         if shared:
-            folder, identifier = min(shared)
             raise VocError(
-                f"{folder}: picture {identifier} ({len(shared)} in all) is both in {split} and in {other}; "
-                f"choose image sets that share none."
+                f"{where}: picture {shared[0]} ({len(shared)} in all) is both in {split} and in {other}; "
+                f"choose lists that share none."
             )
 
 
-def read_index(
-    sources: Sources,
-    *,
-    class_names: Sequence[str] | None = None,
-    bad_boxes: OnBadBox = "error",
-    empty: OnEmpty = "error",
-    limit: int | None = None,
-    seed: int = 0,
-) -> VocIndex:
-    """Read and check every picture and annotation of a devkit (or several).
-
-    Parameters
-    ----------
-    sources : split -> image sets. "train" and "test" must not be empty; "validation" may.
-    class_names : in the order of the labels; None: what the training annotations name, alphabetically.
-    bad_boxes : a box without area or outside its picture is an "error", or left out ("drop") and counted.
-    empty : a picture without a box is an "error", or kept as "background".
-    limit : pictures per split, drawn by `seed`; None: all.
-
-    Raises
-    ------
-    VocError : naming the file; also where a picture is in two splits, and where no object of the test split counts.
-    """
-    for split in ("train", "test"):
-        if not sources.get(split):
-            raise VocError(f"voc.{split}: names no image set.")
-    names = list(class_names) if class_names is not None else find_class_names(sources["train"])
-    numbers = {name: number for number, name in enumerate(names)}
-    check_spelling(names, "voc.class_names")
-    every = {split: _listed(sources.get(split, ())) for split in SPLITS}
-    listed = {split: _drawn(pictures, limit, seed) for split, pictures in every.items()}
-    _disjoint(listed)
-    hasher, dropped = hashlib.sha256(repr(names).encode()), 0
-    scenes: dict[str, list[Scene]] = {}
-    marks: dict[str, Marks] = {}
-    for split, pictures in listed.items():
-        scenes[split], marks[split] = [], np.zeros(len(pictures), dtype=np.uint64)
-        for folder, identifier in pictures:
-            scene, lost, sha = read_scene(folder.resolve(), identifier, numbers, bad_boxes, empty)
-            hasher.update(sha + scene.boxes.tobytes() + scene.labels.tobytes() + scene.difficult.tobytes())
-            marks[split][len(scenes[split])] = mark(sha)
-            scenes[split].append(scene)
-            dropped += lost
+def _check_countable(scenes: Mapping[str, Sequence[Scene]], where: Path) -> None:
+    if not scenes["train"]:
+        raise VocError(f"{where}: no training picture is left.")
     if all(scene.difficult.all() for scene in scenes["test"]):
-        raise VocError("voc.test: holds no object that counts (all are flagged difficult), so nothing could be scored.")
-    over = sum(map(len, every.values())) - sum(map(len, listed.values()))
-    notes = [f"boxes dropped: {dropped:,} (without area, or outside the picture)"] if dropped else []
-    notes += [f"pictures left out by voc.limit: {over:,}"] if over else []
-    identifiers = {split: [identifier for _, identifier in pictures] for split, pictures in listed.items()}
-    return VocIndex(names, scenes, hasher.hexdigest(), dropped, notes + duplicates(marks, identifiers))
+        reason = "all are flagged difficult" if any(len(scene.labels) for scene in scenes["test"]) else "there is none"
+        raise VocError(f"{where}: the test split holds no object that counts ({reason}), so nothing could be scored.")
+
+
+Keep = Callable[[str, bytes], Path]
+"""Name in the tree, and content, of a picture -> where it lies from now on."""
+
+
+@contextlib.contextmanager
+def _kept(source: BoxSource) -> Iterator[Keep]:
+    """Where pictures stay. Those of an archive go to a fresh folder, which takes its place when the block ends well:
+    beside it may lie what another variant has left.
+    """
+    if source.tree.lasting and source.tree.where.is_dir():
+        root = source.tree.where.resolve()
+        yield lambda name, content: root / name
+        return
+    target = (source.folder / UNPACKED).resolve()
+    with refused(VocError, target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unpacking.", dir=target.parent) as temporary:
+            fresh = Path(temporary) / UNPACKED
+            fresh.mkdir()
+
+            def keep(name: str, content: bytes) -> Path:
+                path = fresh / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                return target / name
+
+            yield keep
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.rename(target)
+
+
+class _Picture(NamedTuple):
+    """A picture that was decoded to its last row: (width, height) as stored, EXIF orientation, and its file."""
+
+    size: tuple[int, int]
+    orientation: int
+    content: bytes
+
+    def upright(self, said: Annotation) -> bool:
+        """Whether the boxes are meant on the picture as its EXIF orientation shows it: where its size is stated so, and
+        where no size is stated but shares of it.
+        """
+        stated = self.size[::-1] == said.size != self.size
+        return (self.orientation >= 5 and stated) or (self.orientation > 1 and said.relative)
+
+
+@dataclass
+class _Reader:
+    """From entries to scenes. What is wrong, and what was done about it, is gathered."""
+
+    source: BoxSource
+    naming: Naming
+    rules: Rules
+    tally: Counter[str] = field(default_factory=Counter)
+    lost: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.faults = Faults(self.source.tree.where, VocError)
+
+    def read(self, entry: Entry, keep: Keep) -> tuple[Scene, bytes] | None:
+        """The scene and the picture's SHA-256; None where it is left out, or something is wrong with it."""
+        said = self._said(entry)
+        picture = self._picture(entry) if said else None
+        if said is None or picture is None or entry.image is None or not self._is_of(said, picture, entry):
+            return None
+        upright = picture.upright(said)
+        width, height = picture.size[::-1] if upright and picture.orientation >= 5 else picture.size
+        labels = self._labels(said, entry)
+        boxes, sound = self._boxes(said, (width, height), labels >= 0, entry)
+        bad = self.rules.bad_boxes == "error" and sound.sum() < (labels >= 0).sum()
+        if bad or (not sound.any() and (labels >= 0).all() and not self._may_be_empty(entry)):
+            return None
+        sha = hashlib.sha256(picture.content).digest()
+        path = keep(entry.image, picture.content)
+        told = boxes[sound], labels[sound], said.difficult[sound]
+        return Scene(entry.id, path, width, height, *told, upright, digest([picture.content])), sha
+
+    def _said(self, entry: Entry) -> Annotation | None:
+        if entry.annotation is not None:
+            return entry.annotation
+        if self.rules.unannotated == "error":
+            way_out = "voc.unannotated: 'background' keeps such pictures as showing nothing, 'skip' leaves them out."
+            self.faults.add(f"{entry.where}: no such annotation", way_out)
+            return None
+        self.tally["pictures without annotation kept as background"] += 1
+        return _NOTHING
+
+    def _picture(self, entry: Entry) -> _Picture | None:
+        try:
+            if entry.image is None:
+                raise ArchiveError(
+                    f"no picture '{entry.id}', with any ending read here, though {entry.listed} names it"
+                )
+            return self._decoded(entry.image)
+        except (ArchiveError, ImageError) as error:
+            if self.rules.unreadable == "error":
+                self.faults.add(error, "voc.unreadable: 'skip' leaves such pictures out.")
+            self.lost.append(entry.image or entry.id)
+            return None
+
+    def _decoded(self, name: str) -> _Picture:
+        from PIL import Image
+
+        content = self.source.tree.read(name)
+        with named(f"{self.source.tree.where}: {name}"), Image.open(io.BytesIO(content)) as image:
+            image.load()
+            return _Picture(image.size, orientation(image), content)
+
+    def _is_of(self, said: Annotation, picture: _Picture, entry: Entry) -> bool:
+        """Whether the size that is stated is the picture's, in either orientation."""
+        width, height = picture.size
+        if said.size in (None, (width, height), (height, width)):
+            return True
+        way_out = "The boxes may be those of another picture: mend them, or take out the stated size if they fit."
+        stated = f"{said.size[0]}x{said.size[1]}" if said.size else ""
+        self.faults.add(f"{entry.where}: states a size of {stated}, the picture has {width}x{height}", way_out)
+        return False
+
+    def _labels(self, said: Annotation, entry: Entry) -> npt.NDArray[np.int64]:
+        """(n,), -1: left out."""
+        labels = [self.naming.label(name) for name in said.names]
+        if unknown := [name for name, label in zip(said.names, labels, strict=True) if label is None]:
+            self.faults.add(f"{entry.where}: unknown class '{unknown[0]}'", self.naming.way_out(unknown[0]))
+        return np.array([-1 if label is None else label for label in labels], dtype=np.int64)
+
+    def _boxes(self, said: Annotation, size: tuple[int, int], wanted: Flags, entry: Entry) -> tuple[Floats, Flags]:
+        """(n, 4) inside the picture, and which of them are to be kept: (n,), wanted, with an area, not far outside."""
+        sides = np.array([*size, *size], dtype=np.float64)
+        boxes = said.boxes * sides if said.relative else said.boxes
+        inside = np.clip(boxes, 0, sides)
+        over = np.abs(boxes - inside)
+        thin = np.hstack([boxes[:, 2:] - boxes[:, :2] <= said.first, inside[:, 2:] <= inside[:, :2]])
+        outside = np.any(over > np.maximum(_SLACK, EDGE * sides), axis=1)
+        flat = np.any(thin, axis=1)
+        bad = wanted & (flat | outside)
+        if bad.any() and self.rules.bad_boxes == "error":
+            for number in np.flatnonzero(bad):
+                fault = f"lies outside the picture of {size[0]}x{size[1]}" if outside[number] else "has no area"
+                corners = boxes[number] + [said.first, said.first, 0, 0]
+                told = ", ".join(f"{key} {corner:g}" for key, corner in zip(_CORNERS, corners, strict=True))
+                told = f"{entry.where}: the box of object {number + 1} ({said.names[number]}: {told}) {fault}"
+                self.faults.add(told, "voc.bad_boxes: 'drop' leaves such boxes out.")
+        self.tally["boxes dropped"] += int(bad.sum())
+        self.tally["boxes clipped at the edge"] += int((wanted & ~bad & (over > _SLACK).any(1)).sum())
+        self.tally["boxes with corners swapped back"] += said.swapped
+        self.tally["boxes drawn around polygons"] += said.polygons
+        return inside, wanted & ~bad
+
+    def _may_be_empty(self, entry: Entry) -> bool:
+        if entry.annotation is None:
+            return True  # told already
+        if self.rules.empty == "background":
+            self.tally["pictures without a box kept as background"] += 1
+            return True
+        self.faults.add(f"{entry.where}: no boxes", "voc.empty: 'background' keeps such pictures as background.")
+        return False
+
+    def notes(self) -> list[str]:
+        """What was done, in plain words."""
+        remarks = {"boxes dropped": " (without area, or outside the picture)"}
+        told = [f"{what}: {count:,}{remarks.get(what, '')}" for what, count in self.tally.items() if count]
+        return told + ([f"unreadable pictures left out: {few(self.lost)}"] if self.lost else [])
+
+
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_NOTHING = annotation([], [], [])
