@@ -1,5 +1,7 @@
 """Detection transfer: a detector on the pruned, trained backbone, read once on test. Writes artifacts/detect/."""
 
+import epsd  # noqa: F401, I001 (before torch: it says how threads wait)
+
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """Read the test split, once: accuracy, calibration, and what the network costs. Writes artifacts/evaluate/."""
 
+import epsd  # noqa: F401, I001 (before torch: it says how threads wait)
+
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Self-distilled training of the pruned network, from its initial weights. Writes artifacts/train/."""
 
+import epsd  # noqa: F401, I001 (before torch: it says how threads wait)
+
 import shutil
 from pathlib import Path
 from typing import Any

@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -48,6 +49,28 @@ NAMERS = {"pipeline", "tuning", "studies", "analysis", "cli"}  # know variants b
 
 def stages() -> dict[str, dict]:
     return read_yaml(ROOT / "dvc.yaml")["stages"]
+
+
+def test_every_stage_says_how_threads_wait_before_torch_is_loaded() -> None:
+    for file in (ROOT / "stages").glob("*.py"):
+        nodes = ast.parse(file.read_text()).body
+        imported = [
+            name.split(".")[0]
+            for node in nodes
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+        ]
+        assert "torch" not in imported[: imported.index("epsd")], file
+
+
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_threads_wait_briefly_unless_the_user_says_otherwise(own: dict[str, str], found: str) -> None:
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    told = [sys.executable, "-c", "import epsd, os; print(os.environ.get('GOMP_SPINCOUNT'))"]
+    assert subprocess.run(told, env={**kept, **own}, capture_output=True, text=True).stdout.strip() == found
 
 
 def module_file(module: str) -> Path | None:

@@ -9,6 +9,8 @@ docs/library.md shows every name at work, by task. Only what `epsd` itself offer
 modules below it move and change without notice. Names are loaded when first used: `import epsd` itself costs nothing.
 """
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,11 @@ if TYPE_CHECKING:
     from epsd.training.updates import MaskHolder as MaskHolder
     from epsd.types import Batch as Batch
     from epsd.types import EpsdError as EpsdError
+
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    # Threads that wait for the others spin for 10,000 rounds, then sleep. As torch comes they spin thirty times as
+    # long: no step is shorter for it, and where other work is on the cores one takes up to fifty times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _HOMES = {
     "evaluation.compact_file": ("load_compact", "save_compact"),

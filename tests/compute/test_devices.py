@@ -99,3 +99,23 @@ def test_determinism_gives_the_same_bits(monkeypatch):
     finally:
         devices.determinism(False)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("busy", "threads", "line"),
+    [
+        (0, 8, None),
+        (4, 8, None),
+        (60, 8, "keep 4.8 of 8 cores busy: threads: 3 may be faster than 8"),
+        (60, 3, None),
+        (100, 2, "keep 8.0 of 8 cores busy: threads: 1 may be faster than 2"),
+        (100, 1, None),
+    ],
+)
+def test_a_start_on_busy_cores_names_the_threads(monkeypatch, busy, threads, line):
+    import psutil
+
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: busy)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    found = devices.crowded(threads)
+    assert found is None if line is None else line in found

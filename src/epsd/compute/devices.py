@@ -98,6 +98,22 @@ def open_machine(device: str = "auto", threads: int | None = None, workers: int 
     return Machine(found, torch.get_num_threads(), workers)
 
 
+def crowded(threads: int) -> str | None:
+    """A line where other programs leave fewer cores than torch has `threads`, which then wait for each other."""
+    import psutil
+
+    cores = os.cpu_count() or 1
+    busy = cores * psutil.cpu_percent(_A_LOOK) / 100
+    free = max(1, round(cores - busy))
+    if threads <= free:
+        return None
+    return f"other programs keep {busy:.1f} of {cores} cores busy: threads: {free} may be faster than {threads}."
+
+
+_A_LOOK = 0.1
+"""Seconds."""
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """`batch` on `device`; no copy where it is there already."""
     partner = None if batch.partner is None else batch.partner.to(device)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from epsd.compute import distributed
-from epsd.compute.devices import Machine, open_machine, pick_device, pick_precision, seed_everything
+from epsd.compute.devices import Machine, crowded, open_machine, pick_device, pick_precision, seed_everything
 from epsd.files.digests import digest_of
 from epsd.pipeline import changes, launch, weights
 from epsd.pipeline.describe import is_dense, method, stays
@@ -71,6 +71,8 @@ def run_stage(name: str, main: Main) -> None:
                 if not quiet():
                     several = f" in {count} processes" if count > 1 else ""
                     _say(f"{name}: {describe(params, name)}, on {machine.device.type}{several}")
+                    if count == 1 and machine.device.type == "cpu" and (line := crowded(machine.threads)):
+                        note(f"{name}: {line}")
                 seed_everything(params.seed)
                 result = main(params, machine)
         seconds = time.monotonic() - started
