@@ -22,9 +22,9 @@ from epsd.detection import deploy, drawing
 from epsd.detection.average_precision import Detections
 from epsd.detection.backbone import follow, sparsity
 from epsd.detection.fit import fit_detector
-from epsd.detection.pictures import typical_size
+from epsd.detection.pictures import picture_of, typical_size
 from epsd.detection.score import Report, countable, detect, score_detections
-from epsd.detectors import DETECTORS, Picture
+from epsd.detectors import DETECTORS, Detector, Picture, Plan
 from epsd.figures import style as figures
 from epsd.files.onnx_file import FOLDER, FP32
 from epsd.masks import Mask
@@ -35,7 +35,7 @@ from epsd.pipeline.train import trained as train_classifier
 from epsd.pipeline.weights import content_of
 from epsd.project import artifacts, code
 from epsd.project.params import Params
-from epsd.project.runtime import counted, note, state_folder
+from epsd.project.runtime import counted, note, quiet, state_folder
 from epsd.registry import choose
 from epsd.tracking import Tracker
 from epsd.tracking.models import DETECTOR
@@ -45,8 +45,8 @@ from epsd.voc.scenes import VocIndex
 
 
 class Task(NamedTuple):
-    """What the detector and its twin share: parameters, the machine, scenes, the card of the trained classifier, and
-    where an interrupted training left off.
+    """What the detector and its twin share: parameters, the machine, scenes, the card of the trained classifier, where
+    an interrupted training left off, and `detect.detector` with a number for every `auto`.
     """
 
     params: Params
@@ -55,6 +55,8 @@ class Task(NamedTuple):
     card: dict[str, Any]
     folder: Path
     mark: str
+    picture: Picture
+    detector: dict[str, Any]
 
     def saved(self, name: str) -> dict[str, Any]:
         """Settings of a training that goes on from the checkpoint `name`."""
@@ -74,15 +76,20 @@ def main(params: Params, machine: Machine) -> str:
     mark = fingerprint(params)
     folder = state_folder("checkpoints", mark)
     voc, (card, model, mask) = VocIndex.load(artifacts.VOC_INDEX), backbone(params)
-    task = Task(params, machine, voc, card, folder, mark)
+    picture = picture_of(voc.scenes["train"], card["mean"], card["std"])
+    nodes = choose(ARCHITECTURES, card["architecture"], "architecture").feature_nodes(model)
+    plan = choose(DETECTORS, params.detect.detector, "detect.detector").plan(model, nodes, picture)
+    task = Task(params, machine, voc, card, folder, mark, picture, params.detect.detector | plan.settings)
     keep_freed_memory()
     if not distributed.is_main():
         followed(task, model, mask)
         return ""
     if "weight_bits" in card:
         note(f"detect: trains in full precision; its backbone begins with weights of {card['weight_bits']} bits.")
+    tell(plan)
     in_run = reopened if params.detect.backbone is None else opened
-    with in_run("detect", params, {"voc.digest": task.voc.digest}) as tracker:
+    used = {f"detect.used.{name}": value for name, value in plan.settings.items()}
+    with in_run("detect", params, {"voc.digest": task.voc.digest}, used) as tracker:
         trained = fitted(task, model, mask, on_epoch=partial(tracker.epoch, prefix="detect/train_"))
         report = judged(task, trained) | beside(task)
         artifacts.write_json(artifacts.DETECT_METRICS, report)
@@ -92,6 +99,21 @@ def main(params: Params, machine: Machine) -> str:
     twin = f", {params.detect.beside} twin {report['beside_map50']:.4f}" if "beside_map50" in report else ""
     kept = f"; model 'epsd-detector' version {version} (candidate)" if version else ""
     return f"test mAP@0.5 {report['map50']:.4f}{twin}, COCO mAP {report['map']:.4f}{kept}"
+
+
+COVERED = 0.5
+"""Share of the training boxes that anchors cover, below which something is wrong with the settings."""
+
+
+def tell(plan: Plan) -> None:
+    """What was chosen, and what cannot fit."""
+    if plan.settings and not quiet():
+        note(f"detect: auto: {plan.told()}.")
+    if plan.covered() < COVERED:
+        note(
+            f"detect: the anchors hardly fit: {plan.told()}. Set size, finest_stride, extra_levels and anchor_scale "
+            "(smallest, biggest) of detect.detector to auto."
+        )
 
 
 def fingerprint(params: Params) -> str:
@@ -127,11 +149,10 @@ def fitted(
 ) -> Trained:
     """A detector around `model`, trained on the training scenes; the mask of `model` moves along and holds."""
     settings = task.params.detect
-    picture = Picture(*typical_size(task.voc.scenes["train"]), task.card["mean"], task.card["std"])
     nodes = choose(ARCHITECTURES, task.card["architecture"], "architecture").feature_nodes(model)
     seed_everything(mix(task.params.seed, "detect"))
-    build = choose(DETECTORS, settings.detector, "detect.detector")
-    detector = build(model, nodes, picture, len(task.voc.class_names), settings.frozen_stages)
+    build: Detector = choose(DETECTORS, task.detector, "detect.detector")
+    detector = build(model, nodes, task.picture, len(task.voc.class_names), settings.frozen_stages)
     moved = None if mask is None else follow(mask, model, detector)
     history = fit_detector(
         detector,
@@ -169,7 +190,7 @@ def judged(task: Task, trained: Trained) -> dict[str, float]:
     """Read the test scenes; save the detector, its tables and its pictures. Returns the headline figures."""
     detections = found(task, trained.detector, "test")
     summary, rows = scored(task, detections, "test")
-    card = task.card | {"detector": task.params.detect.detector, "detected": task.voc.class_names}
+    card = task.card | {"detector": task.detector, "detected": task.voc.class_names}
     card |= {"typical_size": typical_size(task.voc.scenes["train"])}
     artifacts.save_model(trained.detector, artifacts.DETECTOR, card)
     artifacts.write_records(artifacts.DETECT_PER_CLASS, rows)

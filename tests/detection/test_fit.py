@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from devkits import scene
 from epsd.architectures.resnet import ResNet
+from epsd.compute.shortage import OutOfMemory
 from epsd.datasets.digit_scenes import DigitScenes
-from epsd.detection import drawing
+from epsd.detection import drawing, foreseen
 from epsd.detection.average_precision import Detections
 from epsd.detection.backbone import DetectionError, follow, sparsity
 from epsd.detection.fit import fit_detector, lr_at
@@ -23,7 +25,9 @@ from epsd.detectors import Picture
 from epsd.detectors.faster_rcnn import FasterRcnn
 from epsd.detectors.ssd import Ssd
 from epsd.masks import Mask, prunable
+from epsd.project.progress import Progress
 from epsd.project.recipes import DetectorRecipe
+from epsd.training import checkpoints
 from epsd.voc.annotations import read_index
 from epsd.voc.scenes import Scene
 
@@ -197,7 +201,7 @@ class Broken(nn.Module):
 
 
 def test_a_loss_that_is_no_number_stops_and_says_where(scenes: dict[str, list[Scene]]) -> None:
-    broken = Broken(good=4)
+    broken = Broken(good=5)  # one step is tried before the first
     with pytest.raises(DetectionError, match=r"epoch 2, step 2 \(loss nan, loss_odd nan\).*detect\.lr") as caught:
         fit_detector(broken, scenes["train"], recipe_of(epochs=3, batch_size=4, lr=0.1), channels=1)
     assert "\n" not in str(caught.value)
@@ -207,6 +211,74 @@ def test_a_loss_that_is_no_number_stops_and_says_where(scenes: dict[str, list[Sc
 def test_no_picture_to_train_on() -> None:
     with pytest.raises(DetectionError, match="no training picture"):
         fit_detector(detector_of(backbone()), [], RECIPE, channels=1)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_training_that_stops_inside_an_epoch_goes_on_to_the_same_bits(
+    scenes: dict[str, list[Scene]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flip: bool
+) -> None:
+    """As a long one does, which saves every few minutes."""
+    recipe, path = RECIPE.model_copy(update={"flip": flip}), tmp_path / "c.safetensors"
+    whole = detector_of(backbone())
+    history = fit_detector(whole, scenes["train"], recipe, channels=1)
+    monkeypatch.setattr("epsd.detection.fit.SAVE_EVERY", 0.0)
+    done: list[int] = []
+
+    def step(self: Progress, count: int = 1) -> None:
+        done.append(count)
+        if len(done) == 5:  # of six steps; the fifth is the second of the second epoch
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            fit_detector(detector_of(backbone()), scenes["train"], recipe, channels=1, checkpoint=path, mark="m")
+    state = checkpoints.load(path, "m")
+    assert state is not None and len(state["history"]) == 1 and state["part"]["steps"] == 2
+    again = detector_of(backbone())
+    resumed = fit_detector(again, scenes["train"], recipe, channels=1, checkpoint=path, mark="m")
+    assert [row | {"seconds": 0} for row in resumed] == [row | {"seconds": 0} for row in history]
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_much_time_and_memory_is_told_before_the_first_step(
+    scenes: dict[str, list[Scene]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing else. What was tried leaves no trace."""
+    plain = fit_detector(detector_of(backbone()), scenes["train"], RECIPE, channels=1)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(foreseen, "LONG", 0.0)
+    told = fit_detector(detector_of(backbone()), scenes["train"], RECIPE, channels=1)
+    line = capsys.readouterr().err
+    assert re.fullmatch(
+        r"detect: foreseen: [\d.]+ s for a step, \d+ s in all; a step on 4 pictures needs about [\d.]+ GB, .* free\.\n",
+        line,
+    )
+    assert [row["loss"] for row in plain] == [row["loss"] for row in told]
+    monkeypatch.setattr("epsd.compute.shortage.free", lambda device: 1000)
+    with pytest.raises(
+        OutOfMemory, match=r"detect: out of memory: a step on 4 pictures needs about .*detect\.batch_size"
+    ):
+        fit_detector(detector_of(backbone()), scenes["train"], RECIPE, channels=1)
+
+
+def test_what_is_foreseen_is_what_a_step_takes() -> None:
+    """Bytes per picture of a layer whose need is known: what it gives, and what it was given."""
+
+    class Known(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {"loss": torch.stack([(image * self.weight).pow(2).mean() for image in images]).sum()}
+
+    samples = [(torch.rand(1, 100, 100), {"boxes": torch.zeros(0, 4)})] * 2
+    found = foreseen.tried(Known(), samples, torch.device("cpu"), None)
+    assert found.bytes == pytest.approx(
+        2 * 4 * 100 * 100, rel=0.51
+    )  # the product; the picture itself, which is one here
+    assert [foreseen.duration(seconds) for seconds in (4, 600, 9000)] == ["4 s", "10 minutes", "2.5 hours"]
 
 
 def test_half_precision_trains(scenes: dict[str, list[Scene]]) -> None:

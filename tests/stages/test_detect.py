@@ -30,6 +30,9 @@ from pictures import write
 STAGE = Path(__file__).resolve().parents[2] / "stages" / "detect.py"
 TINY = {
     "name": "faster_rcnn",
+    "finest_stride": 4,
+    "extra_levels": 1,
+    "anchor_scale": 4.0,
     "channels": 16,
     "head_width": 16,
     "proposals": 20,
@@ -151,6 +154,9 @@ def test_everything_is_in_the_run(done: Path) -> None:
     assert found.data.metrics["detect/map"] == report["map"]
     assert "detect/train_loss" in found.data.metrics
     assert found.data.params["detect.beside"] == "dense"
+    card = artifacts.read_json(done / artifacts.DETECTOR_CARD)["detector"]
+    assert found.data.params["detect.used.size"] == str(card["size"]) == "64"
+    assert "detect.used.finest_stride" not in found.data.params, "it was set by hand"
     assert found.info.run_name == "a-run" and found.data.tags["kind"] == "pipeline"
     assert found.data.tags["mlflow.note.content"].startswith("A network.\n\n**Detection.** As backbone of")
     assert {file.path for file in client.list_artifacts(found.info.run_id)} >= {"detections.png", "detect", "detector"}
@@ -291,6 +297,21 @@ def test_mistakes_end_with_one_line(tmp_path: Path, detect: dict[str, Any], mess
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_auto_stands_for_is_told_and_what_cannot_fit_is_warned_of(tmp_path: Path) -> None:
+    auto = dict.fromkeys(("size", "finest_stride", "extra_levels", "anchor_scale"), "auto")
+    for name, detector in (("auto", auto), ("tiny", {"finest_stride": 1, "anchor_scale": 1.0, "extra_levels": 0})):
+        (tmp_path / name).mkdir()
+        folder = project(tmp_path / name, SCENES, detector=TINY | detector, pictures=0, onnx=False)
+        loud = environment(folder) | {"EPSD_QUIET": ""}
+        command = [sys.executable, str(STAGE)]
+        done = subprocess.run(command, cwd=folder, env=loud, capture_output=True, text=True, check=True)
+        maps = "2, 4, anchors of 12 to 24 px" if name == "auto" else "1, 2, 4, anchors of 1 to 4 px"
+        assert f"detect: auto: pictures of up to 64x107 px, maps at strides {maps}; most of the" in done.stderr
+        assert ("detect: the anchors hardly fit: " in done.stderr) == (name == "tiny")
+    made = artifacts.read_json(folder / artifacts.DETECTOR_CARD)["detector"]
+    assert made == TINY | {"size": 64, "finest_stride": 1, "anchor_scale": 1.0, "extra_levels": 0}
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

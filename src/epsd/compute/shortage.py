@@ -89,8 +89,8 @@ def advice(
 ) -> str:
     """The one line for a batch that does not fit. `batch_size`, `needed` and `free`: of one of the `processes`."""
     size = -(-batch_size // parts)
-    have = "" if free is None else f", {_gigabytes(free)} are free"
-    needs = _gigabytes(needed.of(size))
+    have = "" if free is None else f", {gigabytes(free)} are free"
+    needs = gigabytes(needed.of(size))
     where = f"{device} by each process" if processes > 1 else f"{device}"
     say = f"out of memory: training on {size} images at a time needs about {needs} on {where}{have}."
     fits = min(needed.fitting(free), size - 1) if free is not None else size // 2
@@ -102,5 +102,6 @@ def advice(
     )
 
 
-def _gigabytes(count: int) -> str:
+def gigabytes(count: float) -> str:
+    """`count` bytes in words."""
     return f"{count / 1e9:.2g} GB" if count < 1e10 else f"{count / 1e9:.0f} GB"

@@ -3,16 +3,18 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from epsd.compute import distributed, joint_layers, networks
+from epsd.compute import distributed, joint_layers, networks, shortage
 from epsd.compute.devices import pick_precision
 from epsd.compute.seeds import mix
+from epsd.detection import foreseen
 from epsd.detection.backbone import DetectionError
 from epsd.detection.pictures import Pictures, Sample, loaded, moved_to, training_batches
 from epsd.detection.whole_batch import Whole
@@ -24,6 +26,9 @@ from epsd.training.updates import Updates
 from epsd.voc.scenes import Scene
 
 OnEpoch = Callable[[dict[str, float]], None]
+
+SAVE_EVERY = 300.0
+"""Seconds between two checkpoints inside an epoch (of one process; several save after each epoch alone)."""
 
 
 class _Run(NamedTuple):
@@ -62,7 +67,8 @@ def fit_detector(
     scenes : the training split. channels : 1 grey, 3 RGB: what the detector's backbone takes.
     mask : under the detector's parameter names (`follow`); removed weights are exactly 0 after every step.
     workers : processes that decode pictures, where they are not kept in memory.
-    checkpoint, mark : as `epsd.training.fit.fit` has them: written after every epoch, gone on from where there is one.
+    checkpoint, mark : as `epsd.training.fit.fit` has them: written after every epoch, and every five minutes of a long
+        one; gone on from where there is one, to the same weights.
     on_epoch : called after each epoch with its row of the history, after a resume with the rows of those before too.
 
     Returns
@@ -73,38 +79,73 @@ def fit_detector(
     ------
     DetectionError : no scene to train on; a loss that is NaN or infinite (says where); a batch of one picture where
         batch normalisation needs two; processes that do not see the same checkpoint.
-    CheckpointError : a checkpoint of something else.
+    CheckpointError : a checkpoint of something else.  OutOfMemory : a step does not fit into memory.
     """
     if not scenes:
         raise DetectionError("detect: there is no training picture.")
     device = torch.device(device)
     steps = recipe.epochs * len(training_batches(range(len(scenes)), recipe.batch_size))
+    pictures = Pictures(scenes, channels)
+    state = checkpoints.load(checkpoint, mark) if checkpoint is not None else None
+    history, part = (list(state["history"]), _Part(**state["part"])) if state else ([], _Part())
+    detector.to(device).train()
+    left = recipe.epochs * len(scenes) - len(history) * len(scenes) - part.count
+    with _told_of_lonely_values():
+        precision = pick_precision(recipe.precision, device)
+        foreseen.check(detector, pictures, device, precision, batch_size=recipe.batch_size, passes=left)
     run = _start(detector, recipe, mask, device, steps)
-    pictures, history = Pictures(scenes, channels), list[dict[str, float]]()
-    if checkpoint is not None and (state := checkpoints.load(checkpoint, mark)):
-        history = _restored(run, state)
-    if not distributed.agree(len(history)):
+    if state:
+        run.detector.load_state_dict(state["detector"])
+        run.updates.load_state_dict(state)
+    if not (distributed.agree(len(history)) and distributed.agree(part.steps)):
         raise DetectionError("only some of the processes see the checkpoint: they need one common project folder.")
     tell = on_epoch or (lambda row: None)
     for row in history:
         tell(row)
+
+    def save(part: _Part) -> None:
+        if checkpoint is not None and distributed.is_main():
+            whole = {"detector": detector.state_dict(), **run.updates.state_dict(), "history": history}
+            checkpoints.save(checkpoint, whole | {"part": vars(part)}, mark)
+
     gpus = [device] if device.type == "cuda" else []
-    bar = Progress("detect", recipe.epochs * len(scenes), len(history) * len(scenes), after=len(history))
+    bar = Progress("detect", recipe.epochs * len(scenes), recipe.epochs * len(scenes) - left, after=len(history))
     with torch.random.fork_rng(gpus), distributed.prepared(detector), Whole(detector) as whole, bar as progress:
         for epoch in range(len(history), recipe.epochs):
             torch.manual_seed(mix(seed, "detect", epoch))
             batches = training_batches(torch.randperm(len(scenes)).tolist(), recipe.batch_size)
             pictures.flip = torch.rand(len(scenes)) < 0.5 if recipe.flip else None
-            drawn = loaded(pictures, [batch[_share(batch)] for batch in batches], workers)
-            step = _Steps(run, whole, mix(seed, "detect", epoch), epoch + 1, epoch * len(batches))
-            history.append(_epoch(step, zip(batches, drawn, strict=True), progress))
+            rest = batches[part.steps :]
+            drawn = loaded(pictures, [batch[_share(batch)] for batch in rest], workers)
+            step = _Steps(run, whole, mix(seed, "detect", epoch), epoch + 1, len(batches))
+            with _told_of_shortage(device):
+                history.append(_epoch(step, zip(rest, drawn, strict=True), progress, part, save))
+            part = _Part()
             run.updates.settle()
             distributed.settle_buffers(detector)
-            if checkpoint is not None and distributed.is_main():
-                state = {"detector": detector.state_dict(), **run.updates.state_dict(), "history": history}
-                checkpoints.save(checkpoint, state, mark)
+            save(part)
             tell(history[-1])
     return history
+
+
+@dataclass
+class _Part:
+    """Of an epoch what is done: steps, pictures, sums of the terms over pictures, seconds."""
+
+    steps: int = 0
+    count: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@contextlib.contextmanager
+def _told_of_shortage(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not shortage.is_shortage(error):
+            raise
+        raise shortage.OutOfMemory(f"detect: out of memory on {device}. {foreseen.ADVICE}") from None
 
 
 def _alike(batch: Sequence[int]) -> bool:
@@ -115,12 +156,6 @@ def _alike(batch: Sequence[int]) -> bool:
 def _share(batch: Sequence[int]) -> slice:
     """Which pictures of a batch this process takes."""
     return slice(0, len(batch)) if _alike(batch) else distributed.share(len(batch))
-
-
-def _restored(run: _Run, state: dict[str, Any]) -> list[dict[str, float]]:
-    run.detector.load_state_dict(state["detector"])
-    run.updates.load_state_dict(state)
-    return list(state["history"])
 
 
 def _start(detector: nn.Module, recipe: DetectorRecipe, mask: Mask | None, device: torch.device, steps: int) -> _Run:
@@ -140,52 +175,67 @@ def lr_at(recipe: DetectorRecipe, step: int, steps: int) -> float:
 
 
 class _Steps(NamedTuple):
-    """The steps of one epoch (counted from 1), whose random numbers follow from `seed`. `before`: those of others."""
+    """The `steps` of one epoch (counted from 1), whose random numbers follow from `seed`."""
 
     run: _Run
     whole: Whole
     seed: int
     epoch: int
-    before: int
+    steps: int
 
-    def begin(self, number: int, batch: Sequence[int]) -> str:
-        """Step `number` on the pictures `batch`; where that is, in words."""
+    def begin(self, number: int, batch: Sequence[int]) -> tuple[str, float]:
+        """Step `number` on the pictures `batch`: where that is, in words, and its learning rate."""
         self.whole.begin(mix(self.seed, "step", number), _share(batch).start)
-        return f"epoch {self.epoch}, step {number + 1}"
+        return f"epoch {self.epoch}, step {number + 1}", self.run.lr_at((self.epoch - 1) * self.steps + number)
 
 
-def _epoch(steps: _Steps, batches: Iterable[tuple[list[int], list[Sample]]], progress: Progress) -> dict[str, float]:
-    run = steps.run
+def _epoch(
+    steps: _Steps,
+    batches: Iterable[tuple[list[int], list[Sample]]],
+    progress: Progress,
+    part: _Part,
+    save: Callable[[_Part], None],
+) -> dict[str, float]:
+    """The steps that `part` leaves to do."""
+    run, before, lr = steps.run, part.seconds, 0.0
     run.detector.train()
-    started, sums, count = time.perf_counter(), dict[str, float](), 0
-    lr = 0.0
-    for number, (batch, samples) in enumerate(batches):
-        lr = run.lr_at(steps.before + number)
-        where = steps.begin(number, batch)
+    started = saved = time.perf_counter()
+    for batch, samples in batches:
+        where, lr = steps.begin(part.steps, batch)
         with distributed.alone() if _alike(batch) else contextlib.nullcontext():
             losses = _losses(run, steps.whole, samples)
-        terms = _step(run, losses, lr, where)
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value * len(batch)
-        count += len(batch)
+        for name, value in _step(run, losses, lr, where).items():
+            part.sums[name] = part.sums.get(name, 0.0) + value * len(batch)
+        part.steps, part.count = part.steps + 1, part.count + len(batch)
+        now = time.perf_counter()
+        part.seconds = before + now - started
+        if now - saved >= SAVE_EVERY and part.steps < steps.steps and distributed.world() == 1:
+            save(part)
+            saved = time.perf_counter()
+        progress.say(f"{where} of {steps.steps}, loss {part.sums['loss'] / part.count:.3f}")
         progress.step(len(batch))
-        progress.say(f"epoch {steps.epoch} loss {sums['loss'] / count:.3f}")
-    means = {name: total / count for name, total in sums.items()}
-    return {"epoch": steps.epoch, "lr": lr, **means, "seconds": time.perf_counter() - started}
+    means = {name: total / part.count for name, total in part.sums.items()}
+    return {"epoch": steps.epoch, "lr": lr, **means, "seconds": part.seconds}
 
 
 def _losses(run: _Run, whole: Whole, samples: Sequence[Sample]) -> dict[str, Tensor]:
     images, targets = moved_to(samples, run.device)
-    with joint_layers.together(), torch.autocast(run.device.type, run.precision, enabled=run.precision is not None):
-        try:
-            return whole.weighed(run.net(images, targets))
-        except ValueError as error:
-            if not networks.is_lonely(error):
-                raise
-            raise DetectionError(
-                f"detect.batch_size: batch normalisation sees a single value of a map of one cell ({error}). Take "
-                "larger batches, larger pictures or a lower detect.detector.extra_levels."
-            ) from None
+    lowered = torch.autocast(run.device.type, run.precision, enabled=run.precision is not None)
+    with _told_of_lonely_values(), joint_layers.together(), lowered:
+        return whole.weighed(run.net(images, targets))
+
+
+@contextlib.contextmanager
+def _told_of_lonely_values() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if not networks.is_lonely(error):
+            raise
+        raise DetectionError(
+            f"detect.batch_size: batch normalisation sees a single value of a map of one cell ({error}). Take "
+            "larger batches, larger pictures or a lower detect.detector.extra_levels."
+        ) from None
 
 
 def _step(run: _Run, losses: dict[str, Tensor], lr: float, where: str) -> dict[str, float]:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from epsd.detectors import Picture
 from epsd.voc.annotations import read_picture
-from epsd.voc.scenes import Scene
+from epsd.voc.scenes import Floats, Scene
 
 IN_MEMORY_UP_TO = 512 * 2**20
 """Bytes of decoded pictures that are kept; a larger set is decoded anew in each epoch."""
@@ -56,6 +57,19 @@ class Pictures(Dataset[Sample]):
 def typical_size(scenes: Sequence[Scene]) -> tuple[int, int]:
     """Median height and width of the pictures, in pixels."""
     return int(np.median([s.height for s in scenes])), int(np.median([s.width for s in scenes]))
+
+
+def box_shares(scenes: Sequence[Scene]) -> Floats:
+    """Widths and heights (n, 2) of the boxes that are learnt, as shares of the shorter side of their picture."""
+    some = [s.boxes[~s.difficult] / min(s.width, s.height) for s in scenes]
+    every: Floats = np.concatenate([np.zeros((0, 4)), *some])
+    return np.asarray(every[:, 2:] - every[:, :2])
+
+
+def picture_of(scenes: Sequence[Scene], mean: list[float], std: list[float]) -> Picture:
+    """What a detector is told of the training scenes; `mean`, `std`: what the backbone takes."""
+    boxes = box_shares(scenes)
+    return Picture(*typical_size(scenes), mean, std, boxes if len(boxes) else None)
 
 
 def in_batches(order: Sequence[int], batch_size: int) -> list[list[int]]:

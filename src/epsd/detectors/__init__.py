@@ -6,11 +6,12 @@ from typing import Protocol
 from torch import nn
 
 from epsd.detectors._features import DetectorError, Picture
+from epsd.detectors._suited import Plan
 from epsd.detectors.faster_rcnn import FasterRcnn
 from epsd.detectors.retinanet import RetinaNet
 from epsd.detectors.ssd import Ssd
 
-__all__ = ["DETECTORS", "Detector", "DetectorError", "Picture"]
+__all__ = ["DETECTORS", "Detector", "DetectorError", "Picture", "Plan"]
 
 
 class Detector(Protocol):
@@ -33,6 +34,9 @@ class Detector(Protocol):
         ------
         DetectorError : no usable feature maps, or fewer stages than `frozen_stages`.
         """
+
+    def plan(self, model: nn.Module, nodes: Sequence[str], picture: Picture) -> Plan:
+        """What it would look at pictures with: a number for every setting that is "auto". Raises DetectorError."""
 
 
 DETECTORS: dict[str, type[Detector]] = {

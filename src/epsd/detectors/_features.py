@@ -4,11 +4,15 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from epsd.compute.networks import evaluated
 from epsd.types import EpsdError
+
+Floats = npt.NDArray[np.float64]
 
 PROBE = 128
 """Side in pixels of the blank picture that is sent through the network to learn its strides."""
@@ -29,12 +33,27 @@ class Level(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """What detectors must know about the pictures: typical height and width, channel mean and std in [0, 1]."""
+    """What detectors must know about the pictures: typical height and width, channel mean and std in [0, 1].
+
+    `boxes` (n, 2): widths and heights of the training boxes, as shares of the shorter side of their picture; None: not
+    known.
+    """
 
     height: int
     width: int
     mean: list[float]
     std: list[float]
+    boxes: Floats | None = None
+
+    @property
+    def shorter(self) -> int:
+        """Pixels of the shorter side."""
+        return min(self.height, self.width)
+
+    @property
+    def longer(self) -> int:
+        """Pixels of the longer side."""
+        return max(self.height, self.width)
 
 
 class Body(nn.Module):
@@ -169,6 +188,6 @@ def sides(picture: Picture, size: int | None, largest: int | None) -> tuple[int,
     `size` None: the typical picture stays as it is. `largest` None: 5/3 of the shorter side (800 and 1333 in the
     literature), and at least what the typical picture needs.
     """
-    shorter = size or min(picture.height, picture.width)
-    needed = shorter * max(picture.height, picture.width) / min(picture.height, picture.width)
+    shorter = size or picture.shorter
+    needed = shorter * picture.longer / picture.shorter
     return shorter, largest or max(round(shorter * 5 / 3), round(needed))

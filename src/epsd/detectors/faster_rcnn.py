@@ -1,12 +1,14 @@
 """Faster R-CNN: proposals from the feature maps, then a small head that names and refines each."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated
 
 from pydantic import Field
 from torch import nn
 
-from epsd.detectors._features import Picture, Pyramid, choose_levels, frozen_nodes, levels_of, sides
+from epsd.detectors._features import Picture, Pyramid, frozen_nodes, levels_of
+from epsd.detectors._suited import AUTO, Auto, Plan, planned
 from epsd.project.settings import Count, Positive, Share
 from epsd.registry import variant
 
@@ -17,13 +19,14 @@ class FasterRcnn:
 
     Settings (defaults: torchvision's, which are those of the papers, unless said otherwise)
     --------
+    size, finest_stride, extra_levels, anchor_scale : "auto" suits them to the training data: `epsd.detectors._suited`.
     size, largest : shorter side of the resized picture in pixels, most pixels of the longer; null: the typical picture
         keeps its size, 5/3 of the shorter side. The papers take 800 and 1333 on COCO, 600 and 1000 on VOC.
     fpn : look at several strides through a pyramid; false: at one, the coarsest up to 16 (the papers' C4).
     finest_stride : finest feature map that is used, in pixels per cell.
     extra_levels : coarser maps added by subsampling (1 in torchvision).
     channels : of the pyramid.
-    anchor_scale : side of an anchor in cells; 8 in torchvision, meant for 800 px; 4 suits small pictures.
+    anchor_scale : side of an anchor in cells; 8 in torchvision, meant for 800 px.
     aspect_ratios : height over width of the anchors.
     roi_size : cells per side to which each proposal is pooled.
     head_width : units of the two layers behind.
@@ -33,13 +36,13 @@ class FasterRcnn:
     frozen_norms : norm layers of the backbone keep the running statistics of classification (for very small batches).
     """
 
-    size: Count | None = None
+    size: Count | Auto | None = AUTO
     largest: Count | None = None
     fpn: bool = True
-    finest_stride: Count = 4
-    extra_levels: Annotated[int, Field(ge=0, le=4)] = 1
+    finest_stride: Count | Auto = AUTO
+    extra_levels: Annotated[int, Field(ge=0, le=4)] | Auto = AUTO
     channels: Count = 256
-    anchor_scale: Positive = 4.0
+    anchor_scale: Positive | Auto = AUTO
     aspect_ratios: list[Positive] = Field(default_factory=lambda: [0.5, 1.0, 2.0], min_length=1)
     roi_size: Count = 7
     head_width: Count = 1024
@@ -60,18 +63,16 @@ class FasterRcnn:
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
         from torchvision.ops import MultiScaleRoIAlign
 
-        levels = choose_levels(levels_of(model, nodes, len(picture.mean)), self.finest_stride, self.fpn)
-        frozen = frozen_nodes(nodes, frozen_stages)
-        backbone = Pyramid(
-            model, levels, frozen, self.frozen_norms, channels=self.channels, extra=self.extra_levels if self.fpn else 0
-        )
-        shorter, longer = sides(picture, self.size, self.largest)
-        names = [str(number) for number in range(len(levels))]
-        sizes = self._anchor_sizes(backbone.strides)
+        plan = self.plan(model, nodes, picture)
+        scale = float(plan.settings.get("anchor_scale", self.anchor_scale))
+        frozen, extra = frozen_nodes(nodes, frozen_stages), len(plan.strides) - len(plan.levels)
+        backbone = Pyramid(model, plan.levels, frozen, self.frozen_norms, channels=self.channels, extra=extra)
+        names = [str(number) for number in range(len(plan.levels))]
+        sizes = _anchor_sizes(plan.strides, scale)
         detector: nn.Module = FasterRCNN(
             backbone,
-            min_size=shorter,
-            max_size=longer,
+            min_size=plan.shorter,
+            max_size=plan.longer,
             image_mean=picture.mean,
             image_std=picture.std,
             rpn_anchor_generator=AnchorGenerator(sizes, (tuple(self.aspect_ratios),) * len(sizes)),
@@ -81,7 +82,7 @@ class FasterRcnn:
             rpn_post_nms_top_n_test=self.proposals,
             rpn_batch_size_per_image=self.anchor_samples,
             # a proposal is pooled from the stride at which it is as many cells wide as an anchor, as in the paper
-            box_roi_pool=MultiScaleRoIAlign(names, self.roi_size, 2, canonical_scale=round(28 * self.anchor_scale)),
+            box_roi_pool=MultiScaleRoIAlign(names, self.roi_size, 2, canonical_scale=round(28 * scale)),
             box_head=TwoMLPHead(self.channels * self.roi_size**2, self.head_width),
             box_predictor=FastRCNNPredictor(self.head_width, num_classes + 1),
             box_batch_size_per_image=self.roi_samples,
@@ -91,8 +92,16 @@ class FasterRcnn:
         )
         return detector
 
-    def _anchor_sizes(self, strides: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """One size per level of a pyramid; half to four times that on a single level."""
-        if len(strides) > 1:
-            return tuple((round(self.anchor_scale * stride),) for stride in strides)
-        return (tuple(round(self.anchor_scale * strides[0] * factor) for factor in (0.5, 1, 2, 4)),)
+    def plan(self, model: nn.Module, nodes: Sequence[str], picture: Picture) -> Plan:
+        """See `epsd.detectors.Detector`."""
+        usual = {"size": None, "finest_stride": 4, "extra_levels": 1, "anchor_scale": 4.0}
+        return planned(
+            asdict(self), levels_of(model, nodes, len(picture.mean)), picture, usual, _anchor_sizes, first=0.5
+        )
+
+
+def _anchor_sizes(strides: Sequence[int], scale: float) -> tuple[tuple[int, ...], ...]:
+    """One size per level of a pyramid; half to four times that on a single level."""
+    if len(strides) > 1:
+        return tuple((round(scale * stride),) for stride in strides)
+    return (tuple(round(scale * strides[0] * factor) for factor in (0.5, 1, 2, 4)),)

@@ -1,8 +1,9 @@
 """What a run of a trained model says about itself: name, tags, plain words. For the stages and for cells of a study."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from epsd.data.prepared import Prepared
@@ -122,13 +123,18 @@ def _narrowing(params: Params) -> str:
     )
 
 
-def opened(stage: str, params: Params, tags: dict[str, Any]) -> contextlib.AbstractContextManager[Tracker]:
-    """A session of `detect` in a run of its own, on a network that this folder did not train."""
+def opened(
+    stage: str, params: Params, tags: dict[str, Any], used: Mapping[str, Any] = MappingProxyType({})
+) -> contextlib.AbstractContextManager[Tracker]:
+    """A session of `detect` in a run of its own, on a network that this folder did not train.
+
+    used : what stands for `auto`, by name.
+    """
     return track(
         stage,
         experiment=params.tracking.experiment,
         name=f"{params.scenes_title}-{params.detect.detector['name']}-seed{params.seed}",
-        params=dict(flatten(params.model_dump())),
+        params=dict(flatten(params.model_dump())) | dict(used),
         tags={"kind": "detector", "seed": params.seed} | tags,
         description=f"A detector on the network of `{params.detect.backbone}`.",
     )
@@ -143,15 +149,20 @@ def begun(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def reopened(stage: str, params: Params, tags: dict[str, Any]) -> Iterator[Tracker]:
-    """A session of a later stage in the run that `train` opened; whole again where that is no more in the store."""
+def reopened(
+    stage: str, params: Params, tags: dict[str, Any], used: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[Tracker]:
+    """A session of a later stage in the run that `train` opened; whole again where that is no more in the store.
+
+    used : what stands for `auto`, by name.
+    """
     run = artifacts.read_run(artifacts.RUN)
     with track(
         stage,
         experiment=params.tracking.experiment,
         name=run.name or stage,
         run_id=run.run_id,
-        params=dict(flatten(params.model_dump())),
+        params=dict(flatten(params.model_dump())) | dict(used),
         tags=run.tags | tags,
         description=run.description,
     ) as tracker:

@@ -39,6 +39,7 @@ CHANGES = {
     "detection": "detect",
     "detectors/${detect.detector.name}.py": "detect",
     "detectors/_features.py": "detect",
+    "detectors/_suited.py": "detect",
     "figures/style.py": "prune evaluate detect",
     "studies/procedures/${procedure.name}.py": "procedure",
     "studies/${procedure.name}": "procedure",
