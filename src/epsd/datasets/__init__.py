@@ -3,6 +3,7 @@
 from typing import Any
 
 from epsd.datasets.cifar import Cifar
+from epsd.datasets.coco import Coco
 from epsd.datasets.cub import Cub
 from epsd.datasets.devkit import Devkit
 from epsd.datasets.digit_scenes import DigitScenes
@@ -10,6 +11,7 @@ from epsd.datasets.digits import Digits
 from epsd.datasets.image_folder import ImageFolder
 from epsd.datasets.imagenet import Imagenet
 from epsd.datasets.tiny_imagenet import TinyImagenet
+from epsd.datasets.yolo import Yolo
 
 DATASETS: dict[str, type[Any]] = {
     "digits": Digits,
@@ -23,4 +25,6 @@ DATASETS: dict[str, type[Any]] = {
 DEVKITS: dict[str, type[Any]] = {
     "digit_scenes": DigitScenes,
     "devkit": Devkit,
+    "coco": Coco,
+    "yolo": Yolo,
 }

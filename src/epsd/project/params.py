@@ -327,7 +327,7 @@ class Params(Section):
     @property
     def scenes_title(self) -> str:
         """Likewise of what is detected."""
-        return _title(self.voc, "devkit")
+        return _title(self.voc, "devkit", "coco", "yolo")
 
     def pruning(self, **changes: Any) -> Self:
         """The same, but for these values of `prune`."""
@@ -339,9 +339,9 @@ class Params(Section):
         return {name: value for name, value in named if bearing(name).marked}
 
 
-def _title(choice: Mapping[str, Any], own: str) -> str:
+def _title(choice: Mapping[str, Any], *own: str) -> str:
     name, root = str(choice["name"]), Path(str(choice.get("root") or ""))
-    return re.sub(r"\.(zip|tar|tgz|tar\.\w+)$", "", root.name) or name if name == own else name
+    return re.sub(r"\.(zip|tar|tgz|tar\.\w+)$", "", root.name) or name if name in own else name
 
 
 @functools.cache

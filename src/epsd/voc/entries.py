@@ -140,16 +140,18 @@ def families(names: Iterable[str]) -> dict[Family, str]:
     return found
 
 
-def partners(names: Iterable[str], pictures: Iterable[str]) -> dict[str, str]:
-    """File with boxes -> its picture: of its family, or else the only one of its stem. Those without are left out."""
+def partners(names: Sequence[str], pictures: Iterable[str]) -> dict[str, str]:
+    """File with boxes -> its picture: of its family, or else the only one of its stem that has no other file and is of
+    its split. Those without are left out.
+    """
     by_family, by_stem = families(pictures), dict[str, list[str]]()
-    for picture in by_family.values():
+    found = {name: by_family[family(name)] for name in names if family(name) in by_family}
+    for picture in set(by_family.values()) - set(found.values()):
         by_stem.setdefault(stem(picture), []).append(picture)
-    found = {}
     for name in names:
-        same = by_stem.get(stem(name), [])
-        if picture := by_family.get(family(name), same[0] if len(same) == 1 else ""):
-            found[name] = picture
+        fits = by_stem.get(stem(name), []) if name not in found else []
+        if len(fits) == 1 and _split_folder(name) == _split_folder(fits[0]):
+            found[name] = fits[0]
     return found
 
 
