@@ -99,6 +99,21 @@ def test_unfit_layouts_are_named(tmp_path: Path, kind: str, files: dict[str, byt
     assert str(root) in str(error.value)
 
 
+def test_pictures_of_no_class_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(
+        SourceError, match=r"'00\.png' lies in no class folder; .*in all\)\. Layouts: .*dataset\.labels"
+    ) as told:
+        read(write(tmp_path / "tree", classes(2) | {f"{number:02d}.png": b"" for number in range(14)}))
+    assert str(told.value).count("lies in no class folder") == 10 and "(14 in all)" in str(told.value)
+
+
+def test_a_folder_without_classes_is_left_out_with_a_word(tmp_path: Path) -> None:
+    files = classes(2, splits=("train", "val")) | {f"test/{number}.png": b"" for number in range(3)}
+    source = read(write(tmp_path / "tree", files | {"test/readme.md": b""}))
+    assert set(source.splits) == {"train", "validation"} and source.class_names == ["cat", "dog"]
+    assert source.left_out == ["3 images of test/, which has no class folders", "1 .md (endings not read)"]
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     source = read(write(tmp_path / "tree", {f"train/{c}/1.png": b"" for c in ("bus", "car", "train")}))
     assert source.class_names == ["bus", "car", "train"] and list(source.splits) == ["train"]

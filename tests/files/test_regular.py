@@ -16,7 +16,7 @@ from epsd.datasets.downloads import Published, fetch
 from epsd.evaluation.intake import Intake
 from epsd.files import archives, digests, regular
 from epsd.files.archives import ArchiveError, open_tree
-from epsd.files.layouts import Reading, folder_source
+from epsd.files.layouts import Reading, SourceError, folder_source
 from epsd.masks import Mask
 from epsd.preparing.write import prepare
 from epsd.project import artifacts, params
@@ -89,7 +89,7 @@ def test_in_place_of_an_archive(tmp_path: Path, suffix: str, make: Callable[[Pat
 def test_among_images(tmp_path: Path, make: Callable[[Path], None]) -> None:
     root = write(tmp_path / "tree", classes(8))
     make(root / "cat" / "x.png")
-    with pytest.raises(ArchiveError, match=r"'cat/x.png' cannot be read \(no regular file\)"):
+    with pytest.raises(SourceError, match=r"'cat/x.png' cannot be read \(no regular file\)"):
         prepare(folder_source(open_tree(root), Reading()), tmp_path / "out")
     index = prepare(folder_source(open_tree(root), Reading(unreadable="skip")), tmp_path / "out")
     assert index["left_out"] == ["1 unreadable (cat/x.png)"]
@@ -118,7 +118,9 @@ def test_a_file_that_is_too_large_is_named_before_it_is_read(
         "folder": lambda: write(tmp_path / "tree", files),
         "zip": lambda: zipped(tmp_path / "tree.zip", files),
     }.get(kind, lambda: tarred(tmp_path / f"tree.{kind}", files))
-    with pytest.raises(ArchiveError, match=r"'cat/x.png' cannot be read \(0.0 GiB; at most 0.0009\d+ are read\)"):
+    with pytest.raises(
+        (ArchiveError, SourceError), match=r"'cat/x.png' cannot be read \(0.0 GiB; at most 0.0009\d+ are read\)"
+    ):
         prepare(folder_source(open_tree(made()), Reading()), tmp_path / "out")
 
 

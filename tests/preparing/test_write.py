@@ -14,8 +14,8 @@ from PIL import Image
 
 from epsd.data.prepared import Prepared
 from epsd.datasets import DATASETS
-from epsd.files.archives import ArchiveError, open_tree
-from epsd.files.images import ImageError, Shortage
+from epsd.files.archives import open_tree
+from epsd.files.images import Shortage
 from epsd.files.layouts import Labelled, Reading, Source, SourceError, folder_source
 from epsd.preparing.splits import carved, limited
 from epsd.preparing.tally import Tally
@@ -255,16 +255,26 @@ def test_a_damaged_image_is_named_or_skipped_and_counted(tmp_path: Path, size: i
     root = write(
         tmp_path / "tree", classes(8, size=size) | {"cat/bad.png": picture(1, size)[:-40], "dog/bad.png": b"no"}
     )
-    with pytest.raises(ImageError, match=r"tree: (cat|dog)/bad.png: "):
+    with pytest.raises(SourceError, match=r"tree: (cat|dog)/bad.png: .*; (cat|dog)/bad.png: .* dataset\.unreadable"):
         prepare(folder_source(open_tree(root), Reading()), tmp_path / "out", seed=1)
     assert not (tmp_path / "out" / "data.json").exists()
     index = prepare(folder_source(open_tree(root), Reading(unreadable="skip")), tmp_path / "out")
     assert sorted(chain(*index["skipped"].values())) == ["cat/bad.png", "dog/bad.png"]
     assert sum(index["sizes"].values()) == 16
-    assert re.search(r"; left out: 2 unreadable \((cat|dog)/bad.png, ...\)$", summary(index))
+    assert re.search(r"; left out: 2 unreadable \((cat|dog)/bad.png, (cat|dog)/bad.png\)$", summary(index))
     data = Prepared.load(tmp_path / "out")
     for split, count in index["sizes"].items():
         assert sum(len(batch.labels) for batch in data.batches(split, batch_size=5).epoch(0)) == count
+
+
+def test_all_damaged_images_are_told_at_once_with_the_archive(tmp_path: Path) -> None:
+    files = classes(16, size=12) | {f"cat/bad{number:02d}.png": b"no" for number in range(23)}
+    root = zipped(tmp_path / "photos.zip", files)
+    with pytest.raises(SourceError) as told:
+        prepare(folder_source(open_tree(root), Reading()), tmp_path / "out")
+    line = str(told.value)
+    assert line.startswith(f"{root}: cat/bad") and line.count(".zip") == 1 and line.count("not an image") == 10
+    assert line.endswith("... (23 in all). dataset.unreadable: 'skip' leaves such images out.") and "\n" not in line
 
 
 @pytest.mark.parametrize("size", [12, 80])
@@ -276,7 +286,7 @@ def test_a_link_to_nothing_and_a_damaged_entry_are_skipped_too(tmp_path: Path, s
     content = archive.read_bytes()
     archive.write_bytes(content.replace(b"x" * 500, b"y" * 500))
     for tree in map(open_tree, (root, archive)):
-        with pytest.raises(ArchiveError, match=r"'cat/gone.png' cannot be read"):
+        with pytest.raises(SourceError, match=r"'cat/gone.png' cannot be read"):
             prepare(folder_source(tree, Reading()), tmp_path / "out")
         index = prepare(folder_source(tree, Reading(unreadable="skip")), tmp_path / "out")
         assert list(chain(*index["skipped"].values())) == ["cat/gone.png"]
@@ -317,7 +327,7 @@ def test_skipping_a_whole_class_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("usual", [12, 80])
 def test_images_of_two_sizes_are_named_and_a_size_brings_them_together(tmp_path: Path, usual: int) -> None:
     root = write(tmp_path / "tree", classes(8, size=usual) | {"cat/wide.png": picture(1, (30, 20))})
-    with pytest.raises(SourceError, match=rf"wide.png is 30x20 pixels, others are {usual}x{usual}: set dataset.size"):
+    with pytest.raises(SourceError, match=rf"wide.png is 30x20 pixels, others are {usual}x{usual}. Set dataset.size"):
         prepare(folder_source(open_tree(root), Reading()), tmp_path / "out")
     index = prepare(folder_source(open_tree(root), Reading(size=16)), tmp_path / "out")
     assert index["image_shape"] == [3, 16, 16]

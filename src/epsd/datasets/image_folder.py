@@ -4,10 +4,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from epsd.files.archives import open_tree
+from epsd.files.archives import FolderTree, open_tree
 from epsd.files.layouts import Reading, Source, Unreadable, folder_source
-from epsd.project.runtime import located
-from epsd.project.settings import Place
+from epsd.files.tables import Column, metadata, placed, table_source
+from epsd.project.runtime import located, project_root
+from epsd.project.settings import Place, Text
 from epsd.registry import variant
 
 Pixels = Annotated[int, Field(ge=4, le=4096)]
@@ -23,7 +24,11 @@ class ImageFolder:
         held in memory, larger ones are streamed from their files.
     resize : shorter side before the cut, None = `size`.
     grayscale : one channel instead of three.
-    unreadable : "error" stops at a damaged image, "skip" leaves it out, counts and names it.
+    unreadable : "error" stops at damaged images (and rows without their image), "skip" leaves them out and names them.
+    labels : a CSV file in `root`, or else a path as of `root`, whose rows name images and their classes; null: folders
+        are classes, unless there is a `metadata.csv` with the columns file_name and label, as Hugging Face has it.
+    columns : which columns tell the image, the label and (optional) the split: `{image: photo, label: breed}`; those
+        that are not named are looked for by their usual names (`epsd.files.tables.USUAL`).
     """
 
     root: Place
@@ -31,8 +36,15 @@ class ImageFolder:
     resize: Pixels | None = None
     grayscale: bool = False
     unreadable: Unreadable = "error"
+    labels: Text | None = None
+    columns: dict[Column, str] = Field(default_factory=dict)
 
     def __call__(self) -> Source:
-        """Class names are the class folders, sorted."""
+        """Class names are the class folders, or the classes that the table names, sorted."""
         reading = Reading(self.size, self.resize, self.grayscale, self.unreadable)
-        return folder_source(open_tree(located(self.root)), reading)
+        tree = open_tree(located(self.root))
+        if self.labels is not None:
+            tables = placed(tree, self.labels, FolderTree(project_root()))
+        else:
+            tables = {name: (tree, name) for name in metadata(tree)}
+        return table_source(tree, tables, reading, self.columns) if tables else folder_source(tree, reading)

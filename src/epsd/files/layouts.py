@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsd.files.archives import Tree
+from epsd.files.faults import Faults, few
 from epsd.files.images import is_image
 from epsd.types import EpsdError
 
@@ -163,10 +164,12 @@ def folder_source(tree: Tree, reading: Reading) -> Source:
     if not named:
         return _by_class({"train": found}, firsts, tree, reading)
     _check_split_folders(tree, firsts, named)
-    splits: dict[Split, Found] = {
-        split: [(name, parts[1:]) for name, parts in found if parts[0] == first] for first, split in named.items()
-    }
-    return _by_class(splits, sorted({parts[1] for parts in folders if len(parts) == 2}), tree, reading)
+    below = {first: [(name, parts[1:]) for name, parts in found if parts[0] == first] for first in named}
+    bare = [first for first in named if named[first] != "train" and all(len(parts) < 2 for _, parts in below[first])]
+    splits: dict[Split, Found] = {split: below[first] for first, split in named.items() if first not in bare}
+    classes = sorted({parts[1] for parts in folders if len(parts) == 2 and parts[0] not in bare})
+    left_out = [f"{len(below[first]):,} images of {first}/, which has no class folders" for first in bare]
+    return _by_class(splits, classes, tree, reading, left_out)
 
 
 Found = list[tuple[str, list[str]]]
@@ -190,12 +193,18 @@ def _check_split_folders(tree: Tree, firsts: Sequence[str], named: Mapping[str, 
         raise SourceError(f"{tree.where}: two folders for one split: {', '.join(sorted(named))}.")
 
 
-def _by_class(splits: Mapping[Split, Found], class_names: Sequence[str], tree: Tree, reading: Reading) -> Source:
-    for found in splits.values():
-        for name, parts in found:
-            if len(parts) < 2:
-                layouts = "split/class/image or class/image"
-                raise SourceError(f"{tree.where}: '{name}' lies in no class folder (layout: {layouts}).")
+def _by_class(
+    splits: Mapping[Split, Found],
+    class_names: Sequence[str],
+    tree: Tree,
+    reading: Reading,
+    left_out: Sequence[str] = (),
+) -> Source:
+    faults = Faults(tree.where, SourceError)
+    for name in (name for found in splits.values() for name, parts in found if len(parts) < 2):
+        way_out = "Layouts: split/class/image, class/image, or any with a table: dataset.labels."
+        faults.add(f"'{name}' lies in no class folder", way_out)
+    faults.check()
     check_apart(tree, {split: [name for name, _ in found] for split, found in splits.items()})
     number = {name: i for i, name in enumerate(class_names)}
     return Source(
@@ -206,7 +215,7 @@ def _by_class(splits: Mapping[Split, Found], class_names: Sequence[str], tree: T
             for split, found in splits.items()
         },
         reading=reading,
-        left_out=unread(tree.names),
+        left_out=[*left_out, *unread(tree.names)],
     )
 
 
@@ -235,17 +244,23 @@ def labelled(tree: Tree, names: list[str], classes: Iterable[str], number: Mappi
     """Files by the names of their classes. Raises SourceError for a class without a number: `why` says where that is
     from.
     """
-    classes = list(classes)
-    if stray := next((pair for pair in zip(names, classes, strict=True) if pair[1] not in number), None):
-        raise SourceError(f"{tree.where}: '{stray[0]}' is of class '{stray[1]}', which {why}.")
+    classes, faults = list(classes), Faults(tree.where, SourceError)
+    for name, one in zip(names, classes, strict=True):
+        if one not in number:
+            faults.add(f"'{name}' is of class '{one}', which {why}")
+    faults.check()
     return Labelled(Files(tree, names), as_labels(number[name] for name in classes))
 
 
 def check_listed(tree: Tree, names: Iterable[str], listing: str) -> None:
-    """Raises SourceError for a file that `listing` names and that is not there."""
+    """Raises SourceError for files that `listing` names and that are not there."""
     present = set(tree.names)
-    if absent := next((name for name in names if name not in present), None):
-        raise SourceError(f"{tree.where}: {listing} lists '{absent}', which is missing.")
+    if absent := [f"'{name}'" for name in names if name not in present]:
+        raise SourceError(f"{tree.where}: {listing} lists {few(absent)}, which {_are(absent)} missing.")
+
+
+def _are(many: Sequence[str]) -> str:
+    return "is" if len(many) == 1 else "are"
 
 
 def below(tree: Tree, marker: str, top: str | None = None) -> str:

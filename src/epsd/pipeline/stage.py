@@ -201,9 +201,10 @@ def images_read(params: Params) -> dict[Path, str]:
     dataset, devkit = choose(DATASETS, params.dataset, "dataset"), choose(DEVKITS, params.voc, "voc")
     made = {artifacts.DATA_INDEX: dataset, artifacts.VOC_INDEX: devkit}
     return {
-        located(variant.root): digest
+        located(place): digest
         for index, variant in made.items()
-        if hasattr(variant, "root") and (digest := _digest(index))
+        for place in (getattr(variant, "root", None), getattr(variant, "labels", None))
+        if place and (digest := _digest(index))
     }
 
 

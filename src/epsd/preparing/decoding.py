@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from epsd.files.archives import ArchiveError
 from epsd.files.digests import digest
 from epsd.files.images import ImageError, decode, fit, pixels
-from epsd.files.layouts import Files, Labelled, Reading, SourceError, Unreadable
+from epsd.files.layouts import Files, Labelled, Reading, SourceError
 from epsd.project.runtime import watched
 
 _AHEAD = 256
@@ -27,46 +27,44 @@ def image_shape(train: Labelled, reading: Reading) -> tuple[int, int, int]:
         return channels, height, width
     if reading.size is not None:
         return 1 if reading.grayscale else 3, reading.size, reading.size
+    fault = ""
     for read in decoded(train.images, reading):
         if read.image is not None:
             channels, height, width = read.image.shape
             return channels, height, width
-    raise SourceError(f"{train.images.tree.where}: no training image can be read.")
+        fault = fault or read.fault
+    raise SourceError(f"{train.images.tree.where}: no training image can be read ({fault.rstrip('.')}).")
 
 
 @dataclass(frozen=True)
 class Read:
-    """One file: place in the split, name, SHA-256 and CRC-32, and its pixels (C, H, W); None: unreadable."""
+    """One file: place in the split, name, SHA-256 and CRC-32, and its pixels (C, H, W); None: `fault` says why not."""
 
     position: int
     name: str
     digest: bytes
     crc: str
     image: NDArray[np.uint8] | None
+    fault: str = ""
 
 
 def decoded(files: Files, reading: Reading) -> Iterator[Read]:
-    """Every file as evaluation will see it, decoded by threads, in the order in which the tree gives them.
-
-    Raises ImageError at the first damaged one and ArchiveError at the first that cannot be read, unless
-    `reading.unreadable` is "skip".
-    """
+    """Every file as evaluation will see it, decoded by threads, in order; what is wrong with those that are damaged."""
     place = {name: i for i, name in enumerate(files.names)}
 
-    def read(name: str, content: bytes | None) -> Read:
-        image, where = None, f"{files.tree.where}: {name}"
-        if content is None:
-            return Read(place[name], name, b"", "", None)
+    def read(name: str, content: bytes | str) -> Read:
+        where = f"{files.tree.where}: {name}"
+        if isinstance(content, str):
+            return Read(place[name], name, b"", "", None, content)
         try:
             image = pixels(fit(decode(content, where, grayscale=reading.grayscale), reading.size, reading.resize))
-        except ImageError:
-            if reading.unreadable == "error":
-                raise
+        except ImageError as error:
+            return Read(place[name], name, b"", "", None, str(error))
         return Read(place[name], name, hashlib.sha256(content).digest(), digest([content]), image)
 
     with ThreadPoolExecutor() as pool:
         waiting: list[Future[Read]] = []
-        for name, content in _contents(files, reading.unreadable):
+        for name, content in _contents(files):
             waiting.append(pool.submit(read, name, content))
             if len(waiting) >= _AHEAD:
                 yield waiting.pop(0).result()
@@ -74,18 +72,13 @@ def decoded(files: Files, reading: Reading) -> Iterator[Read]:
             yield future.result()
 
 
-def _contents(files: Files, unreadable: Unreadable) -> Iterator[tuple[str, bytes | None]]:
-    """Name and bytes of every file, None for one that cannot be read and is to be skipped."""
-    if unreadable == "error":
-        yield from files.tree.read_many(files.names)
-        return
+def _contents(files: Files) -> Iterator[tuple[str, bytes | str]]:
+    """Name and bytes of every file; what is wrong with one that cannot be read."""
     for name in files.names:
         try:
-            content = files.tree.read(name)
-        except ArchiveError:  # a link to nothing, somebody else's file, a damaged entry of a zip
-            yield name, None
-        else:
-            yield name, content
+            yield name, files.tree.read(name)
+        except ArchiveError as error:  # a link to nothing, somebody else's file, a damaged entry of a zip
+            yield name, str(error)
 
 
 def shown(reads: Iterable[Read], total: int, split: str) -> Iterable[Read]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from epsd.files.archives import open_tree, unpack
 from epsd.files.digests import digest_of
 from epsd.files.duplicates import Marks, duplicates, mark, marks
+from epsd.files.faults import Faults, few
 from epsd.files.layouts import SPLITS, UNPACKED, Files, Labelled, Source, SourceError, Split, check_labels
 from epsd.files.regular import refused
 from epsd.preparing.decoding import Read, decoded, image_shape, shown
@@ -51,8 +52,8 @@ def prepare(
 
     Raises
     ------
-    SourceError : shares, classes or counts that leave a split without images of a class; images of several sizes.
-    ImageError : a damaged image, unless the source says to skip it. ArtifactError : `out` cannot be written.
+    SourceError : shares, classes or counts that leave a split without images of a class; images of several sizes;
+        damaged ones, all at once, unless the source says to skip them. ArtifactError : `out` cannot be written.
     """
     source = of_classes(source, classes)
     whole = carved(source, validation, test, seed)
@@ -63,6 +64,7 @@ def prepare(
     writer = Writer(out, source, shape, in_memory)
     for split, labelled in splits.items():
         writer.write(split, labelled)
+    writer.check()
     if over := sum(len(whole[split]) - len(labelled) for split, labelled in splits.items()):
         writer.left_out.append(f"{over:,} by data.limit")
     settings: dict[str, Any] = {
@@ -93,6 +95,7 @@ class Writer:
     names: dict[str, Sequence[object]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     root: str | None = None
+    faults: Faults | None = None
 
     def __post_init__(self) -> None:
         self._hash = hashlib.sha256(repr(self.source.class_names).encode())
@@ -111,6 +114,8 @@ class Writer:
             images, kept = self._load(split, labelled.images)
         else:
             images, kept = None, self._verify(split, labelled.images)
+        if self.faults:
+            return
         labels = labelled.labels[kept]
         names = self.source.class_names
         check_labels(labels, names, f"{self.source.description}: split '{split}' without its unreadable images")
@@ -132,18 +137,27 @@ class Writer:
         for read in shown(decoded(files, self.source.reading), len(files.names), split):
             if read.image is None:
                 self.skipped[split].append(read.name)
+                if self.source.reading.unreadable == "error":
+                    self._fault(files, read.fault, "dataset.unreadable: 'skip' leaves such images out.")
             elif read.image.shape != self.shape:
                 found, usual = ("x".join(map(str, shape[:0:-1])) for shape in (read.image.shape, self.shape))
-                where = f"{files.tree.where}: {read.name}"
-                raise SourceError(
-                    f"{where} is {found} pixels, others are {usual}: set dataset.size to bring all to one."
-                )
+                fault = f"{read.name} is {found} pixels, others are {usual}"
+                self._fault(files, fault, "Set dataset.size to bring all to one.")
             else:
                 found_marks[read.position] = mark(read.digest)
                 yield read
         self.skipped[split].sort()
         sound = np.flatnonzero(found_marks)
         self.marks[split], self.names[split] = found_marks[sound], [files.names[at] for at in sound]
+
+    def _fault(self, files: Files, fault: str, way_out: str) -> None:
+        self.faults = self.faults or Faults(files.tree.where, SourceError)
+        self.faults.add(fault, way_out)
+
+    def check(self) -> None:
+        """Raises SourceError naming the files of all splits with which something is wrong."""
+        if self.faults:
+            self.faults.check()
 
     def _load(self, split: Split, files: Files) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         images = np.empty((len(files.names), *self.shape), dtype=np.uint8)
@@ -209,7 +223,7 @@ class Writer:
 
     def _unreadable(self) -> list[str]:
         lost = list(chain(*self.skipped.values()))
-        return [f"{len(lost):,} unreadable ({lost[0]}{', ...' if len(lost) > 1 else ''})"] if lost else []
+        return [f"{len(lost):,} unreadable ({few(lost)})"] if lost else []
 
 
 def written_arrays(
