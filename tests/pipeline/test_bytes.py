@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dvc.repo import Repo
 from PIL import Image
 from ruamel.yaml import YAML
 
 from conftest import ROOT
 from epsd.datasets.image_folder import ImageFolder
+from epsd.files.archives import ArchiveError
+from epsd.pipeline import changes
 from epsd.preparing.write import prepare
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -149,7 +152,10 @@ def test_stages_read_links_into_the_cache_and_write_beside_them(kind: str, round
         assert lasting(path) == lasting(rounds[0] / path.relative_to(tmp_path / "artifacts")), path
 
 
-def test_a_data_set_under_dvc_is_read_through_its_links(tmp_path: Path) -> None:
+def test_a_data_set_under_dvc_is_read_through_its_links_and_noticed_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     for number in range(12):
         place = tmp_path / "data" / "photos" / "ab"[number % 2]
         place.mkdir(parents=True, exist_ok=True)
@@ -162,5 +168,31 @@ def test_a_data_set_under_dvc_is_read_through_its_links(tmp_path: Path) -> None:
     )
     assert told.stdout.split() == ["??", "data/photos.dvc"]
     assert (place / "11.png").is_symlink()
-    index = prepare(ImageFolder(root=str(tmp_path / "data" / "photos"))(), tmp_path / "out")
+    photos = tmp_path / "data" / "photos"
+    index = prepare(ImageFolder(root=str(photos))(), tmp_path / "out")
     assert sum(index["sizes"].values()) == 12 and index["class_names"] == ["a", "b"]
+    changes.remember({photos: "d"})
+    assert changes.changed({photos: "d"}) == []
+    (place / "11.png").unlink()
+    Image.new("L", (8, 8), 255).save(place / "11.png")
+    assert changes.changed({photos: "d"}) == [photos], "before and after DVC knows of it"
+    dvc(tmp_path, "add -q data/photos")
+    assert (place / "11.png").is_symlink() and changes.changed({photos: "d"}) == [photos]
+    shutil.rmtree(photos)
+    with pytest.raises(ArchiveError, match=r"photos: no such folder or archive\. DVC has it: `dvc pull .*photos\.dvc`"):
+        ImageFolder(root=str(photos))()
+    dvc(tmp_path, "checkout -q data/photos.dvc")
+    assert ImageFolder(root=str(photos))().class_names == ["a", "b"]
+
+
+def test_dvc_itself_watches_a_data_set_that_dvc_yaml_names(tmp_path: Path) -> None:
+    """What docs/images.md says: one more line under `deps` of prepare."""
+    (tmp_path / "photos.zip").write_bytes(b"one")
+    dvc(tmp_path, "init --no-scm -q", "add -q photos.zip")
+    stage = {"cmd": "echo > made", "deps": ["photos.zip"], "outs": ["made"]}
+    YAML().dump({"stages": {"prepare": stage}}, tmp_path / "dvc.yaml")
+    with contextlib.chdir(tmp_path), Repo() as repo:
+        assert [one.addressing for one in repo.reproduce()] == ["prepare"]
+        (tmp_path / "photos.zip").unlink()
+        (tmp_path / "photos.zip").write_bytes(b"another")
+        assert {"prepare", "photos.zip.dvc"} == set(repo.status())

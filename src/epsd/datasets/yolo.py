@@ -149,18 +149,21 @@ def _pictures(tree: Tree, name: str, place: str) -> list[str]:
             if found in tree.folders:
                 return [one for one in tree.names if one.startswith(f"{found}/") and is_image(one)]
             if found.lower().endswith(".txt") and found in tree.names:
-                lines = [line.strip() for line in tree.text(found).splitlines() if line.strip()]
-                return [_picture(tree, line, found) for line in lines]
+                return list(_from_list(tree, found))
     return []
 
 
-def _picture(tree: Tree, line: str, listed: str) -> str:
-    there = set(tree.names)
-    for base in (PurePosixPath(), PurePosixPath(listed).parent):
-        for ending in _endings(line):
-            if (found := f"{base / ending}") in there:
-                return found
-    raise VocError(f"{tree.where}: {listed} lists '{line}', which is missing.")
+def _from_list(tree: Tree, listed: str) -> Iterator[str]:
+    """The pictures that the lines of a text file name."""
+    there, faults = frozenset(tree.names), Faults(tree.where, VocError)
+    bases = (PurePosixPath(), PurePosixPath(listed).parent)
+    for line in filter(None, map(str.strip, tree.text(listed).splitlines())):
+        places = (f"{base / ending}" for base in bases for ending in _endings(line))
+        if found := next((place for place in places if place in there), None):
+            yield found
+        else:
+            faults.add(f"{listed} lists '{line}', which is missing")
+    faults.check()
 
 
 def _endings(place: str) -> Iterator[PurePosixPath]:

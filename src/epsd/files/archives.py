@@ -272,7 +272,9 @@ def open_tree(root: Path) -> Tree:
     if root.is_dir():
         return FolderTree(root)
     if not root.exists():
-        raise ArchiveError(f"{root}: no such folder or archive.")
+        tracked = root.with_name(f"{root.name}.dvc")
+        way_out = f" DVC has it: `dvc pull {tracked}` brings it here." if tracked.is_file() else ""
+        raise ArchiveError(f"{root}: no such folder or archive.{way_out}")
     if not root.is_file():
         raise ArchiveError(f"{root}: neither a folder nor a regular file.")
     if not is_archive(root):
