@@ -73,9 +73,11 @@ class Trained(NamedTuple):
 
 def main(params: Params, machine: Machine) -> str:
     """Train and score the detector on the pruned backbone, and its twin where one is asked for; save, log."""
+    voc = VocIndex.load(artifacts.VOC_INDEX)
+    if not voc.class_names:
+        return nothing()
     mark = fingerprint(params)
-    folder = state_folder("checkpoints", mark)
-    voc, (card, model, mask) = VocIndex.load(artifacts.VOC_INDEX), backbone(params)
+    folder, (card, model, mask) = state_folder("checkpoints", mark), backbone(params)
     picture = picture_of(voc.scenes["train"], card["mean"], card["std"])
     nodes = choose(ARCHITECTURES, card["architecture"], "architecture").feature_nodes(model)
     plan = choose(DETECTORS, params.detect.detector, "detect.detector").plan(model, nodes, picture)
@@ -99,6 +101,19 @@ def main(params: Params, machine: Machine) -> str:
     twin = f", {params.detect.beside} twin {report['beside_map50']:.4f}" if "beside_map50" in report else ""
     kept = f"; model 'epsd-detector' version {version} (candidate)" if version else ""
     return f"test mAP@0.5 {report['map50']:.4f}{twin}, COCO mAP {report['map']:.4f}{kept}"
+
+
+def nothing() -> str:
+    """Results that hold nothing, where nothing is to be detected: DVC looks for them. Nothing goes into the run."""
+    if distributed.is_main():
+        shutil.rmtree(artifacts.DETECT, ignore_errors=True)
+        for folder in (artifacts.DETECT_PICTURES, artifacts.DETECT_MODEL):
+            folder.mkdir(parents=True)
+        artifacts.save_model(nn.Identity(), artifacts.DETECTOR, {})
+        artifacts.write_json(artifacts.DETECT_METRICS, {})
+        artifacts.write_csv(artifacts.DETECT_PER_CLASS, ["class"], [])
+        artifacts.write_csv(artifacts.DETECT_HISTORY, ["epoch", "loss"], [])
+    return "nothing to do, as voc.name is none"
 
 
 COVERED = 0.5

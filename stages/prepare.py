@@ -8,6 +8,7 @@ from epsd.project import artifacts
 from epsd.project.params import Params
 from epsd.registry import choose
 from epsd.voc.annotations import read_index
+from epsd.voc.scenes import VocIndex
 
 
 def main(params: Params, _machine: object) -> str:
@@ -17,15 +18,17 @@ def main(params: Params, _machine: object) -> str:
     shares = params.data.model_dump(include={"validation", "test", "limit", "classes"})
     index = prepare(dataset(), artifacts.DATA, seed=params.seed, dataset=params.dataset, **shares)
     images = written_arrays(artifacts.DATA, index)
-    sources = devkit(artifacts.VOC, seed=params.seed, images=images, class_names=index["class_names"])
+    source = devkit(artifacts.VOC, seed=params.seed, images=images, class_names=index["class_names"])
     validation, test = params.data.validation, params.data.test
-    scenes = read_index(sources, seed=params.seed, validation=validation, test=test, **devkit.reading)
+    if source is None:
+        scenes = VocIndex.nothing()
+    else:
+        scenes = read_index(source, seed=params.seed, validation=validation, test=test, **devkit.reading)
     scenes.save(artifacts.VOC_INDEX)
     changes.remember(images_read(params))
     pictures = ", ".join(f"{count['pictures']} {split}" for split, count in scenes.counts().items())
-    return "; ".join(
-        [f"{summary(index)}; detection: {pictures} scenes of {len(scenes.class_names)} classes", *scenes.notes]
-    )
+    detection = f"detection: {pictures} scenes of {len(scenes.class_names)} classes"
+    return "; ".join([summary(index), *([] if source is None else [detection]), *scenes.notes])
 
 
 if __name__ == "__main__":

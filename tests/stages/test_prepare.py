@@ -5,6 +5,7 @@ import pytest
 
 from devkits import devkit
 from epsd.data.prepared import Prepared
+from epsd.pipeline.stage import describe
 from epsd.project import artifacts
 from epsd.project.params import override, parse, read_yaml
 from epsd.voc.scenes import VocIndex
@@ -37,6 +38,20 @@ def test_both_data_sets_are_written_and_told_in_one_line(
     assert "\n" not in line
     assert Prepared.load(artifacts.DATA).sizes["test"] == 100
     assert VocIndex.load(artifacts.VOC_INDEX).counts()["test"]["pictures"] == 3
+
+
+def test_where_nothing_is_to_be_detected_both_stages_say_so_and_dvc_finds_its_files(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = prepared(root, tmp_path, monkeypatch, voc={"name": "none"})
+    assert line.startswith("100 train") and "detection" not in line
+    tree = read_yaml(root / "params.yaml")
+    override(tree, "voc", {"name": "none"})
+    detect = runpy.run_path(str(root / "stages" / "detect.py"))["main"]
+    assert detect(parse(tree), None) == "nothing to do, as voc.name is none"
+    stage = read_yaml(root / "dvc.yaml")["stages"]["detect"]
+    assert all(Path(out).exists() for kind in ("outs", "metrics", "plots") for out in stage[kind])
+    assert describe(parse(tree), "detect").startswith("nothing to detect")
 
 
 def test_the_same_params_give_the_same_bytes_and_another_seed_others(

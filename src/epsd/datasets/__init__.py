@@ -10,6 +10,7 @@ from epsd.datasets.digit_scenes import DigitScenes
 from epsd.datasets.digits import Digits
 from epsd.datasets.image_folder import ImageFolder
 from epsd.datasets.imagenet import Imagenet
+from epsd.datasets.none import Nothing
 from epsd.datasets.tiny_imagenet import TinyImagenet
 from epsd.datasets.yolo import Yolo
 
@@ -27,4 +28,5 @@ DEVKITS: dict[str, type[Any]] = {
     "devkit": Devkit,
     "coco": Coco,
     "yolo": Yolo,
+    "none": Nothing,
 }

@@ -246,6 +246,8 @@ def warn_of_detection(params: Params, model: nn.Module) -> None:
     """Say now, not after the training, that this network cannot carry a detector, or has too few stages to freeze."""
     from epsd.architectures import ARCHITECTURES
 
+    if params.voc["name"] == "none":
+        return
     with torch.random.fork_rng(devices=[]):
         try:
             nodes = choose(ARCHITECTURES, params.architecture, "architecture").feature_nodes(model)
@@ -273,6 +275,8 @@ def describe(params: Params, name: str) -> str:
         "evaluate": f"{network} on the test images of {data}",
         "detect": f"{params.detect.detector['name']} around {network} on {scenes}, {detect_epochs}",
     }
+    if scenes == "none":
+        doing |= {"prepare": f"reading {data}", "detect": "nothing to detect"}
     return f"{doing.get(name, f'{network} on {data}')}, seed {params.seed}"
 
 

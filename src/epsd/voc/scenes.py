@@ -96,6 +96,11 @@ class VocIndex:
     dropped: int = 0
     notes: list[str] = dataclasses.field(default_factory=list)
 
+    @classmethod
+    def nothing(cls) -> Self:
+        """No classes and no pictures: nothing is to be detected."""
+        return cls([], {split: [] for split in SPLITS}, "")
+
     def save(self, path: Path) -> None:
         """Write the index. Pictures below its folder are named relative to it, so that the folder can be moved."""
         base = path.parent.resolve()
