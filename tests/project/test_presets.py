@@ -27,7 +27,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 EXPECTED = {"digits-channels", "cifar10-resnet18-channels"} | {
     "digits-finetune", "cub200-transfer", "cifar10-transfer",
     "cifar10-quick", "cifar10-resnet18", "cifar10-vgg19", "cifar100-resnet18", "cifar100-vgg19", "cub200-resnet18",
-    "digits", "imagenet-resnet50", "photos-faster-rcnn", "tiny-imagenet-resnet18", "voc07-faster-rcnn",
+    "digits", "imagenet-resnet50", "own-photos", "photos-faster-rcnn", "tiny-imagenet-resnet18", "voc07-faster-rcnn",
 }  # fmt: skip
 QUICK = {"digits", "cifar10-quick", "cub200-resnet18"}
 every = pytest.mark.parametrize("name", NAMES)
@@ -38,6 +38,7 @@ IMAGES = {  # classes and the image shape of each data set; large images stand i
     "tiny_imagenet": (200, (3, 64, 64)),
     "imagenet": (1000, (3, 64, 64)),
     "cub": (200, (3, 64, 64)),
+    "image_folder": (10, (3, 64, 64)),
 }
 
 
