@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import BaseModel, Field, ValidationError
 
-from epsd.registry import ParamsError, choose, explain, settings_of, stateful_variant, variant
+from epsd.registry import ParamsError, choose, explain, foreign, settings_of, stateful_variant, variant
 
 
 @variant
@@ -71,6 +71,21 @@ def test_a_value_of_several_kinds_says_what_each_wants() -> None:
         "section.count: input should be greater than or equal to 1, or input should be 'auto' (given: 0); "
         "section.inner.wanted: field required"
     )
+
+
+@variant
+class Ring:
+    radius: list[float]
+    label: str = "r"
+
+
+def test_what_was_left_of_another_variant_is_no_mistake() -> None:
+    """A number where a list is taken, and another variant takes a number; never a number out of range."""
+    shapes: dict[str, type] = {"circle": Circle, "counter": Counter, "ring": Ring}
+    assert foreign(shapes, {"name": "ring", "radius": 2.0, "start": 3, "label": "x"}) == ["radius", "start"]
+    assert foreign(shapes, {"name": "circle", "radius": [1.0]}) == ["radius"]
+    assert foreign(shapes, {"name": "circle", "radius": -1.0, "label": 3, "width": 1}) == []
+    assert choose(shapes, {"name": "circle", "radius": [1.0], "start": 3}) == Circle()
 
 
 def test_variants_are_values_and_stateful_ones_are_not() -> None:

@@ -5,9 +5,9 @@ import difflib
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, cast, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform, get_type_hints
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as _pydantic_dataclass
 
 from epsd.types import EpsdError
@@ -90,12 +90,34 @@ _KIND = re.compile(r"constrained-\w+|list\[.*\]|literal\[.*\]|function-[\w-]+\[.
 
 
 def foreign(registry: Mapping[str, type[Any]], choice: Mapping[str, Any]) -> list[str]:
-    """Settings in `choice` that the variant it names has not, and another one of the registry has."""
+    """Settings in `choice` that are another variant's: the one it names has none of that name, or takes another kind of
+    value there (a list of names, where a number was left).
+    """
     name = choice.get("name")
     if not isinstance(name, str) or name not in registry:
         return []
-    known = {setting for cls in registry.values() for setting in settings_of(cls)} - set(settings_of(registry[name]))
-    return [key for key in choice if key in known]
+    mine, others = registry[name], [cls for other, cls in registry.items() if other != name]
+    return [
+        key
+        for key, value in choice.items()
+        if key != "name" and _not_meant(mine, key, value) and any(_findings(cls, key, value) == [] for cls in others)
+    ]
+
+
+def _not_meant(cls: type, key: str, value: object) -> bool:
+    findings = _findings(cls, key, value)
+    return findings is None or any(kind.endswith("_type") for kind in findings)
+
+
+def _findings(cls: type, key: str, value: object) -> list[str] | None:
+    """What is wrong with a value as that setting, in pydantic's words; None: the variant has no such setting."""
+    if key not in settings_of(cls):
+        return None
+    try:
+        TypeAdapter(get_type_hints(cls, include_extras=True)[key]).validate_python(value, strict=True)
+    except ValidationError as error:
+        return [item["type"] for item in error.errors(include_url=False)]
+    return []
 
 
 def choose(registry: Mapping[str, type[T]], choice: Mapping[str, Any], where: str = "") -> T:

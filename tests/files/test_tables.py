@@ -131,6 +131,8 @@ def test_faults_are_told_at_once(tmp_path: Path) -> None:
     for content in (b"", b'image,label\n"1.jpg,cat'):
         with pytest.raises(SourceError, match=r"labels\.csv: cannot be read as a table"):
             read(zipped(tmp_path / "c.zip", PICTURES | {"labels.csv": content}), labels="labels.csv")
+    with pytest.raises(SourceError, match=r"f\.zip: labels\.csv: has no row with an image and a class"):
+        read(zipped(tmp_path / "f.zip", PICTURES | {"labels.csv": b"image,label"}), labels="labels.csv")
     odd = b"image,label,split\n0.jpg,cat,holdout\n1.jpg,dog,train"
     with pytest.raises(SourceError, match=r"line 2: split 'holdout' is none of train, training"):
         read(zipped(tmp_path / "d.zip", PICTURES | {"labels.csv": odd}), labels="labels.csv")

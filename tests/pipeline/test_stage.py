@@ -226,7 +226,7 @@ def test_what_is_left_out_is_said_and_not_recorded(folder, run_here):
     (folder / "params.yaml").write_text(text.replace("    name: epsd", "    name: snip", 1))
     status, out, errors = run_here(lambda params, machine: str(sorted(params.prune.score)))
     assert status == 0 and "['name']" in out
-    assert errors.count("prune.score: snip has no") == 1
+    assert errors.count("prune.score: left out, as not of snip: ") == 1
 
 
 def test_all_findings_at_once():

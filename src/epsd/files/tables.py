@@ -83,6 +83,8 @@ def table_source(tree: Tree, tables: Mapping[str, tuple[Tree, str]], reading: Re
     for name in sorted(found):
         splits.setdefault(_split(name, found[name], faults), {})[name] = found[name].label
     faults.check()
+    if not found:
+        raise SourceError(f"{tree.where}: {few(list(tables))}: has no row with an image and a class.")
     check_apart(tree, splits)
     class_names = _sorted({row.label for row in found.values()})
     number = {name: i for i, name in enumerate(class_names)}
@@ -145,7 +147,7 @@ def _split(name: str, row: Row, faults: Faults) -> Split:
 
 def _rows(tree: Tree, name: str, told: str, columns: Columns) -> list[Row]:
     header, records = _records(tree, name, told)
-    image, label, split = (_column(header, key, columns, told) for key in USUAL)
+    image, label, split = (_column(header, key, columns, f"{tree.where}: {told}") for key in USUAL)
     lines = ((record, number) for number, record in enumerate(records, 2) if record.get(image))
     return [
         Row(record[image], record.get(label, ""), record.get(split, "") if split else "", told, number)
@@ -153,14 +155,14 @@ def _rows(tree: Tree, name: str, told: str, columns: Columns) -> list[Row]:
     ]
 
 
-def _column(header: Sequence[str], key: Column, columns: Columns, told: str) -> str:
+def _column(header: Sequence[str], key: Column, columns: Columns, where: str) -> str:
     """The column that tells the image, the label, or the split; "": there is none of the split."""
     wanted = (columns[key],) if key in columns else USUAL[key]
     usual = {name.casefold(): name for name in reversed(header)}
     found = next((usual[name.casefold()] for name in wanted if name.casefold() in usual), "")
     if not found and (key in columns or key != "split"):
         given = f"no column '{columns[key]}'" if key in columns else f"no column that is known to tell the {key}"
-        raise SourceError(f"{told}: {given}. Set dataset.columns.{key}; it has: {few(header)}.")
+        raise SourceError(f"{where}: {given}. Set dataset.columns.{key}; it has: {few(header)}.")
     return found
 
 
@@ -173,7 +175,7 @@ def _records(tree: Tree, name: str, told: str) -> tuple[list[str], list[dict[str
         header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     except (csv.Error, ValueError) as error:
         reason = error if isinstance(error, csv.Error) else "it is empty"
-        raise SourceError(f"{told}: cannot be read as a table ({reason}).") from None
+        raise SourceError(f"{tree.where}: {told}: cannot be read as a table ({reason}).") from None
     header = [one.strip() for one in header]
     return header, [dict(zip(header, map(str.strip, row), strict=False)) for row in rows]
 

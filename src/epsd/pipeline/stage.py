@@ -170,7 +170,7 @@ def check(params: Params) -> Params:
 def _own_settings(params: Params) -> Params:
     for where, registry, choice in _choices(params):
         if others := foreign(registry, choice):
-            say_once(f"{where}: {choice['name']} has no {', '.join(others)}: left out.")
+            say_once(f"{where}: left out, as not of {choice['name']}: {', '.join(others)}.")
             kept = {key: value for key, value in choice.items() if key not in others}
             section, _, key = where.partition(".")
             whole = getattr(params, section).model_copy(update={key: kept}) if key else kept
