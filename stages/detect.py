@@ -281,6 +281,8 @@ def log(tracker: Tracker, report: dict[str, float]) -> str | None:
     tracker.metrics({f"detect/{name}": value for name, value in report.items()})
     if artifacts.DETECT_GALLERY.exists():
         tracker.artifact(artifacts.DETECT_GALLERY)
+    if artifacts.SCENES_FIGURE.exists():
+        tracker.artifact(artifacts.SCENES_FIGURE, folder="prepare")
     for table in (artifacts.DETECT_METRICS, artifacts.DETECT_PER_CLASS, artifacts.DETECT_HISTORY):
         tracker.artifact(table, folder="detect")
     for file in (artifacts.DETECTOR, artifacts.DETECTOR_CARD):

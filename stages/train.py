@@ -89,6 +89,8 @@ def save(params: Params, data: Prepared, model: nn.Module, mask: Mask, history: 
     tracker.artifact(artifacts.MODEL_CARD, folder="model")
     tracker.artifact(artifacts.MASK, folder="model")
     tracker.artifact(artifacts.MASK_FIGURE, folder="prune")
+    for figure in filter(Path.exists, (artifacts.IMAGES_FIGURE, artifacts.SCENES_FIGURE)):
+        tracker.artifact(figure, folder="prepare")
     tracker.artifact("params.yaml")
 
 

@@ -426,6 +426,34 @@ def test_gallery_is_drawn(scenes: dict[str, list[Scene]], tmp_path: Path, channe
     assert drawn.sum() < green.sum() / 4  # the legend's sample only
 
 
+@pytest.mark.parametrize(("size", "inches"), [((48, 48), 3.6), ((800, 400), 8.0), ((4000, 3000), 10.0)])
+def test_a_larger_picture_is_drawn_larger_and_nothing_of_it_is_cut(
+    tmp_path: Path, size: tuple[int, int], inches: float
+) -> None:
+    """Neither legend nor words, in a crowd of objects with long names."""
+    from PIL import Image
+
+    Image.new("RGB", size).save(path := tmp_path / "p.png")
+    random = np.random.default_rng(0)
+    corners = random.uniform(0, 0.9, (25, 2)) * size
+    crowd = scene(
+        *((int(n % 3), (x, y, x + size[0] / 12, y + size[1] / 12)) for n, (x, y) in enumerate(corners)), size=size
+    )
+    crowd = dataclasses.replace(crowd, image=path)
+    some = Detections(crowd.boxes, np.full(25, 0.9), (crowd.labels + np.arange(25) // 9) % 3)
+    figure = drawing.gallery([crowd], [some], ["cat" * 20, "日本", "cow"], 3)
+    assert figure.get_figwidth() == pytest.approx(inches)
+    from epsd.figures import style as figures
+
+    figures.save(figure, tmp_path / "drawn.png")
+    (axes,), (legend,) = figure.axes, figure.legends
+    whole = figure.bbox
+    for part in (legend, *axes.texts):
+        box = part.get_window_extent()
+        assert whole.x0 - 1 <= box.x0 and box.x1 <= whole.x1 + 1 and whole.y0 - 1 <= box.y0 and box.y1 <= whole.y1 + 1
+    assert len(axes.texts) >= 25
+
+
 def test_coco_figures_are_those_of_torchmetrics(tmp_path: Path) -> None:
     from torchmetrics.detection import MeanAveragePrecision
 

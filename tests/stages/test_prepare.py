@@ -65,13 +65,31 @@ def test_the_same_params_give_the_same_bytes_and_another_seed_others(
     assert other != written(tmp_path / "a")
 
 
+def test_a_page_of_each_data_set_is_drawn(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of images that are kept as an array and of those that are streamed; the same bytes again."""
+    from PIL import Image
+
+    large = zipped(tmp_path / "large.zip", classes(12, size=80))
+    changes = {"data.limit": None, "dataset": {"name": "image_folder", "root": str(large), "size": 72}}
+    for folder, change in (("small", {}), ("large", changes), ("large", changes)):
+        before = written(tmp_path / folder / artifacts.PREPARE)
+        prepared(root, tmp_path / folder, monkeypatch, **change)
+        for page in (artifacts.IMAGES_FIGURE, artifacts.SCENES_FIGURE):
+            with Image.open(tmp_path / folder / page) as drawn:
+                assert min(drawn.size) > 300 and len(drawn.convert("L").getcolors(1 << 20) or ()) > 50
+    assert before == written(tmp_path / "large" / artifacts.PREPARE)
+    assert artifacts.read_json(artifacts.DATA_INDEX)["storage"] == "files"
+
+
 def test_own_images_from_a_zip(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = zipped(tmp_path / "mine.zip", classes(10))
     line = prepared(root, tmp_path, monkeypatch, dataset={"name": "image_folder", "root": str(archive)})
     assert line.startswith("14 train, 2 validation, 4 test images of 2 classes, 3x12x12; ")
 
 
-def test_what_is_left_out_or_there_twice_is_told(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_left_out_or_there_twice_is_told(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = classes(14, splits=("train", "test"))
     files |= {f"train/cat/{i}.heic": b"..." for i in range(12)} | {
         "notes": b"",
@@ -98,5 +116,7 @@ def test_what_is_left_out_or_there_twice_is_told(root: Path, tmp_path: Path, mon
     assert f"3x12x12; {left_out}; {twins}; detection: 2 train, 0 validation, 1 test scenes" in line
     boxes_told = "boxes dropped: 1 (without area, or outside the picture)"
     assert line.endswith(f"of 1 classes; {boxes_told}; 1 of test also in train, byte for byte (b as a)")
+    warned = capsys.readouterr().err.splitlines()
+    assert warned[0] == f"prepare: {twins}: what was learnt is tested again." and "(b as a)" in warned[1]
     index = artifacts.read_json(artifacts.DATA_INDEX)
     assert index["left_out"] and index["duplicates"] == [twins]

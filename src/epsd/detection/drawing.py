@@ -1,14 +1,14 @@
 """Pictures with detections drawn in: right, wrong and missed differ in colour and, for black and white, in line."""
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from epsd.detection.average_precision import HIT, IGNORED, Detections, judge
+from epsd.figures import boxes, fonts
+from epsd.figures.fonts import plain
 from epsd.voc.annotations import read_picture
 from epsd.voc.scenes import Floats, Scene
 
@@ -85,82 +85,81 @@ def choose_pictures(
 def gallery(
     scenes: Sequence[Scene], found: Sequence[Detections], class_names: Sequence[str], channels: int, columns: int = 3
 ) -> "Figure":
-    """Pictures side by side with their boxes, and one legend. `found[i]` belongs to `scenes[i]`."""
+    """Pictures side by side with their boxes, and one legend; the larger the pictures, the larger they are drawn.
+
+    `found[i]` belongs to `scenes[i]`.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     columns = max(1, min(columns, len(scenes)))
     rows = -(-len(scenes) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.6 * rows + 0.5), dpi=DPI, layout="constrained")
+    width, height = _inches(scenes, columns)
+    keys = max(1, min(len(STYLES), int(width * columns / KEY)))
+    extra = 0.3 + 0.22 * -(-len(STYLES) // keys)
+    figure = Figure(figsize=(width * columns, (height + 0.25) * rows + extra), dpi=DPI, layout="constrained")
+    names = fonts.shown(class_names)
     for place in range(rows * columns):
         axes = figure.add_subplot(rows, columns, place + 1)
         axes.set_axis_off()
         if place < len(scenes):
-            draw(axes, read_picture(scenes[place], channels), marks(found[place], scenes[place], class_names))
-            axes.set_title(scenes[place].id, fontsize=8)
+            some = marks(found[place], scenes[place], names)
+            drawn = min(width, height * scenes[place].width / scenes[place].height)
+            draw(axes, read_picture(scenes[place], channels), some, drawn)
+            axes.set_title(plain(scenes[place].id), fontsize=8)
     handles = [Line2D([], [], color=s.colour, linestyle=s.line, linewidth=2, label=s.meaning) for s in STYLES]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(STYLES), fontsize=8, handlelength=3.5)
+    figure.legend(handles=handles, loc="outside lower center", ncols=keys, fontsize=8, handlelength=3.5)
     return figure
 
 
-def draw(axes: "Axes", pixels: npt.NDArray[np.uint8], some: Sequence[Mark]) -> None:
-    """One picture (C, H, W) with its boxes; a thin white edge keeps every line visible on dark and on light."""
+KEY = 2.6
+"""Inches of the longest entry of the legend."""
+SMALLEST, LARGEST, PER_INCH = 3.6, 10.0, 100
+"""Inches of a drawn picture: as many as it has pixels / PER_INCH, between these; of several side by side half of it."""
+
+
+def _inches(scenes: Sequence[Scene], columns: int) -> tuple[float, float]:
+    """Width and height of each drawn picture."""
+    width = max(scene.width for scene in scenes)
+    tallest = max(scene.height / scene.width for scene in scenes)
+    most = LARGEST if columns == 1 else LARGEST / 2
+    side = min(most, max(SMALLEST, width / PER_INCH))
+    return side, side * min(2.0, max(0.3, tallest))
+
+
+def draw(axes: "Axes", pixels: npt.NDArray[np.uint8], some: Sequence[Mark], inches: float) -> None:
+    """One picture (C, H, W), so many inches wide, with its boxes; a thin white edge keeps every line visible."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
-    grey = len(pixels) == 1
+    grey, (height, width) = len(pixels) == 1, pixels.shape[1:]
     axes.imshow(pixels[0] if grey else pixels.transpose(1, 2, 0), cmap="gray" if grey else None, vmin=0, vmax=255)
-    for (left, top, right, bottom), text, style in some:
-        text = text.replace("$", r"\$")  # or matplotlib would read a formula between two of them
+    for (left, top, right, bottom), _, style in some:
         # imshow centres a pixel on its number; corners of pixels lie half a pixel before
         patch = Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False)
         patch.set(edgecolor=style.colour, linestyle=style.line, linewidth=1.8)
         patch.set_path_effects([withStroke(linewidth=3, foreground="white")])
         axes.add_patch(patch)
-        below = style in (MISSED, PASSED)
-        axes.annotate(
-            f"{text} {_SIGNS[style]}" if style in _SIGNS else text,
-            (left - 0.5, (bottom if below else top) - 0.5),
-            xytext=(0, -2 if below else 1.5),
-            textcoords="offset points",
-            va="top" if below else "bottom",
-            color="white",
-            fontsize=6.5,
-            annotation_clip=False,
-            bbox={"facecolor": style.colour, "edgecolor": "none", "pad": 0.6},
-        )
+    point = width / (72 * inches)  # in pixels of the picture
+    texts = [f"{mark.text} {_SIGNS[mark.style]}" if mark.style in _SIGNS else mark.text for mark in some]
+    wanted = [
+        boxes.Label(mark.box.tolist(), (0.62 * len(text) + 0.6) * LETTERS * point, 1.5 * LETTERS * point,
+                    mark.style in (MISSED, PASSED))
+        for mark, text in zip(some, texts, strict=True)
+    ]  # fmt: skip
+    for (x, y), mark, text, one in zip(boxes.placed(wanted, width, height), some, texts, wanted, strict=True):
+        axes.text(
+            x + 0.3 * LETTERS * point - 0.5, y + one.height / 2 - 0.5, plain(text), va="center_baseline", ha="left",
+            color="white", fontsize=LETTERS, bbox={"facecolor": mark.style.colour, "edgecolor": "none", "pad": 0.8},
+        )  # fmt: skip
 
 
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Of the classes in turn where nobody knows what is right: of Okabe and Ito, told apart by colour-blind eyes."""
-
-
-LEAST = 400
-"""Pixels of the longer side of a drawn picture: smaller ones are enlarged, or the words would hide them."""
+LETTERS = 6.5
+"""Points of the letters at a box."""
 
 
 def annotated(picture: "Image", found: Detections, class_names: Sequence[str]) -> "Image":
     """The picture in colour, a small one enlarged, with a box for each detection and its class and score at the box."""
-    from PIL import Image, ImageDraw
-
-    times = max(1, round(LEAST / max(picture.size)))
-    width, height = picture.width * times, picture.height * times
-    drawn = picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-    pen, size = ImageDraw.Draw(drawn), max(10, min(width, height) // 30)
-    font = _font(size)
-    for box, score, label in reversed(list(zip(found.boxes * times, found.scores, found.labels, strict=True))):
-        colour, text = COLOURS[label % len(COLOURS)], f"{class_names[label]} {score:.2f}"
-        left, top, right, bottom = (float(side) for side in box)
-        pen.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=max(2, size // 6))
-        corner = max(0, min(left, width - pen.textlength(text, font))), max(0, top - 1.25 * size)
-        pen.rectangle(pen.textbbox(corner, text, font), fill=colour)
-        pen.text(corner, text, "white", font)
-    return drawn
-
-
-def _font(size: int) -> Any:
-    """DejaVu Sans, which comes with matplotlib and has letters of most languages; matplotlib itself is not imported."""
-    from PIL import ImageFont
-
-    home = Path(str(importlib.util.find_spec("matplotlib").origin)).parent  # type: ignore[union-attr]
-    return ImageFont.truetype(home / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    names = fonts.shown(class_names)
+    texts = [f"{names[label]} {score:.2f}" for label, score in zip(found.labels, found.scores, strict=True)]
+    return boxes.boxed(picture, found.boxes, found.labels.tolist(), texts)

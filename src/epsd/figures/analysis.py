@@ -10,8 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from epsd.evaluation.metrics import ReliabilityTable
+from epsd.figures.fonts import plain
 from epsd.figures.study import MARKERS, FigureError, Style, checked, style
-from epsd.figures.style import figure_of_size, plain
+from epsd.figures.style import figure_of_size
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from epsd.figures import fonts
+from epsd.figures.fonts import plain
 from epsd.masks import Mask
 from epsd.project.artifacts import replacing
 
@@ -41,21 +43,28 @@ def figure_of_size(width: float, height: float) -> "Figure":
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write `figure` as PNG; the same figure gives the same bytes. Raises ArtifactError: cannot be written."""
+    """Write `figure` as PNG; the same figure gives the same bytes. Letters that the usual font lacks are drawn with an
+    installed one, or as squares. Raises ArtifactError: cannot be written.
+    """
+    _with_letters(figure)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
-def plain(text: str) -> str:
-    """`text` as it stands: between two dollars matplotlib would read a formula."""
-    return text.replace("$", r"\$")
+def _with_letters(figure: "Figure") -> None:
+    from matplotlib.text import Text
+
+    odd = [text for text in figure.findobj(Text) if isinstance(text, Text) and fonts.lacking(text.get_text())]
+    for text in odd:
+        text.set_text(fonts.drawable(text.get_text()))
+        text.set_fontfamily(fonts.families([text.get_text()]))
 
 
 def confusion(table: Tensor, class_names: Sequence[str]) -> "Figure":
     """`table` (K, K): rows true, columns predicted. Shades are shares of the true class; counts are written up to
     a dozen classes, names up to forty.
     """
-    classes, shown = len(class_names), [plain(name) for name in class_names]
+    classes, shown = len(class_names), [plain(name) for name in fonts.shown(class_names)]
     side = min(3 + 0.4 * classes, 12)
     figure = figure_of_size(side + 1, side)
     axes = figure.subplots()
@@ -63,6 +72,8 @@ def confusion(table: Tensor, class_names: Sequence[str]) -> "Figure":
     picture = axes.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the true class")
     axes.set(xlabel="predicted class", ylabel="true class", title=f"Confusion, {int(table.sum()):,} test images")
+    if classes <= NAMES_UP_TO and (remark := fonts.remark(class_names)):
+        axes.set_xlabel(f"predicted class\n({remark})")
     if classes <= NAMES_UP_TO:
         axes.set_xticks(range(classes), shown, rotation=90 if max(map(len, class_names)) > 2 else 0)
         axes.set_yticks(range(classes), shown)

@@ -1,4 +1,4 @@
-"""Files that are in two splits, byte for byte: what was learnt is tested again."""
+"""Files that are there twice, byte for byte. In two splits: what was learnt is tested again."""
 
 import hashlib
 import itertools
@@ -22,15 +22,22 @@ def marks(contents: Iterable[bytes | memoryview]) -> Marks:
 
 
 def duplicates(found: Mapping[str, Marks], names: Mapping[str, Sequence[object]]) -> list[str]:
-    """A few words on each pair of splits that share files, with one of them by name."""
+    """A few words on each pair of splits that share files, and on each split that has some twice, with one by name."""
     told = []
     for first, other in itertools.combinations(found, 2):
         again = np.flatnonzero(np.isin(found[other], found[first]))
         if len(again):
-            at = int(again[0])
-            twin = int(np.flatnonzero(found[first] == found[other][at])[0])
-            pair = f"{names[other][at]}" + (
-                f" as {names[first][twin]}" if names[first][twin] != names[other][at] else ""
-            )
+            twin = int(np.flatnonzero(found[first] == found[other][again[0]])[0])
+            pair = _pair(names[other][again[0]], names[first][twin])
             told.append(f"{len(again):,} of {other} also in {first}, byte for byte ({pair})")
+    for split, every in found.items():
+        once = np.unique(every, return_index=True)[1]
+        if extra := len(every) - len(once):
+            second = int(np.setdiff1d(np.arange(len(every)), once)[0])
+            pair = _pair(names[split][second], names[split][int(np.flatnonzero(every == every[second])[0])])
+            told.append(f"{extra:,} of {split} there twice, byte for byte ({pair})")
     return told
+
+
+def _pair(name: object, twin: object) -> str:
+    return f"{name}" if name == twin else f"{name} as {twin}"

@@ -19,12 +19,12 @@ from epsd.files.archives import open_tree, unpack
 from epsd.files.digests import digest_of
 from epsd.files.duplicates import Marks, duplicates, mark, marks
 from epsd.files.faults import Faults, few
-from epsd.files.layouts import SPLITS, UNPACKED, Files, Labelled, Source, SourceError, Split, check_labels
+from epsd.files.layouts import SPLITS, UNPACKED, Files, Labelled, Reading, Source, SourceError, Split, check_labels
 from epsd.files.regular import refused
 from epsd.preparing.decoding import Read, decoded, image_shape, shown
 from epsd.preparing.splits import carved, limited, of_classes
 from epsd.preparing.tally import Tally
-from epsd.project.artifacts import ArtifactError, replacing, write_json
+from epsd.project.artifacts import ArtifactError, read_json, replacing, write_json
 
 IN_MEMORY_UP_TO = 64
 """Pixels on the longer side up to which a whole set is kept in memory (Tiny-ImageNet at 64 px: 1.2 GB)."""
@@ -238,6 +238,18 @@ def written_arrays(
         for split, size in index["sizes"].items()
         if size
     }
+
+
+def sample(out: Path, index: Mapping[str, Any], positions: Sequence[int]) -> list[NDArray[np.uint8]]:
+    """Some training images as `prepare` wrote them, each (C, H, W), in that order."""
+    if index["storage"] == "memory":
+        images = np.load(out / "train_images.npy", mmap_mode="r", allow_pickle=False)
+        return [np.asarray(images[position]) for position in positions]
+    listed = read_json(out / "train_files.json")["files"]
+    names = [listed[position] for position in positions]
+    files = Files(open_tree(out / UNPACKED if index["root"] is None else Path(index["root"])), names)
+    found = {read.name: read.image for read in decoded(files, Reading(**index["reading"]))}
+    return [image for name in names if (image := found[name]) is not None]
 
 
 def summary(index: Mapping[str, Any]) -> str:

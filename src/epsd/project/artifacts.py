@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from epsd.masks import Mask
 
 ROOT = Path("artifacts")
+PREPARE = ROOT / "prepare"
 DATA = ROOT / "data"
 VOC = ROOT / "voc"
 PRUNE = ROOT / "prune"
@@ -35,6 +36,8 @@ DETECT = ROOT / "detect"
 
 DATA_INDEX = DATA / "data.json"
 VOC_INDEX = VOC / "voc.json"
+IMAGES_FIGURE = PREPARE / "images.png"
+SCENES_FIGURE = PREPARE / "scenes.png"
 MASK = PRUNE / "mask.safetensors"
 INITIAL = PRUNE / "initial.safetensors"
 CHANNELS = PRUNE / "channels.safetensors"

@@ -41,6 +41,8 @@ CHANGES = {
     "detectors/_features.py": "detect",
     "detectors/_suited.py": "detect",
     "figures/style.py": "prune evaluate detect",
+    "figures/boxes.py": "prepare detect",
+    "figures/contact_sheet.py": "prepare",
     "studies/procedures/${procedure.name}.py": "procedure",
     "studies/${procedure.name}": "procedure",
 }
