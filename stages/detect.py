@@ -93,6 +93,9 @@ def main(params: Params, machine: Machine) -> str:
     used = {f"detect.used.{name}": value for name, value in plan.settings.items()}
     with in_run("detect", params, {"voc.digest": task.voc.digest}, used) as tracker:
         trained = fitted(task, model, mask, on_epoch=partial(tracker.epoch, prefix="detect/train_"))
+        pictures = {split: len(scenes) for split, scenes in voc.scenes.items()}
+        source = str(params.voc.get("root", ""))
+        tracker.dataset(params.scenes_title, voc.digest, source, pictures, context="detection")
         report = judged(task, trained) | beside(task)
         artifacts.write_json(artifacts.DETECT_METRICS, report)
         tracker.describe("Detection", told(task, report))

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from epsd.pipeline.describe import run_name
+from epsd.pipeline.stage import check, describe
 from epsd.project.params import flatten, load, override, parse, read_yaml
 from epsd.registry import ParamsError
 
@@ -132,3 +134,11 @@ def test_a_data_set_of_ones_own_is_called_by_its_name(tree: dict[str, Any], wher
     tree["voc"] = {"name": "devkit", "root": where}
     assert parse(tree).data_title == title
     assert parse(tree).scenes_title == ("devkit" if where == "." else title)
+    for section, kind in (("dataset", "image_folder"), ("voc", "yolo")):
+        tree[section] = {"name": kind, "root": where, "title": "Blood cells, 2024"}
+    params = check(parse(tree))
+    assert params.data_title == params.scenes_title == "Blood cells, 2024"
+    assert run_name(params).startswith("Blood cells, 2024-epsd-")
+    for stage in ("prepare", "prune", "train", "evaluate", "detect"):
+        assert " Blood cells, 2024" in describe(params, stage), stage
+    assert not [name for name in params.marked() if name.endswith("title")], "another name is no other result"

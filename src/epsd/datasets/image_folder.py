@@ -29,6 +29,7 @@ class ImageFolder:
         are classes, unless there is a `metadata.csv` with the columns file_name and label, as Hugging Face has it.
     columns : which columns tell the image, the label and (optional) the split: `{image: photo, label: breed}`; those
         that are not named are looked for by their usual names (`epsd.files.tables.USUAL`).
+    title : what runs, cards and figures call the data set; null: the name of its folder or archive.
     """
 
     root: Place
@@ -38,6 +39,7 @@ class ImageFolder:
     unreadable: Unreadable = "error"
     labels: Text | None = None
     columns: dict[Column, str] = Field(default_factory=dict)
+    title: Text | None = None
 
     def __call__(self) -> Source:
         """Class names are the class folders, or the classes that the table names, sorted."""

@@ -134,10 +134,11 @@ def bars(axes: "Axes", names: Sequence[str], counts: Mapping[str, Sequence[int]]
         axes.margins(x=0.12)
     else:
         axes.set(xlabel=f"{len(names):,} classes, by training {what}", ylabel=what, yscale="symlog")
-    title = f"{what} by class and split"
-    axes.legend(
-        fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(SHADES), title=title, frameon=False
-    )
+    if before.any():
+        axes.legend(
+            fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(SHADES), frameon=False,
+            title=f"{what} by class and split",
+        )  # fmt: skip
 
 
 def histogram(axes: "Axes", sides: Floats) -> None:

@@ -135,7 +135,7 @@ def opened(
         experiment=params.tracking.experiment,
         name=f"{params.scenes_title}-{params.detect.detector['name']}-seed{params.seed}",
         params=dict(flatten(params.model_dump())) | dict(used),
-        tags={"kind": "detector", "seed": params.seed} | tags,
+        tags={"kind": "detector", "dataset": params.scenes_title, "seed": params.seed} | tags,
         description=f"A detector on the network of `{params.detect.backbone}`.",
     )
 

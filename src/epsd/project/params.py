@@ -306,7 +306,7 @@ class Params(Section):
     device: Annotated[Text, TIMING]
     threads: Annotated[Few | None, TIMING] = None
     launch: LaunchParams = Field(default_factory=LaunchParams)
-    dataset: Annotated[Choice, Bearing(settings={"download": NOTHING})]
+    dataset: Annotated[Choice, Bearing(settings={"download": NOTHING, "title": NOTHING})]
     data: DataParams
     architecture: Choice
     objective: Choice
@@ -314,14 +314,16 @@ class Params(Section):
     prune: PruneParams
     train: TrainParams
     evaluate: Annotated[EvaluateParams, Bearing(settings={"latency_batch_size": _LATENCY})]  # of runs before `sizes`
-    voc: Annotated[Choice, _DETECTION]
+    voc: Annotated[Choice, replace(_DETECTION, settings={"title": NOTHING})]
     detect: Annotated[DetectParams, _DETECTION]
     tracking: Annotated[TrackingParams, NOTHING]
     tune: Annotated[TuneParams, NOTHING] = Field(default_factory=TuneParams, exclude=True)
 
     @property
     def data_title(self) -> str:
-        """What people call the data set: of a folder or archive of one's own its name (`photos.zip` is "photos")."""
+        """What people call the data set: its `title`, else of a folder or archive of one's own its name (`photos.zip`
+        is "photos").
+        """
         return _title(self.dataset, "image_folder")
 
     @property
@@ -340,6 +342,8 @@ class Params(Section):
 
 
 def _title(choice: Mapping[str, Any], *own: str) -> str:
+    if title := choice.get("title"):
+        return str(title)
     name, root = str(choice["name"]), Path(str(choice.get("root") or ""))
     return re.sub(r"\.(zip|tar|tgz|tar\.\w+)$", "", root.name) or name if name in own else name
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from epsd.files.archives import Several, Tree, is_archive, open_tree
 from epsd.files.images import is_image
 from epsd.files.layouts import SPLIT_FOLDERS, Split
-from epsd.project.settings import Count
+from epsd.project.settings import Count, Text
 from epsd.registry import settings_of, variant
 from epsd.voc.scenes import Floats
 
@@ -91,8 +91,12 @@ class BoxSource:
 
 @variant
 class BoxReading:
-    """Settings that all detection data sets of one's own have: see `epsd.voc.annotations.read_index`."""
+    """Settings that all detection data sets of one's own have: see `epsd.voc.annotations.read_index`.
 
+    title : what runs and figures call the data set; null: the name of its folder or archive.
+    """
+
+    title: Text | None = None
     class_names: list[str] | None = Field(default=None, min_length=1)
     classes: dict[str, list[str]] = Field(default_factory=dict)
     bad_boxes: Literal["error", "drop"] = "error"
@@ -103,7 +107,7 @@ class BoxReading:
     @property
     def reading(self) -> dict[str, Any]:
         """Settings for `epsd.voc.annotations.read_index`."""
-        return {name: getattr(self, name) for name in settings_of(BoxReading)}
+        return {name: getattr(self, name) for name in settings_of(BoxReading) if name != "title"}
 
 
 def opened(root: Path) -> Tree:
