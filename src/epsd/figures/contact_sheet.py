@@ -31,7 +31,7 @@ SIDE = 64
 """Pixels of a drawn picture of a class."""
 BOXED = 12
 """Pictures with boxes, at most."""
-CELL = 384
+CELL = 320
 """Pixels of one of these."""
 SHADES = {"train": ("0.35", ""), "validation": ("0.7", "///"), "test": ("white", "")}
 """Fill and hatching of the splits."""
@@ -89,8 +89,8 @@ def scenes(
     columns = min(4, max(1, len(some)))
     rows = max(1, math.ceil(len(some) / columns))
     height = max(1.6 + 0.17 * min(len(names), CLASSES), 3.0)
-    figure = figure_of_size(13, 3.2 * rows + height + 0.6)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3.2 * rows, height))  # type: ignore[misc]
+    figure = figure_of_size(11, 2.7 * rows + height + 0.6)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(2.7 * rows, height))  # type: ignore[misc]
     sheet = upper.subplots()
     sheet.imshow(_tiled([_drawn(one, shown) for one in some], columns), interpolation="antialiased")
     sheet.set_axis_off()
