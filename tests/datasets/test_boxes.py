@@ -87,3 +87,19 @@ def test_what_is_not_there_or_something_else_is_one_clear_line(tmp_path: Path, n
         with pytest.raises(EpsdError, match=f"{root}: ") as told:
             read(name, root)
         assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ROOTED)
+def test_files_of_another_format_are_recognised(tmp_path: Path, name: str) -> None:
+    for other in set(ROOTED) - {name}:
+        with pytest.raises(VocError, match=rf"It looks like voc\.name: {other}\."):
+            read(name, write(tmp_path / other, WRITERS[other](SETS)))
+
+
+@pytest.mark.parametrize("name", ROOTED)
+def test_what_dvc_has_and_is_not_here_says_how_to_get_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / "cells.zip.dvc").write_text("outs: []")
+    with pytest.raises(
+        EpsdError, match=r"cells\.zip: no such folder or archive\. DVC has it: `dvc pull .*cells\.zip\.dvc`"
+    ):
+        read(name, tmp_path / "cells.zip")

@@ -19,7 +19,7 @@ from epsd.files.layouts import SPLITS, Split
 from epsd.project.runtime import located
 from epsd.project.settings import Place
 from epsd.registry import not_known, variant
-from epsd.voc.entries import Annotation, BoxReading, BoxSource, Entry, annotation, opened, split_of
+from epsd.voc.entries import Annotation, BoxReading, BoxSource, Entry, annotation, looks_like, opened, split_of
 from epsd.voc.scenes import VocError
 
 Names = list[str]
@@ -81,9 +81,8 @@ class Coco(BoxReading):
     def _files(self, tree: Tree, there: Sequence[str]) -> tuple[dict[Split, list[str]], list[str]]:
         """Split -> its JSON files, and those of no split."""
         if not there:
-            raise VocError(
-                f"{tree.where}: has no annotations in COCO's format (*.json with images, annotations and categories)."
-            )
+            lacking = f"has no annotations in COCO's format (*.json with {', '.join(_LISTS)})."
+            raise VocError(f"{tree.where}: {lacking}{looks_like(tree, 'coco')}")
         splits: dict[Split, list[str]] = {}
         for split in SPLITS:
             named: Names | None = getattr(self, split)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from epsd.datasets.downloads import Published, fetch
-from epsd.files.archives import ArchiveError, Tree
+from epsd.files.archives import ArchiveError, Tree, absent
 from epsd.files.faults import few
 from epsd.files.layouts import SPLITS, Split
 from epsd.project.runtime import located
@@ -99,7 +99,7 @@ class Devkit(BoxReading):
         if not root.exists():
             names = ", ".join(published.name for published in PUBLISHED.values())
             raise ArchiveError(
-                f"{root}: no such folder or archive. For Pascal VOC place {names} there, or set voc.download; "
+                f"{absent(root)} For Pascal VOC place {names} there, or set voc.download; "
                 "for a devkit of your own, set voc.root to its folder or archive."
             )
         tree = opened(root)

@@ -20,7 +20,18 @@ from epsd.project.runtime import located
 from epsd.project.settings import Place, Text
 from epsd.registry import variant
 from epsd.types import EpsdError
-from epsd.voc.entries import Annotation, BoxReading, BoxSource, Entry, annotation, by_folder, opened, partners, stem
+from epsd.voc.entries import (
+    Annotation,
+    BoxReading,
+    BoxSource,
+    Entry,
+    annotation,
+    by_folder,
+    looks_like,
+    opened,
+    partners,
+    stem,
+)
 from epsd.voc.scenes import VocError
 
 _KEYS: dict[str, Split] = {"train": "train", "val": "validation", "valid": "validation", "test": "test"}
@@ -112,9 +123,8 @@ def _listed(tree: Tree) -> dict[int, str]:
     """Likewise of a text file with one class a line."""
     fits = [name for name in tree.names if PurePosixPath(name).name.lower() in _LISTS]
     if not fits:
-        raise VocError(
-            f"{tree.where}: says nowhere what the classes are: it needs data.yaml, or {' or '.join(_LISTS)}."
-        )
+        lacking = f"says nowhere what the classes are: it needs data.yaml, or {' or '.join(_LISTS)}."
+        raise VocError(f"{tree.where}: {lacking}{looks_like(tree, 'yolo')}")
     return dict(enumerate(line.strip() for line in tree.text(fits[0]).rstrip().splitlines()))
 
 

@@ -272,14 +272,19 @@ def open_tree(root: Path) -> Tree:
     if root.is_dir():
         return FolderTree(root)
     if not root.exists():
-        tracked = root.with_name(f"{root.name}.dvc")
-        way_out = f" DVC has it: `dvc pull {tracked}` brings it here." if tracked.is_file() else ""
-        raise ArchiveError(f"{root}: no such folder or archive.{way_out}")
+        raise ArchiveError(absent(root))
     if not root.is_file():
         raise ArchiveError(f"{root}: neither a folder nor a regular file.")
     if not is_archive(root):
         raise ArchiveError(f"{root}: neither a folder nor an archive. Read are: {', '.join(ARCHIVE_SUFFIXES)}.")
     return ZipTree(root) if root.name.lower().endswith(".zip") else TarTree(root)
+
+
+def absent(root: Path) -> str:
+    """What is said where nothing is at `root`; how to get it where DVC has it."""
+    tracked = root.with_name(f"{root.name}.dvc")
+    way_out = f" DVC has it: `dvc pull {tracked}` brings it here." if tracked.is_file() else ""
+    return f"{root}: no such folder or archive.{way_out}"
 
 
 def unpack(tree: Tree, names: Iterable[str], target: Path) -> None:

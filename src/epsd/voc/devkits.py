@@ -15,7 +15,18 @@ from epsd.files.faults import Faults, few
 from epsd.files.images import is_image
 from epsd.files.layouts import Split
 from epsd.types import EpsdError
-from epsd.voc.entries import Annotation, BoxSource, Entry, Family, annotation, by_folder, families, family, partners
+from epsd.voc.entries import (
+    Annotation,
+    BoxSource,
+    Entry,
+    Family,
+    annotation,
+    by_folder,
+    families,
+    family,
+    looks_like,
+    partners,
+)
 from epsd.voc.scenes import VocError
 
 Sets = Mapping[Split, Sequence[tuple[str, str]]]
@@ -65,7 +76,8 @@ def from_pairs(tree: Tree, folder: Path) -> BoxSource:
         found[name] = Entry(family(name)[1], name, None, str(PurePosixPath(name).with_suffix(".xml")), name)
     reader.faults.check()
     if not xmls:
-        raise VocError(f"{tree.where}: has neither lists of pictures ({LISTS}*.txt) nor annotations (*.xml).")
+        lacking = f"has neither lists of pictures ({LISTS}*.txt) nor annotations (*.xml)."
+        raise VocError(f"{tree.where}: {lacking}{looks_like(tree, 'devkit')}")
     splits, others = by_folder(found)
     if "train" not in splits:
         raise VocError(f"{tree.where}: has annotations in {', '.join(splits)}, and none in a folder named train.")

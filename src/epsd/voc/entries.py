@@ -122,6 +122,17 @@ def opened(root: Path) -> Tree:
     return Several(root, [open_tree(path) for path in archives]) if archives else tree
 
 
+_SIGNS = {"devkit": (".xml",), "yolo": ("data.yaml", "classes.txt", "obj.names"), "coco": (".json",)}
+"""Name of a variant of `voc` -> how files end that it reads."""
+
+
+def looks_like(tree: Tree, own: str) -> str:
+    """A sentence for whoever chose `own`, which found nothing: what else the files may be; "": nothing known."""
+    names = [name.lower() for name in tree.names]
+    fits = [kind for kind, signs in _SIGNS.items() if kind != own and any(name.endswith(signs) for name in names)]
+    return f" It looks like voc.name: {' or '.join(fits)}." if fits else ""
+
+
 def stem(name: str) -> str:
     """The last part of a name, without the ending of a picture or of a file with boxes; other dots stay."""
     path = PurePosixPath(name)
