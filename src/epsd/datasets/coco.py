@@ -45,7 +45,8 @@ class Coco(BoxReading):
     classes : spellings that mean one class: `{helmet: [Helmet, hard-hat]}`.
     bad_boxes : a box without area or outside its picture is an "error", or is left out ("drop") and counted.
     empty : a picture without objects is kept as "background", as the format means it, or is an "error".
-    unreadable : a picture that is missing or damaged is an "error", or is left out ("skip") and named.
+    unreadable : a picture that is missing or damaged, or whose annotation is, is an "error", or left out ("skip") and
+        named.
     limit : [1, ...) pictures per split, drawn by seed; null: all.
     """
 
@@ -146,24 +147,12 @@ class _Contents:
         for row in content["images"]:
             name = str(row.get("file_name", "")).replace("\\", "/")
             where = f"{file}, {name or 'an image without file_name'}"
-            said = self._said(where, row, objects[row.get("id")], names)
-            yield Entry(PurePosixPath(name).stem, self._picture(name, file), said, where, file)
-
-    def _said(self, where: str, row: Row, objects: Sequence[Row], names: Mapping[Any, str]) -> Annotation:
-        labels, corners, crowds, polygons = [], [], [], 0
-        for one in objects:
-            box = _numbers(one.get("bbox"), 4)
-            found = [box[0], box[1], box[0] + box[2], box[1] + box[3]] if box else _around(one.get("segmentation"))
-            if not found:
-                self.faults.add(f"{where}: annotation {one.get('id')} has neither a bbox of four numbers nor a polygon")
-                continue
-            labels.append(names[one["category_id"]])
-            corners.append(found)
-            crowds.append(bool(one.get("iscrowd")))
-            polygons += not box
-        size = _numbers([row.get("width"), row.get("height")], 2)
-        stated = (int(size[0]), int(size[1])) if size and all(size) else None
-        return annotation(labels, corners, crowds, size=stated, polygons=polygons)
+            said, fault = None, ""
+            try:
+                said = _said(row, objects[row.get("id")], names)
+            except VocError as error:
+                fault = f"{where}: {error}"
+            yield Entry(PurePosixPath(name).stem, self._picture(name, file), said, where, file, fault)
 
     def _picture(self, name: str, file: str) -> str | None:
         """The file of that name: beside the JSON file, or the only one that ends so, of its split, or anywhere."""
@@ -173,6 +162,23 @@ class _Contents:
         if len(fits) > 1:
             fits = [one for one in fits if split_of(one) == split_of(file)]
         return fits[0] if fits else None
+
+
+def _said(row: Row, objects: Sequence[Row], names: Mapping[Any, str]) -> Annotation:
+    """What is said of one image. Raises VocError for an object without a box."""
+    labels, corners, crowds, polygons = [], [], [], 0
+    for one in objects:
+        box = _numbers(one.get("bbox"), 4)
+        found = [box[0], box[1], box[0] + box[2], box[1] + box[3]] if box else _around(one.get("segmentation"))
+        if not found:
+            raise VocError(f"annotation {one.get('id')} has neither a bbox of four numbers nor a polygon")
+        labels.append(names[one["category_id"]])
+        corners.append(found)
+        crowds.append(bool(one.get("iscrowd")))
+        polygons += not box
+    size = _numbers([row.get("width"), row.get("height")], 2)
+    stated = (int(size[0]), int(size[1])) if size and all(size) else None
+    return annotation(labels, corners, crowds, size=stated, polygons=polygons)
 
 
 def _rows(value: object) -> list[Row] | None:

@@ -67,7 +67,8 @@ class Devkit(BoxReading):
     bad_boxes : a box without area or outside its picture is an "error", or is left out ("drop") and counted.
     empty : a picture without boxes is an "error", or is kept as "background".
     unannotated : a picture without XML file is an "error", is left out ("skip"), or kept as "background".
-    unreadable : a picture that is missing or damaged is an "error", or is left out ("skip") and named.
+    unreadable : a picture that is missing or damaged, or whose annotation is, is an "error", or left out ("skip") and
+        named.
     limit : [1, ...) pictures per split, drawn by seed; null: all.
     download : which of "2007", "2007-test", "2012" to fetch into the folder `root` where they are not there yet. It
         accepts the terms: the pictures are from flickr, whose terms of use hold.

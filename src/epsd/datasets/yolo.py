@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from epsd.files.archives import Tree
+from epsd.files.archives import ArchiveError, Tree
 from epsd.files.faults import Faults, few
 from epsd.files.images import is_image
 from epsd.files.layouts import Split
@@ -19,7 +19,6 @@ from epsd.project.params import as_tree
 from epsd.project.runtime import located
 from epsd.project.settings import Place, Text
 from epsd.registry import variant
-from epsd.types import EpsdError
 from epsd.voc.entries import (
     Annotation,
     BoxReading,
@@ -58,7 +57,8 @@ class Yolo(BoxReading):
     bad_boxes : a box without area or outside its picture is an "error", or is left out ("drop") and counted.
     empty : a picture without objects, or without a text file, is kept as "background", as the format means it, or is an
         "error".
-    unreadable : a picture that is damaged is an "error", or is left out ("skip") and named.
+    unreadable : a picture that is missing or damaged, or whose annotation is, is an "error", or left out ("skip") and
+        named.
     limit : [1, ...) pictures per split, drawn by seed; null: all.
     """
 
@@ -70,7 +70,7 @@ class Yolo(BoxReading):
         """The pictures by split. Those of archives will be kept below `folder`; folders are used in place.
 
         Raises ArchiveError: `root` is missing, damaged, or points outside itself. ParamsError: what is no YAML.
-        VocError: no classes, no such folder, text files that cannot be used.
+        VocError: no classes, no such folder.
         """
         root, data = located(self.root), self.data
         if root.suffix.lower() in (".yaml", ".yml"):
@@ -84,7 +84,6 @@ class Yolo(BoxReading):
         if not found:
             found, others = by_folder({name: reader.entry(name) for name in tree.names if is_image(name)})
             notes += [f"beside the split folders, left out: {few(others)}"] if others else []
-        reader.faults.check()
         if not found.get("train"):
             raise VocError(f"{tree.where}: holds no training pictures.")
         return BoxSource(tree, folder, found, list(names.values()), notes)
@@ -184,10 +183,9 @@ def _endings(place: str) -> Iterator[PurePosixPath]:
 
 
 class _Reader:
-    """Text files of a tree, and what is wrong with them."""
+    """Text files of a tree."""
 
     def __init__(self, tree: Tree, names: Mapping[int, str], key_points: bool) -> None:
-        self.faults = Faults(tree.where, VocError)
         self._tree, self._names, self._key_points = tree, names, key_points
         texts = [name for name in tree.names if name.lower().endswith(".txt")]
         self._texts = {picture: name for name, picture in partners(texts, filter(is_image, tree.names)).items()}
@@ -195,14 +193,14 @@ class _Reader:
     def entry(self, picture: str) -> Entry:
         """A picture with its objects; none where it has no text file."""
         text = self._texts.get(picture)
-        said = annotation([], [], [], relative=True)
+        said, fault = None, ""
         try:
-            said = self._said(self._tree.text(text)) if text else said
+            said = self._said(self._tree.text(text) if text else "")
         except VocError as error:
-            self.faults.add(f"{text}: {error}")
-        except EpsdError as error:
-            self.faults.add(error)
-        return Entry(stem(picture), picture, said, text or picture, picture)
+            fault = f"{text}: {error}"
+        except ArchiveError as error:
+            fault = str(error)
+        return Entry(stem(picture), picture, said, text or picture, picture, fault)
 
     def _said(self, text: str) -> Annotation:
         names, corners, polygons = [], [], 0

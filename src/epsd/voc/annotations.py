@@ -92,7 +92,8 @@ def read_index(
         the wrong order are swapped back; what reaches over the edge by less than EDGE is clipped; both are counted.
     empty : a picture without a box is an "error", or kept as "background".
     unannotated : a picture of which nothing is said is an "error", left out ("skip"), or kept as "background".
-    unreadable : a picture that is missing or damaged is an "error", or left out ("skip") and named.
+    unreadable : a picture that is missing or damaged, or whose annotation is, is an "error", or left out ("skip") and
+        named.
     limit : pictures per split, drawn by `seed`; None: all.
     validation, test : shares of train that are held out by `seed`, where the source has no such split.
 
@@ -102,7 +103,9 @@ def read_index(
         the test split counts. SourceError : class names that differ in case only.
     """
     where = source.tree.where
-    there = {split: [one for one in some if _is_asked(one, unannotated)] for split, some in source.splits.items()}
+    bare = {one.where for some in source.splits.values() for one in some if one.annotation is None and not one.fault}
+    skipped = bare if unannotated == "skip" else set()
+    there = {split: [one for one in some if one.where not in skipped] for split, some in source.splits.items()}
     every = held_out(there, validation, test, seed, where)
     naming = Naming.of(every, source, class_names, classes or {})
     listed = {split: _drawn(every.get(split, ()), limit, seed) for split in SPLITS}
@@ -121,8 +124,7 @@ def read_index(
         reader.faults.check()
         _check_countable(scenes, where)
     over = sum(map(len, every.values())) - sum(map(len, listed.values()))
-    bare = sum(map(len, source.splits.values())) - sum(map(len, there.values()))
-    notes = [*source.notes, *([f"pictures without annotation left out: {bare:,}"] if bare else [])]
+    notes = [*source.notes, *([f"pictures without annotation left out: {len(skipped):,}"] if skipped else [])]
     notes += [*naming.notes(listed), *reader.notes()]
     carved = ", ".join(split for split in every if split not in source.splits)
     notes += [f"held out of train by seed: {carved}"] if carved else []
@@ -130,10 +132,6 @@ def read_index(
     identifiers = {split: [scene.id for scene in some] for split, some in scenes.items()}
     dropped = reader.tally["boxes dropped"]
     return VocIndex(naming.names, scenes, hasher.hexdigest(), dropped, notes + duplicates(marks, identifiers))
-
-
-def _is_asked(entry: Entry, unannotated: OnUnannotated) -> bool:
-    return entry.annotation is not None or unannotated != "skip"
 
 
 def _drawn(every: Sequence[Entry], limit: int | None, seed: int) -> Sequence[Entry]:
@@ -244,6 +242,9 @@ class _Reader:
     def _said(self, entry: Entry) -> Annotation | None:
         if entry.annotation is not None:
             return entry.annotation
+        if entry.fault:
+            self._lose(entry.where, entry.fault)
+            return None
         if self.rules.unannotated == "error":
             way_out = "voc.unannotated: 'background' keeps such pictures as showing nothing, 'skip' leaves them out."
             self.faults.add(f"{entry.where}: no such annotation", way_out)
@@ -259,10 +260,14 @@ class _Reader:
                 )
             return self._decoded(entry.image)
         except (ArchiveError, ImageError) as error:
-            if self.rules.unreadable == "error":
-                self.faults.add(error, "voc.unreadable: 'skip' leaves such pictures out.")
-            self.lost.append(entry.image or entry.id)
+            self._lose(entry.image or entry.id, error)
             return None
+
+    def _lose(self, name: str, fault: object) -> None:
+        """What cannot be read, picture or annotation, leaves the picture out, or is told."""
+        if self.rules.unreadable == "error":
+            self.faults.add(fault, "voc.unreadable: 'skip' leaves such pictures out.")
+        self.lost.append(name)
 
     def _decoded(self, name: str) -> _Picture:
         from PIL import Image
@@ -325,7 +330,7 @@ class _Reader:
         """What was done, in plain words."""
         remarks = {"boxes dropped": " (without area, or outside the picture)"}
         told = [f"{what}: {count:,}{remarks.get(what, '')}" for what, count in self.tally.items() if count]
-        return told + ([f"unreadable pictures left out: {few(self.lost)}"] if self.lost else [])
+        return told + ([f"unreadable, left out: {few(self.lost)}"] if self.lost else [])
 
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from epsd.files.archives import Tree
+from epsd.files.archives import ArchiveError, Tree
 from epsd.files.faults import Faults, few
 from epsd.files.images import is_image
 from epsd.files.layouts import Split
@@ -50,7 +50,7 @@ def image_sets(tree: Tree) -> Iterator[tuple[str, str]]:
 def from_sets(tree: Tree, sets: Sets, folder: Path, notes: Sequence[str] = ()) -> BoxSource:
     """The pictures that image sets list, in their order, each once.
 
-    Raises VocError naming every list and annotation that cannot be used.
+    Raises VocError naming every list that cannot be used.
     """
     reader = _Reader(tree)
     splits = {
@@ -65,7 +65,7 @@ def from_pairs(tree: Tree, folder: Path) -> BoxSource:
     """Pictures and annotations of one stem, wherever they lie, where there is no list. Folders may be named after
     splits (train, valid, test); those that are missing are held out of train.
 
-    Raises VocError naming every annotation that cannot be used; where there is none.
+    Raises VocError where there is no annotation, or none to learn from.
     """
     reader = _Reader(tree)
     pictures = [name for name in tree.names if is_image(name)]
@@ -74,7 +74,6 @@ def from_pairs(tree: Tree, folder: Path) -> BoxSource:
     found = {xml: reader.entry(family(xml)[1], paired.get(xml), xml, xml) for xml in xmls}
     for name in sorted(set(pictures) - set(paired.values())):
         found[name] = Entry(family(name)[1], name, None, str(PurePosixPath(name).with_suffix(".xml")), name)
-    reader.faults.check()
     if not xmls:
         lacking = f"has neither lists of pictures ({LISTS}*.txt) nor annotations (*.xml)."
         raise VocError(f"{tree.where}: {lacking}{looks_like(tree, 'devkit')}")
@@ -116,14 +115,14 @@ class _Reader:
 
     def entry(self, identifier: str, image: str | None, xml: str, listed: str, there: bool = True) -> Entry:
         """A picture with what its annotation says, where there is one and it can be used."""
-        said = None
+        said, fault = None, ""
         try:
             said = read_annotation(self.tree.read(xml)) if there else None
         except VocError as error:
-            self.faults.add(f"{xml}: {error}")
-        except EpsdError as error:
-            self.faults.add(error)
-        return Entry(identifier, image, said, xml, listed)
+            fault = f"{xml}: {error}"
+        except ArchiveError as error:
+            fault = str(error)
+        return Entry(identifier, image, said, xml, listed, fault)
 
 
 def found_as(line: str, base: str, known: Collection[Family]) -> Family:

@@ -64,7 +64,7 @@ class Entry(NamedTuple):
     """A picture that a data set names.
 
     `image`: its file in the tree; None: there is none, though `listed` names it. `annotation`: None: nothing is said of
-    it. `where`: the file that says it, or should, for messages.
+    it, or nothing that can be used (`fault`). `where`: the file that says it, or should, for messages.
     """
 
     id: str
@@ -72,6 +72,7 @@ class Entry(NamedTuple):
     annotation: Annotation | None
     where: str
     listed: str
+    fault: str = ""
 
 
 @dataclass(frozen=True)
