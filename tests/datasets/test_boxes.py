@@ -12,7 +12,7 @@ from epsd.registry import choose, settings_of
 from epsd.types import EpsdError
 from epsd.voc.annotations import read_index
 from epsd.voc.scenes import VocError, VocIndex
-from pictures import picture, tarred, write, zipped
+from pictures import tarred, write, zipped
 
 CAT: Thing = ("cat", (2, 2, 20, 12))
 DOG: Thing = ("dog", (5, 5, 30, 20))
@@ -74,7 +74,7 @@ def test_settings_that_all_of_them_have(tmp_path: Path, name: str) -> None:
     index = read(name, root, **settings)
     assert [scene.id for scene in index.scenes["test"]] == ["g", "i"]
     assert "boxes dropped: 1 (without area, or outside the picture)" in index.notes
-    assert f"unreadable, left out: {'test/h.jpg' if name != 'yolo' else 'test/images/h.jpg'}" in index.notes
+    assert f"unreadable pictures left out: {'test/h.jpg' if name != 'yolo' else 'test/images/h.jpg'}" in index.notes
     with pytest.raises(VocError, match=r"no boxes. voc\.empty: 'background'"):
         read(name, root, **settings | {"empty": "error"})
     assert read(name, root, **settings, class_names=["dog"]).class_names == ["dog"]
@@ -118,13 +118,11 @@ def test_an_annotation_that_cannot_be_used_is_told_with_all_others_or_left_out(t
     files = WRITERS[name]({**SETS, "train": {"a": [CAT], "b": [DOG], "c": [CAT]}})
     spoilt = {path: bad(path, content) for path, content in files.items() if "valid" in path or "/a." in path}
     root = write(tmp_path / "cells", {**files, **spoilt})
-    (root / next(path for path in files if path.endswith("g.jpg"))).write_bytes(b"no picture")
-    with pytest.raises(
-        VocError, match=r"cells: .*valid.*; .*g\.jpg: not an image.*voc\.unreadable|g\.jpg.*valid"
-    ) as told:
+    with pytest.raises(VocError, match=r"cells: .*valid.*voc\.unreadable") as told:
         read(name, root)
-    assert str(told.value).count("voc.unreadable") == 1
-    (root / next(path for path in files if path.endswith("g.jpg"))).write_bytes(picture(1, (40, 30), "JPEG"))
+    assert str(told.value).count("voc.unreadable") == 1 and str(told.value).count(";") == (0 if name == "coco" else 1)
     index = read(name, root, unreadable="skip")
     assert len(index.scenes["validation"]) == 0 and len(index.scenes["train"]) == (3 if name == "coco" else 2)
-    assert any(note.startswith("unreadable, left out: ") for note in index.notes)
+    assert any(
+        note.startswith("annotations that cannot be read, with their pictures left out: ") for note in index.notes
+    )

@@ -178,7 +178,7 @@ def test_kinds_of_faults_are_told_one_after_another(tmp_path: Path) -> None:
         read(write(tmp_path / "root", files))
     assert "04.xml: no boxes. voc.empty" in str(caught.value)
     index = read(tmp_path / "root", unreadable="skip", empty="background")
-    assert "unreadable, left out: 03.jpg" in index.notes
+    assert "unreadable pictures left out: 03.jpg" in index.notes
     assert "pictures without a box kept as background: 1" in index.notes
 
 

@@ -39,6 +39,7 @@ _SLACK = 1.0
 """Pixels over the edge that are not counted as such: many tools count from 0 where VOC counts from 1, or round."""
 
 Flags = npt.NDArray[np.bool_]
+_UNREADABLE = "voc.unreadable: 'skip' leaves such pictures out."
 OnBadBox = Literal["error", "drop"]
 OnEmpty = Literal["error", "background"]
 OnUnannotated = Literal["error", "skip", "background"]
@@ -103,9 +104,7 @@ def read_index(
         the test split counts. SourceError : class names that differ in case only.
     """
     where = source.tree.where
-    bare = {one.where for some in source.splits.values() for one in some if one.annotation is None and not one.fault}
-    skipped = bare if unannotated == "skip" else set()
-    there = {split: [one for one in some if one.where not in skipped] for split, some in source.splits.items()}
+    there, notes = _usable(source, unannotated, unreadable)
     every = held_out(there, validation, test, seed, where)
     naming = Naming.of(every, source, class_names, classes or {})
     listed = {split: _drawn(every.get(split, ()), limit, seed) for split in SPLITS}
@@ -124,14 +123,33 @@ def read_index(
         reader.faults.check()
         _check_countable(scenes, where)
     over = sum(map(len, every.values())) - sum(map(len, listed.values()))
-    notes = [*source.notes, *([f"pictures without annotation left out: {len(skipped):,}"] if skipped else [])]
-    notes += [*naming.notes(listed), *reader.notes()]
+    notes = [*source.notes, *notes, *naming.notes(listed), *reader.notes()]
     carved = ", ".join(split for split in every if split not in source.splits)
     notes += [f"held out of train by seed: {carved}"] if carved else []
     notes += [f"pictures left out by voc.limit: {over:,}"] if over else []
     identifiers = {split: [scene.id for scene in some] for split, some in scenes.items()}
     dropped = reader.tally["boxes dropped"]
     return VocIndex(naming.names, scenes, hasher.hexdigest(), dropped, notes + duplicates(marks, identifiers))
+
+
+def _usable(
+    source: BoxSource, unannotated: OnUnannotated, unreadable: OnUnreadable
+) -> tuple[dict[Split, list[Entry]], list[str]]:
+    """The pictures by split, without those whose annotation cannot be used or is asked for, and what was left out.
+
+    Raises VocError naming all annotations that cannot be used, unless they are to be left out.
+    """
+    faults, every = Faults(source.tree.where, VocError), [one for some in source.splits.values() for one in some]
+    spoilt = {one.where: one.fault for one in every if one.fault}
+    if unreadable == "error":
+        for fault in spoilt.values():
+            faults.add(fault, _UNREADABLE)
+        faults.check()
+    bare = {one.where for one in every if one.annotation is None and not one.fault and unannotated == "skip"}
+    notes = [f"annotations that cannot be read, with their pictures left out: {few(list(spoilt))}"] if spoilt else []
+    notes += [f"pictures without annotation left out: {len(bare):,}"] if bare else []
+    gone = bare | spoilt.keys()
+    return {split: [one for one in some if one.where not in gone] for split, some in source.splits.items()}, notes
 
 
 def _drawn(every: Sequence[Entry], limit: int | None, seed: int) -> Sequence[Entry]:
@@ -242,9 +260,6 @@ class _Reader:
     def _said(self, entry: Entry) -> Annotation | None:
         if entry.annotation is not None:
             return entry.annotation
-        if entry.fault:
-            self._lose(entry.where, entry.fault)
-            return None
         if self.rules.unannotated == "error":
             way_out = "voc.unannotated: 'background' keeps such pictures as showing nothing, 'skip' leaves them out."
             self.faults.add(f"{entry.where}: no such annotation", way_out)
@@ -260,14 +275,10 @@ class _Reader:
                 )
             return self._decoded(entry.image)
         except (ArchiveError, ImageError) as error:
-            self._lose(entry.image or entry.id, error)
+            if self.rules.unreadable == "error":
+                self.faults.add(error, _UNREADABLE)
+            self.lost.append(entry.image or entry.id)
             return None
-
-    def _lose(self, name: str, fault: object) -> None:
-        """What cannot be read, picture or annotation, leaves the picture out, or is told."""
-        if self.rules.unreadable == "error":
-            self.faults.add(fault, "voc.unreadable: 'skip' leaves such pictures out.")
-        self.lost.append(name)
 
     def _decoded(self, name: str) -> _Picture:
         from PIL import Image
@@ -330,7 +341,7 @@ class _Reader:
         """What was done, in plain words."""
         remarks = {"boxes dropped": " (without area, or outside the picture)"}
         told = [f"{what}: {count:,}{remarks.get(what, '')}" for what, count in self.tally.items() if count]
-        return told + ([f"unreadable, left out: {few(self.lost)}"] if self.lost else [])
+        return told + ([f"unreadable pictures left out: {few(self.lost)}"] if self.lost else [])
 
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
