@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: repro test ui serve tune check compare
+.PHONY: repro test quick ui serve tune check compare
 
 repro: .venv/complete  ## run what is stale of prepare, prune, train, evaluate, detect
 	$(BIN)/epsd check --reread && $(BIN)/dvc repro
@@ -19,8 +19,13 @@ compare: .venv/complete  ## the experiments of dvc by the columns that matter; `
 
 COLUMNS := Experiment|seed|objective\.name|prune\.(score\.name|structure|sparsity|macs)|test\.(top1|ece)|map50|model\.compression|latency\.(torch|onnx|int8)_batch1_one_thread_ms
 
-test: .venv/complete  ## every test, two files at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: .venv/complete  ## every test, three files at a time: many wait for processes that they have started
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+quick: .venv/complete  ## what needs no process of its own: oracles, contracts, hand-worked tables (two minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(QUICK)
+
+QUICK := $(addprefix tests/,oracles scores objectives architectures pruning files datasets voc test_masks.py test_registry.py)
 
 tune: .venv/complete  ## search for better parameters (section tune of params.yaml); TUNE="--trials 40 --workers 2 --resume"
 	$(BIN)/epsd check --reread && $(BIN)/dvc repro prepare && $(BIN)/epsd tune $(TUNE)

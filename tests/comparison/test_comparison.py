@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from epsd.comparison import tables
+from epsd.comparison import command, tables
 from epsd.comparison.metrics import better
 from epsd.comparison.rows import table
 from epsd.comparison.significance import against, mark_best
@@ -166,6 +166,42 @@ def test_a_variants_name_is_its_method() -> None:
     made = table([entry(0.7, variant="mine", prune__control="shuffled"), entry(0.1, prune__control="shuffled", seed=1)],
                  "test/top1")  # fmt: skip
     assert [row.method for row in made.rows] == ["mine"]
+
+
+def test_what_the_names_of_variants_say_is_not_told_again() -> None:
+    wide, thin = runs([0.9, 0.8]), [entry(0.7, variant="thin", **{"architecture.width": "0.5"})]
+    assert [row.context for row in table([*wide, *thin], "test/top1").rows] == [{}, {}]
+    other = [entry(0.6, variant="thin", **{"architecture.width": "0.25"})]
+    assert [row.context for row in table([*thin, *other], "test/top1").rows] == [
+        {"architecture.width": "0.5"}, {"architecture.width": "0.25"},
+    ]  # fmt: skip
+    unnamed = runs([0.5], **{"architecture.width": "0.75"})
+    assert all("architecture.width" in row.context for row in table([*wide, *thin, *unnamed], "test/top1").rows)
+
+
+def test_each_data_set_has_its_table_and_what_they_share_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """The best of one data set is no best of another; a data set without the baseline is told."""
+    score = "prune.score.name"
+    ours = {"dataset.name": "digits"}
+    digits = [*runs([0.91, 0.92, 0.93], **ours, **{score: "random"}), *runs([0.95, 0.96, 0.98], **ours)]
+    photos = runs([0.41, 0.42, 0.44], **{"dataset.name": "image_folder", "dataset.root": "photos"})
+    request = command.Request(baseline="random", best=True)
+    parts = command.every(request, [*digits, *photos])
+    assert list(parts) == ["dataset.name=digits"]
+    assert (
+        "dataset.name=image_folder, dataset.root=photos: --baseline: there is no row 'random'"
+        in capsys.readouterr().err
+    )
+    request = request._replace(baseline=None)
+    parts = command.every(request, [*digits, *photos])
+    assert [[row.label for row in part.rows] for part in parts.values()] == [["random", "epsd"], ["epsd"]]
+    assert all(any(cell.best for row in part.rows for cell in row.cells.values()) for part in parts.values())
+    text = command.text(request, [*digits, *photos], "markdown")
+    assert text.count("## dataset.name=") == 2 and text.count("Bold: the highest mean") == 1
+    assert "## " not in command.text(request, digits, "markdown")
+    assert command.text(request, [*digits, *photos], "csv").count("method,objective") == 1
+    with pytest.raises(ComparisonError, match="--baseline: there is no row 'nothing'"):
+        command.every(request._replace(baseline="nothing"), [*digits, *photos])
 
 
 def test_the_dense_network_is_one_row_whatever_would_have_pruned_it() -> None:

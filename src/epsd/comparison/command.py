@@ -1,5 +1,6 @@
 """`epsd compare`: a table over recorded runs."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,6 +11,7 @@ from epsd.comparison.tables import ENDINGS, Format
 from epsd.comparison.types import ComparisonError, Entry, Table
 from epsd.project.artifacts import write_text
 from epsd.project.params import DEFAULT_PATH, load
+from epsd.project.runtime import note
 from epsd.registry import unknown
 from epsd.tracking.runs import is_trained, read_runs
 
@@ -41,11 +43,11 @@ def command(request: Request, draw: Callable[[Sequence[Entry], Path], None] | No
     if request.figure and request.figure.suffix != ".png":
         raise ComparisonError(f"--figure: {unknown('ending', request.figure.suffix, ['.png'])}")
     runs = chosen(request)
-    text = tables.written(compared(request, runs), request.style or ENDINGS[ending])
+    told = text(request, runs, request.style or ENDINGS[ending])
     if request.out is None:
-        print(text)
+        print(told)
     else:
-        write_text(request.out, f"{text}\n")
+        write_text(request.out, f"{told}\n")
         print(f"{request.out} is written.")
     if request.figure and draw:
         draw(runs, request.figure)
@@ -74,14 +76,50 @@ def found(request: Request) -> "pd.DataFrame":
     return frame
 
 
+def text(request: Request, runs: Sequence[Entry], style: Format) -> str:
+    """The table as it is read: one for each data set. CSV is one: its rows say on what data."""
+    if style == "csv":
+        return tables.written(compared(request, runs), style)
+    return tables.all_written(every(request, runs), style)
+
+
 def compared(request: Request, runs: Sequence[Entry] | None = None) -> Table:
-    """The table of `runs`, or of those that the filters leave."""
+    """One table of `runs`, or of those that the filters leave."""
     made = rows.table(chosen(request) if runs is None else runs, request.metric)
     if request.baseline is not None:
         significance.against(made, request.baseline)
     if request.best:
         significance.mark_best(made)
     return made
+
+
+def every(request: Request, runs: Sequence[Entry]) -> dict[str, Table]:
+    """A table for each data set: accuracies on two of them have no best in common. The key, "" for the only one, says
+    in what the data sets differ.
+
+    Raises ComparisonError where no data set has the baseline, or the metric; a data set without it is told.
+    """
+    parts, made, without = _by_data(runs), dict[str, Table](), dict[str, ComparisonError]()
+    for title, some in parts.items():
+        try:
+            made[title] = compared(request, some)
+        except ComparisonError as error:
+            without[title] = error
+    if not made:
+        raise next(iter(without.values()))
+    for title, missing in without.items():
+        note(f"compare: {title}: {missing}")
+    return made
+
+
+def _by_data(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
+    of = [{key: value for key, value in run.params.items() if key.startswith("dataset.")} for run in runs]
+    differ = [key for key in sorted({*itertools.chain(*of)}) if len({settings.get(key) for settings in of}) > 1]
+    found: dict[str, list[Entry]] = {}
+    for run, settings in zip(runs, of, strict=True):
+        title = ", ".join(f"{key}={settings[key]}" for key in differ if key in settings)
+        found.setdefault(title, []).append(run)
+    return found
 
 
 def _own_experiment() -> tuple[str, ...]:

@@ -44,7 +44,7 @@ def table(entries: Iterable[Entry], metric: str) -> Table:
         keys = {key: value for key, value in group.config.items() if key != "prune.sparsity"}
         method = _method(group.config, group.variant)
         mark = repr((method, sorted((key, as_number(value)) for key, value in keys.items())))
-        row = rows.setdefault(mark, Row(method, keys.get("objective.name", "?"), keys=keys))
+        row = rows.setdefault(mark, Row(method, keys.get("objective.name", "?"), keys=keys, named=bool(group.variant)))
         row.cells[float(group.config["prune.sparsity"])] = Cell(group.values, group.data)
     found = list(rows.values())
     _tell_apart(found)
@@ -120,7 +120,8 @@ def _tell_apart(rows: list[Row]) -> None:
     alike: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         alike.setdefault((row.method, row.objective), []).append(row)
-    everywhere = [key for key in differing_keys(rows) if not key.startswith(OF_THE_METHOD) and not _implied(key, rows)]
+    telling = [key for key in differing_keys(rows) if not key.startswith(OF_THE_METHOD)]
+    everywhere = [key for key in telling if not _implied(key, rows) and not _named(key, rows)]
     for same in alike.values():
         for key in dict.fromkeys([*differing_keys(same), *everywhere]):
             for row in same:
@@ -134,3 +135,11 @@ def _implied(key: str, rows: list[Row]) -> bool:
     return last != "name" and any(section + ".name" in row.keys for row in rows) and not all(
         row.keys.get(f"{section}.name") == rows[0].keys.get(f"{section}.name") for row in rows
     )  # fmt: skip
+
+
+def _named(key: str, rows: list[Row]) -> bool:
+    """Whether the names of variants say it: rows without such a name are alike in it, and so are rows of one name."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        values.setdefault(row.method if row.named else "", set()).add(row.keys.get(key, ""))
+    return all(len(found) == 1 for found in values.values())

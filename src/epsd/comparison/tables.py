@@ -2,6 +2,8 @@
 
 import math
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from epsd.comparison.metrics import better
@@ -21,6 +23,17 @@ CSV_COLUMNS = (
 def written(table: Table, style: Format) -> str:
     """`table` in one of the formats, notes included (CSV has none: its columns say it)."""
     return {"terminal": terminal, "markdown": markdown, "csv": comma_separated, "latex": latex}[style](table)
+
+
+def all_written(parts: Mapping[str, Table], style: Format) -> str:
+    """One table after the other, each below its name; notes that all have in common once, at the end."""
+    if len(parts) == 1:
+        return written(next(iter(parts.values())), style)
+    shared = [n for n in next(iter(parts.values())).notes if all(n in part.notes for part in parts.values())]
+    own = {name: replace(part, notes=[n for n in part.notes if n not in shared]) for name, part in parts.items()}
+    before, after = {"latex": "% ", "markdown": "## "}.get(style, ""), {"latex": "% ", "markdown": "* "}.get(style, "")
+    texts = [f"{before}{name}\n\n{written(part, style)}" for name, part in own.items()]
+    return "\n\n".join([*texts, "\n".join(f"{after}{n}" for n in shared)]).rstrip("\n")
 
 
 def decimals(table: Table) -> int:

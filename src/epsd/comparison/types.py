@@ -53,13 +53,16 @@ class Cell:
 
 @dataclass
 class Row:
-    """One method under one objective. `context`: what else tells it from other rows, dotted name -> value."""
+    """One method under one objective. `context`: what else tells it from other rows, dotted name -> value. `named`: by
+    a study, for what makes it.
+    """
 
     method: str
     objective: str
     context: dict[str, str] = field(default_factory=dict)
     cells: dict[float, Cell] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict, repr=False)
+    named: bool = False
 
     @property
     def label(self) -> str:

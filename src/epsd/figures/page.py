@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from epsd.comparison import command, tables
+from epsd.comparison import command
 from epsd.comparison.types import ComparisonError, Entry
 from epsd.figures import deployed, study, style
 from epsd.files.regular import read_bytes
@@ -77,7 +77,7 @@ def page(frame: "pd.DataFrame", request: command.Request) -> Iterator[str]:
     yield _table(frame)
     runs = command.entries(frame)
     yield "<h2>By method</h2>"
-    yield from _said(lambda: f"<pre>{_safe(tables.written(command.compared(request, runs), 'terminal'))}</pre>")
+    yield from _said(lambda: f"<pre>{_safe(command.text(request, runs, 'terminal'))}</pre>")
     yield "<h2>Accuracy against size and latency</h2>"
     yield from _said(lambda: _image(_against_size(runs)))
     yield from _said(lambda: _drawn(lambda path: deployed.draw(runs, path)))
