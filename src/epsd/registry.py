@@ -70,18 +70,21 @@ def shown(value: object) -> str:
         return f"a number of {int(value).bit_length():,} bits" if isinstance(value, int) else type(value).__name__
 
 
-def explain(where: str, error: ValidationError) -> ParamsError:
-    """pydantic's findings as one line with dotted keys. Of a value that may be of several kinds, what each wants."""
+def explain(where: str, error: ValidationError, whole: str = "params.yaml") -> ParamsError:
+    """pydantic's findings as one line with dotted keys. Of a value that may be of several kinds, what each wants.
+
+    whole : what a finding about the whole of it is said of.
+    """
     findings: dict[str, tuple[list[str], str]] = {}
     for item in error.errors(include_url=False):
         parts = [str(part) for part in item["loc"] if not _KIND.fullmatch(str(part))]
         given = "" if item["type"] == "missing" or isinstance(item["input"], Mapping) else shown(item["input"])
-        messages, _ = findings.setdefault(".".join([where, *parts]).strip(".") or "params.yaml", ([], given))
+        messages, _ = findings.setdefault(".".join([where, *parts]).strip("."), ([], given))
         messages.append(item["msg"].removeprefix("Value error, "))
     told = []
     for key, (messages, given) in findings.items():
         said = ", or ".join(f"{message[0].lower()}{message[1:]}" for message in messages)
-        told.append(f"{key}: {said}" + (f" (given: {given})" if given else ""))
+        told.append(": ".join(filter(None, [key or whole, said])) + (f" (given: {given})" if given else ""))
     return ParamsError("; ".join(told))
 
 

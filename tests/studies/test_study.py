@@ -324,11 +324,14 @@ def test_again_trains_nothing_and_more_seeds_train_only_those(
     trainings: list[Any] = []
     monkeypatch.setattr(queue, "run_cell", lambda *a: trainings.append(a[3]))
     state = finished / ".epsd/studies/grid"
+    left = state / "work" / next((state / "cells").iterdir()).stem  # of a kill right after the result
+    left.mkdir(parents=True, exist_ok=True)
     for lost in ("nothing", "trials.journal", "cells"):  # what is left of either says what is done
         if (path := state / lost).exists():
             path.rename(state / f"{lost}.lost")
         assert main(["study", "grid.yaml"]) == 0
         assert "0 of 10 models to train (10 done)" in capsys.readouterr().out
+    assert not left.exists()
     before, after = (
         {file.name: file.read_text() for file in (state / name).iterdir()} for name in ("cells.lost", "cells")
     )

@@ -1,6 +1,5 @@
 """What came of a study: table, figure and files under artifacts/studies/NAME."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +24,8 @@ def conclude(plan: Plan, place: Place) -> list[Path]:
     """Print the table (unless quiet), write table, cells and figure; the files. Unfinished cells are not there."""
     done = list(results(plan, place))
     study, folder = plan.study, FOLDER / plan.study.name
-    files = [folder / "cells.csv"]
-    write_text(files[0], _cells(done))
+    files, figures = [folder / "cells.csv"], cells(done)
+    write_text(files[0], figures.to_csv(index=False))
     try:
         found = table([entry(cell, result) for cell, result in done], study)
     except ComparisonError as error:
@@ -37,7 +36,8 @@ def conclude(plan: Plan, place: Place) -> list[Path]:
     for name, style in (("table.md", "markdown"), ("table.csv", "csv"), ("table.tex", "latex")):
         write_text(folder / name, f"{tables.written(found, style)}\n")  # type: ignore[arg-type]
         files.append(folder / name)
-    files += figure(found, folder) + cost_figure(done, study.metric, folder)
+    files += _drawn("accuracy_against_sparsity", points(found), study.metric, folder)
+    files += _drawn("cost_against_accuracy", costs(figures, study.metric), study.metric, folder)
     if not quiet():
         print(f"study: written to {folder}: {', '.join(path.name for path in files)}")
     return files
@@ -75,51 +75,8 @@ def points(table: Table) -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def figure(table: Table, folder: Path) -> list[Path]:
-    """The metric against sparsity with bands over seeds, and the points it was drawn from."""
-    return _drawn("accuracy_against_sparsity", points(table), table.metric, folder)
-
-
-def _drawn(name: str, data: "pd.DataFrame", metric: str, folder: Path) -> list[Path]:
-    """The figure of this name, and the points that it was drawn from."""
-    from epsd.figures import study, style
-
-    path, csv_path = folder / f"{name}.png", folder / f"{name}.csv"
-    style.save(getattr(study, name)(data, metric=metric), path)
-    write_text(csv_path, data.to_csv(index=False))
-    return [path, csv_path]
-
-
-def costs(done: list[tuple[Cell, Result]], metric: str) -> "pd.DataFrame":
-    """One line per model that has the metric: method (with what varies beside it), seed, accuracy, seconds and image
-    passes of all that was done to get it.
-    """
-    import pandas as pd
-
-    several = [len({name(cell) for cell, _ in done}) > 1 for name in _BESIDE]
-    rows = []
-    for cell, result in done:
-        beside = [name(cell) for name, varies in zip(_BESIDE, several, strict=True) if varies]
-        cost = {name: result.metrics.get(f"cost/{name}", float("nan")) for name in ("seconds", "image_passes")}
-        label = ", ".join([cell.method, *beside])
-        rows.append({"method": label, "seed": cell.params.seed, "accuracy": result.metrics.get(metric), **cost})
-    return pd.DataFrame(rows).dropna()
-
-
-_BESIDE: tuple[Callable[[Cell], str], ...] = (
-    lambda cell: str(cell.params.objective["name"]),
-    lambda cell: f"s{cell.params.prune.sparsity:g}",
-)
-
-
-def cost_figure(done: list[tuple[Cell, Result]], metric: str, folder: Path) -> list[Path]:
-    """The metric against seconds and image passes, and the points it was drawn from; nothing where none has a cost."""
-    data = costs(done, metric)
-    return [] if data.empty else _drawn("cost_against_accuracy", data, metric, folder)
-
-
-def _cells(done: list[tuple[Cell, Result]]) -> str:
-    """Every finished cell with all its figures, as CSV."""
+def cells(done: list[tuple[Cell, Result]]) -> "pd.DataFrame":
+    """Every finished cell with all its figures."""
     import pandas as pd
 
     about = ["method", "objective", "sparsity", "seed", "run_id", "seconds"]
@@ -128,5 +85,28 @@ def _cells(done: list[tuple[Cell, Result]]) -> str:
         params, own = cell.params, (result.run_id, result.seconds)
         known = cell.method, params.objective["name"], params.prune.sparsity, params.seed, *own
         rows.append(dict(zip(about, known, strict=True)) | result.metrics)
-    frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=about)
-    return str(frame.to_csv(index=False))
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=about)
+
+
+def costs(cells: "pd.DataFrame", metric: str) -> "pd.DataFrame":
+    """One line per model that has the metric: method (with what varies beside it), seed, accuracy, seconds and image
+    passes of all that was done to get it.
+    """
+    found = cells.reindex(columns=["method", "seed", metric, "cost/seconds", "cost/image_passes"])
+    found.columns = ["method", "seed", "accuracy", "seconds", "image_passes"]
+    for labels in (cells["objective"], cells["sparsity"].map("s{:g}".format)):
+        if labels.nunique() > 1:
+            found["method"] += ", " + labels
+    return found.dropna()
+
+
+def _drawn(name: str, data: "pd.DataFrame", metric: str, folder: Path) -> list[Path]:
+    """The figure of this name, and the points that it was drawn from; nothing where there are none."""
+    from epsd.figures import study, style
+
+    if data.empty:
+        return []
+    path, csv_path = folder / f"{name}.png", folder / f"{name}.csv"
+    style.save(getattr(study, name)(data, metric=metric), path)
+    write_text(csv_path, data.to_csv(index=False))
+    return [path, csv_path]

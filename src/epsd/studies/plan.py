@@ -52,6 +52,10 @@ class VariantParams(Section):
     procedure: Named | None = None
 
 
+PLAIN = VariantParams.model_construct(name="")
+"""A score as it is."""
+
+
 class StudyParams(Section):
     """A study file.
 
@@ -145,43 +149,25 @@ def load(path: Path) -> Plan:
     Raises ParamsError: naming the key and the valid choices, or the cell whose parameters do not fit together.
     """
     content = {"name": path.stem, **read_yaml(path)}
-    study = _checked(path, content)
     try:
-        tree = _base(path, study)
-    except ParamsError as error:
-        raise ParamsError(f"{path}: base: {error}") from None
-    try:
-        return plan(study, tree)
+        study = StudyParams.model_validate(content)
+        return plan(study, _base(path.parent, study.base))
+    except ValidationError as error:
+        raise ParamsError(f"{path}: {explain('', error, whole='')}") from None
     except ParamsError as error:
         raise ParamsError(f"{path}: {error}") from None
 
 
-def _checked(path: Path, content: Mapping[str, Any]) -> StudyParams:
-    sections: list[tuple[str, type[Section], Any]] = [("", StudyParams, content)]
-    variants = content.get("variants")
-    for number, variant in enumerate(variants if isinstance(variants, list) else ()):
-        sections.append((f"variants.{number}", VariantParams, variant))
-    for where, section, given in sections:
-        for key in given if isinstance(given, Mapping) else ():
-            if key not in section.model_fields:
-                raise unknown(f"{path}" + (f": {where}" if where else ""), str(key), section.model_fields)
-    try:
-        return StudyParams.model_validate(content)
-    except ValidationError as error:
-        raise ParamsError(f"{path}: {explain('', error)}") from None
-
-
-def _base(path: Path, study: StudyParams) -> dict[str, Any]:
+def _base(folder: Path, name: str) -> dict[str, Any]:
     """The base's tree, without what no model depends on."""
-    named = study.base
-    beside = path.parent / named
-    if Path(named).suffix in (".yaml", ".yml"):
-        root = project_root() / DEFAULT_PATH
-        tree = read_yaml(beside if beside.is_file() or Path(named) != DEFAULT_PATH else root)
-    else:
-        tree = presets.read(named)
-    tree.pop("tune", None)
-    return tree
+    beside = folder / name
+    if name == str(DEFAULT_PATH) and not beside.is_file():
+        beside = project_root() / name
+    try:
+        tree = read_yaml(beside) if beside.suffix in (".yaml", ".yml") else presets.read(name)
+    except ParamsError as error:
+        raise ParamsError(f"base: {error}") from None
+    return {section: content for section, content in tree.items() if section != "tune"}
 
 
 def plan(study: StudyParams, base: Mapping[str, Any]) -> Plan:
@@ -219,34 +205,22 @@ class _Grid:
         own = {section: {"name": at(self.base, section)["name"]} for section in CHOICES}
         seeds = range(study.seeds) if isinstance(study.seeds, int) else study.seeds
         scores = [own["prune.score"]] if study.scores is None and not study.variants else study.scores or []
-        methods: list[dict[str, Any] | VariantParams] = [*scores, *study.variants]
-        sparsities = study.sparsities or [self.base["prune"]["sparsity"]]
         axes: dict[str, Sequence[Any]] = {
             "seeds": seeds,
             "objectives": study.objectives or [own["objective"]],
-            "methods": methods,
+            "methods": [*((score, PLAIN) for score in scores), *((own["prune.score"], way) for way in study.variants)],
+            **study.vary,
+            "sparsities": study.sparsities or [self.base["prune"]["sparsity"]],
         }
-        axes |= {**study.vary, "sparsities": sparsities}
         if (models := math.prod(map(len, axes.values()))) > MOST_MODELS:
             raise ParamsError(f"{models:,} models: at most {MOST_MODELS:,} in a study.")
-        for point in points({name: list(values) for name, values in axes.items()}):
-            seed, objective, way, sparsity = (
-                point.pop(axis) for axis in ("seeds", "objectives", "methods", "sparsities")
-            )
-            yield self.cell(way, objective, sparsity, seed, point)
+        for point in points(axes):
+            score, way = point.pop("methods")
+            given = {"prune.score": score, "objective": point.pop("objectives")}
+            yield self.cell(given, way, point.pop("sparsities"), point.pop("seeds"), point)
 
-    def cell(
-        self,
-        way: dict[str, Any] | VariantParams,
-        objective: Mapping[str, Any],
-        sparsity: float,
-        seed: int,
-        point: Values,
-    ) -> Cell:
-        """One cell, checked."""
-        named = way if isinstance(way, VariantParams) else None
-        score = {"name": at(self.base, "prune.score.name")} if isinstance(way, VariantParams) else way
-        given = {"prune.score": score, "objective": objective}
+    def cell(self, given: Mapping[str, Choice], way: VariantParams, sparsity: float, seed: int, point: Values) -> Cell:
+        """One cell, checked. `given`: its score and objective."""
         tree = copy.deepcopy(self.base)
         for section, choice in given.items():
             present = at(tree, section)
@@ -254,12 +228,11 @@ class _Grid:
         tree["prune"]["sparsity"], tree["seed"] = sparsity, seed
         for key, value in {**self.soft, **point}.items():
             self._apply(tree, key, value, given)
-        for key, value in (named.set if named else {}).items():
-            _set(tree, key, value, f"variants '{named.name if named else ''}'.set")
-        procedure = (named.procedure if named else None) or self.study.procedure
-        return self._check(tree, procedure, named)
+        for key, value in way.set.items():
+            _set(tree, key, value, f"variants '{way.name}'.set")
+        return self._check(tree, way.procedure or self.study.procedure, way)
 
-    def _apply(self, tree: dict[str, Any], key: str, value: Any, given: Mapping[str, Mapping[str, Any]]) -> None:
+    def _apply(self, tree: dict[str, Any], key: str, value: Any, given: Mapping[str, Choice]) -> None:
         """Set a value of `set` or `vary`; one under a choice only where the choice has it and the file does not say."""
         section = _section(key)
         if section is None:
@@ -272,12 +245,12 @@ class _Grid:
             if setting not in given[section]:
                 choice[setting] = value
 
-    def _check(self, tree: dict[str, Any], procedure: Mapping[str, Any], named: VariantParams | None) -> Cell:
-        variant = named.name if named else ""
+    def _check(self, tree: dict[str, Any], procedure: Choice, way: VariantParams) -> Cell:
+        variant = way.name
         whole = at(tree, "prune.sparsity") == 0 and at(tree, "prune.structure") != "channels"
         if whole and procedure.get("name") == "pipeline":
             tree = _dense(tree, self.base)
-            variant = variant if named and not all(key.startswith("prune.") for key in named.set) else ""
+            variant = "" if all(key.startswith("prune.") for key in way.set) else variant
         where = variant or at(tree, "prune.score.name")
         try:
             params = check(parse(tree))

@@ -76,6 +76,8 @@ class Queue:
         trials = self.ledger.trials()
         self._refuse_others(trials)
         self.collect(trials)
+        for own in self.done():
+            self.place.tidy(own)  # a kill may have come between its result and this
         busy = {slot(trial) for trial in trials if trial.state in (RUNNING, *DONE)}
         for own in self.cells:
             if own not in busy and (result := self.place.result(own)):

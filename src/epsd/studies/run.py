@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -24,32 +24,21 @@ from epsd.studies.work import Place, Result, mark
 from epsd.tracking import Tracker, track
 
 
-class Request(NamedTuple):
-    """What the command line asked for. `minutes`: begin no cell after this long; `show`: only list the cells.
-
-    `storage`: instead of the study file's.
-    """
-
-    file: str
-    workers: int = 1
-    minutes: float | None = None
-    show: bool = False
-    storage: str | None = None
-
-
-def command(request: Request) -> int:
+def command(file: str, workers: int, minutes: float | None, show: bool, storage: str | None) -> int:
     """`epsd study`: the exit status is 0 when all cells are done, 1 when some are left or failed, 130 after Ctrl-C.
+
+    minutes : begin no cell after this long.  show : only list the cells.  storage : instead of the study file's.
 
     Raises ParamsError for a file or a cell that is not right, before any work; StudyError and StorageError.
     """
-    path = plan.find(request.file)
+    path = plan.find(file)
     study = plan.load(path)
-    place, storage = Place(study.study.name), request.storage or study.study.storage
-    if request.show:
+    place, storage = Place(study.study.name), storage or study.study.storage
+    if show:
         _show(study, place, storage)
         return 0
     no_telemetry()
-    return _Study(path, study, place, request, storage).run()
+    return _Study(path, study, place, storage, workers, minutes).run()
 
 
 def _show(study: Plan, place: Place, storage: str | None) -> None:
@@ -66,16 +55,18 @@ def _show(study: Plan, place: Place, storage: str | None) -> None:
 class _Study:
     """One `epsd study` at work."""
 
-    def __init__(self, path: Path, study: Plan, place: Place, request: Request, storage: str | None) -> None:
+    def __init__(
+        self, path: Path, study: Plan, place: Place, storage: str | None, workers: int, minutes: float | None
+    ) -> None:
         self.path, self.study, self.place, self.storage = path, study, place, storage
-        self.deadline = None if request.minutes is None else time.time() + 60 * request.minutes
+        self.deadline = None if minutes is None else time.time() + 60 * minutes
         self.queue = Queue(study, place, storage)
         self.ledger = self.queue.ledger
         self.before = [trial.number for trial in failures(self.ledger.trials())]
         self.queue.lay()
         self.total, done = len(self.queue.cells), len(self.queue.done())
         threads = study.cells[0].params.threads
-        self.workers, self.threads, self.words = shares(request.workers, self.total - done, threads)
+        self.workers, self.threads, self.words = shares(workers, self.total - done, threads)
 
     def run(self) -> int:
         name, done, stopped = self.study.study.name, len(self.queue.done()), 0

@@ -115,8 +115,12 @@ class Place:
         return Result(**content["result"]) if content.get("format") == RESULT else None
 
     def keep(self, mark: str, result: Result) -> None:
-        """From here on the cell is done, and what an attempt at it has left is not needed any more."""
+        """From here on the cell is done."""
         artifacts.write_json(self.folder / "cells" / f"{mark}.json", {"format": RESULT, "result": result._asdict()})
+        self.tidy(mark)
+
+    def tidy(self, mark: str) -> None:
+        """Remove what attempts at a finished cell have left."""
         shutil.rmtree(self.folder / "work" / mark, ignore_errors=True)
 
     def parent(self) -> str | None:
