@@ -3,27 +3,26 @@
 On several machines the user's own torchrun starts them; the stage takes part in either.
 """
 
+import math
 import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from epsd.compute import distributed
-from epsd.project.processes import Child, Stopped, end, start, wait
+from epsd.project.processes import Stopped, end, start, wait
 from epsd.types import EpsdError
 
 LOST = 75
 """Status of a process that ended because another one was gone."""
 
-_LOOK_EVERY = 0.05
 _LEAVE_WITHIN = 10.0
 _OTHERS_FAIL_WITHIN = 3.0
-"""Seconds: between two looks; for a clean end after SIGTERM; for the others to notice that one is gone."""
+"""Seconds for a clean end after SIGTERM; for the others to notice that one is gone."""
 
 
 class LaunchError(EpsdError):
@@ -47,7 +46,9 @@ def run(command: Sequence[str], processes: int) -> int:
         meeting = Path(folder) / "rendezvous"
         children = [start(command, _environment(rank, processes, meeting)) for rank in range(processes)]
         try:
-            return _status(_ended(children))
+            wait(children, math.inf, for_all=False)
+            wait(children, _OTHERS_FAIL_WITHIN)  # after a failure, for those that end by themselves
+            return _status([child.returncode for child in children])
         except Stopped as stop:
             if stop.signum == signal.SIGINT:  # of a terminal: the children have it too
                 wait(children, _OTHERS_FAIL_WITHIN)
@@ -66,25 +67,15 @@ def _environment(rank: int, processes: int, meeting: Path) -> dict[str, str]:
     return {**usual, **os.environ, **mine, distributed.RENDEZVOUS: str(meeting)}
 
 
-def _ended(children: list[Child]) -> list[int]:
-    """Statuses of the processes that ended: of all, or after a failure of those that did so by themselves."""
-    while True:
-        statuses = [child.poll() for child in children]
-        if any(statuses):
-            wait(children, _OTHERS_FAIL_WITHIN)
-            return [status for child in children if (status := child.poll()) is not None]
-        if all(status == 0 for status in statuses):
-            return [0]
-        time.sleep(_LOOK_EVERY)
-
-
-def _status(statuses: list[int]) -> int:
-    told = [status for status in statuses if 0 < status < 128 and status != LOST]
-    killed = [abs(status) % 128 for status in statuses if status < 0 or status >= 128]
+def _status(statuses: list[int | None]) -> int:
+    """Of all. None: of a process that has not ended."""
+    ended = [status for status in statuses if status is not None]
+    told = [status for status in ended if 0 < status < 128 and status != LOST]
+    killed = [abs(status) % 128 for status in ended if status < 0 or status >= 128]
     if told:
         return told[0]
     if killed:
         raise LaunchError(f"one of the processes was ended by {signal.Signals(killed[0]).name}, so all of them end.")
-    if LOST in statuses:
+    if LOST in ended:
         raise LaunchError("the processes lost each other: a connection between them broke.")
     return 0

@@ -216,10 +216,12 @@ def start(command: Sequence[str], environment: Mapping[str, str], job: Any = Non
     return child
 
 
-def wait(children: Sequence[Child], seconds: float) -> None:
-    """Until all have ended, but no longer."""
+def wait(children: Sequence[Child], seconds: float, *, for_all: bool = True) -> None:
+    """Until all have ended, or with `for_all` False until one has failed, but no longer."""
     deadline = time.monotonic() + seconds
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+    while None in (statuses := [child.poll() for child in children]) and time.monotonic() < deadline:
+        if any(statuses) and not for_all:
+            return
         time.sleep(_LOOK_EVERY)
 
 
