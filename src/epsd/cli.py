@@ -40,10 +40,10 @@ def tune(arguments: argparse.Namespace) -> int:
     """Search, show, apply, export."""
     from pathlib import Path
 
-    from epsd.tuning.search import Request, command
+    from epsd.tuning.search import command
 
     export = None if arguments.export is None else Path(arguments.export)
-    return command(Request(arguments.trials, arguments.workers, arguments.resume, arguments.apply, export))
+    return command(arguments.trials, arguments.workers, arguments.resume, arguments.apply, export)
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -92,9 +92,9 @@ def report(arguments: argparse.Namespace) -> None:
 
 def study(arguments: argparse.Namespace) -> int:
     """Train a grid and compare."""
-    from epsd.studies.run import Request, command
+    from epsd.studies.run import command
 
-    return command(Request(arguments.file, arguments.workers, arguments.minutes, arguments.list, arguments.storage))
+    return command(arguments.file, arguments.workers, arguments.minutes, arguments.list, arguments.storage)
 
 
 def analyse(arguments: argparse.Namespace) -> int:

@@ -422,7 +422,7 @@ class TestTrial:
         latency, size = judge.MEASURED
         asked = {
             "objectives": {"val/top1": "maximize", latency: "minimize"},
-            "constraints": {size: {"at_most": 100_000}},
+            "constraints": {size: {"at_most": 120_000}},
         }
         fixed = {"prune.sparsity": 0.0, "prune.structure": "channels", "prune.round_to": 4, "architecture.width": 1.0,
                  "train.epochs": 1}  # fmt: skip
@@ -439,9 +439,9 @@ class TestTrial:
             trial.values == [each["val/top1"], each[latency]] for trial, each in zip(trials, figures, strict=True)
         )
         assert all(set(each) == {*judge.FIGURES, *judge.MEASURED} and each[latency] > 0 for each in figures)
-        fits = [trial.number for trial, each in zip(trials, figures, strict=True) if each[size] <= 100_000]
+        fits = [trial.number for trial, each in zip(trials, figures, strict=True) if each[size] <= 120_000]
         assert {trial.number for trial in report.best(ledger.study)} <= set(fits)
-        assert 0 < len(fits) < len(trials)
+        assert 0 < len(fits) < len(trials), [each[size] for each in figures]
         table = report.table(ledger.study, list(asked["objectives"]))
         assert "Pareto front" in table and latency in table and size in table
         assert project / "pareto.png" in report.figures(ledger.study, list(asked["objectives"]), project)
@@ -749,11 +749,10 @@ class TestApply:
         assert yaml.safe_load(after)["train"]["lr"] == 1e-05  # other readers hold to YAML 1.1
 
     @pytest.mark.parametrize("name", presets.names())
-    def test_no_other_line_of_a_shipped_file_changes(self, name: str, tmp_path: Path) -> None:
-        before, target = presets.whole(name), tmp_path / "params.yaml"
-        target.write_text(before)
-        report._rewrite(target, {"train.lr": 0.123, "objective.name": "dlb", "train.clip_norm": None})
-        lines = zip(before.splitlines(), target.read_text().splitlines(), strict=True)
+    def test_no_other_line_of_a_shipped_file_changes(self, name: str) -> None:
+        before = presets.whole(name)
+        after = report._rewritten(before, {"train.lr": 0.123, "objective.name": "dlb", "train.clip_norm": None})
+        lines = zip(before.splitlines(), after.splitlines(), strict=True)
         changed = [after for line, after in lines if line != after]
         assert {line.split(":")[0].strip() for line in changed} <= {"lr", "name", "clip_norm"} and len(changed) <= 3
 

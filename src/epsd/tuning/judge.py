@@ -8,6 +8,7 @@ of them are compared pair by pair. Repeat 0 is the seed of params.yaml and the s
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -82,11 +83,7 @@ def repeats(
 ) -> Iterator[Figures]:
     """The figures of repeat 0, 1, ... `count` - 1, each when it is done. `watch`: as of `run`, the number first."""
     for number in range(count):
-
-        def on_epoch(record: Record, figures: Callable[[], Figures], number: int = number) -> None:
-            watch(number, record, figures)
-
-        yield run(*repeat(params, data, number), on_epoch)
+        yield run(*repeat(params, data, number), partial(watch, number))
 
 
 def means(done: list[Figures]) -> Figures:

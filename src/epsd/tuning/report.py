@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from epsd.engine.ledger import slot
 from epsd.project import commented, presets
 from epsd.project.artifacts import replacing, write_text
-from epsd.project.params import DEFAULT_PATH, Params, at, flatten, load, override, parse, read_yaml
+from epsd.project.params import DEFAULT_PATH, Params, as_tree, at, flatten, override, parse, read_yaml
 from epsd.project.progress import drawn
 from epsd.project.runtime import note
 from epsd.tuning import TuningError
@@ -291,9 +291,12 @@ def apply(study: optuna.Study, trial: FrozenTrial, params: Params, target: Path 
     changes = _changes(read_yaml(target), wanted)
     if not changes:
         return None
+    text = _rewritten(target.read_text(encoding="utf-8"), changes)
+    found = dict(flatten(parse(as_tree(text, target)).model_dump()))
+    if wrong := [key for key, value in flatten(wanted) if key.startswith(SEARCHABLE) and found.get(key) != value]:
+        raise TuningError(f"{target}: cannot be rewritten ({', '.join(wrong)}); it is as it was.")
     copy = presets.keep(target)
-    _rewrite(target, changes)
-    _verify(target, wanted, copy)
+    write_text(target, text)
     return copy
 
 
@@ -313,14 +316,14 @@ def _changes(present: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str,
     return changes
 
 
-def _rewrite(target: Path, changes: Mapping[str, Any]) -> None:
-    tree = commented.load(target.read_text(encoding="utf-8"))
+def _rewritten(text: str, changes: Mapping[str, Any]) -> str:
+    tree = commented.load(text)
     for key, value in changes.items():
         if isinstance(value, Mapping):
             _replace_choice(at(tree, key), value)
         else:
             override(tree, key, value)
-    write_text(target, commented.dump(tree))
+    return commented.dump(tree)
 
 
 def _replace_choice(node: Any, wanted: Mapping[str, Any]) -> None:
@@ -329,11 +332,3 @@ def _replace_choice(node: Any, wanted: Mapping[str, Any]) -> None:
         del node[key]
     for key, value in wanted.items():
         node[key] = value
-
-
-def _verify(target: Path, wanted: Mapping[str, Any], copy: Path) -> None:
-    written = dict(flatten(load(target).model_dump()))
-    wrong = [key for key, value in flatten(wanted) if key.startswith(SEARCHABLE) and written.get(key) != value]
-    if wrong:
-        copy.replace(target)
-        raise TuningError(f"{target}: could not be rewritten ({', '.join(wrong)}); it is as it was.")

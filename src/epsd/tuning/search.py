@@ -5,7 +5,7 @@ import platform
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -26,15 +26,10 @@ from epsd.tuning.study import begin, open_storage, where
 from epsd.tuning.worker import Job, given_up, shown_value, worker_seed
 
 
-class Outcome(NamedTuple):
-    """`ledger` of the study; `stopped`: the status of a stop before all trials were done, 0 where there was none."""
-
-    ledger: Ledger
-    stopped: int
-
-
-def search(params: Params, *, trials: int | None = None, workers: int | None = None, resume: bool = False) -> Outcome:
+def search(params: Params, trials: int | None, workers: int | None, resume: bool) -> tuple[Ledger, int]:
     """Run the study that `params.tune` describes until `trials` trials in all are complete or pruned.
+
+    Returns the study's ledger and the status of a stop before all trials were done, 0 where there was none.
 
     Raises
     ------
@@ -67,10 +62,9 @@ class _Search:
         self.before = [trial.number for trial in failures(trials)]
         self.count, self.threads, self.words = shares(workers, len(ledger.open_slots(trials)), params.threads)
         self.existing = sum(trial.state != TrialState.WAITING for trial in trials)
-        self.stopped = 0
 
-    def run(self) -> Outcome:
-        name, where_ = self.params.tune.study, shown(where(self.params.tune))
+    def run(self) -> tuple[Ledger, int]:
+        name, where_, stopped = self.params.tune.study, shown(where(self.params.tune)), 0
         with self._tracked() as tracker:
             if self.made or "run_id" not in self.ledger.facts:
                 self.ledger.write("run_id", tracker.run_id)
@@ -81,8 +75,8 @@ class _Search:
                 self._oversee(tracker)
             except Stopped as stop:
                 note(f"tune: {stop}; the running trials are put back.")
-                self.stopped = stop.status
-            self._conclude(tracker)
+                stopped = stop.status
+            self._conclude(tracker, stopped)
         trials = self.ledger.trials()
         if given_up(trials, self.before) and self.ledger.open_slots(trials):
             failed = failures(trials, self.before)
@@ -90,7 +84,7 @@ class _Search:
                 f"{len(failed)} trials failed, so the search was given up. "
                 f"The first error, of trial {failed[0].number}: {failed[0].user_attrs['error']}"
             )
-        return Outcome(self.ledger, self.stopped)
+        return self.ledger, stopped
 
     def _plan(self) -> str:
         trials = self.ledger.trials()
@@ -141,7 +135,7 @@ class _Search:
 
     # --- when it is over ---
 
-    def _conclude(self, tracker: Tracker) -> None:
+    def _conclude(self, tracker: Tracker, stopped: int) -> None:
         trials = self.ledger.trials()
         tracker.metrics({f"study/{name}": count for name, count in tally(trials).items()})
         tracker.tags({"study.state": "complete" if not self.ledger.open_slots(trials) else "unfinished"})
@@ -149,7 +143,7 @@ class _Search:
         if ranked and len(self.objectives) == 1:
             tracker.tags({"study.best": ranked[0].number})
             tracker.metrics(ranked[0].user_attrs["figures"])
-        if self.stopped or not ranked:
+        if stopped or not ranked:
             return
         with tempfile.TemporaryDirectory() as folder:
             for path in report.figures(self.ledger.study, self.objectives, Path(folder)):
@@ -161,15 +155,13 @@ class _Search:
 
     def _tracked(self) -> contextlib.AbstractContextManager[Tracker]:
         tune, signature = self.params.tune, self.ledger.facts["epsd"]["signature"]
-        space = {f"tune.space.{key}": entry for key, entry in signature["space"].items()}
-        fixed = {f"tune.fixed.{key}": value for key, value in signature["fixed"].items()}
-        judged = {f"tune.objectives.{key}": value for key, value in signature["objectives"].items()}
+        parts = ("objectives", "fixed", "space")
         return track(
             "tune",
             experiment=self.params.tracking.experiment,
             name=f"tune-{tune.study}",
             run_id=known_run(self.ledger, self.made),
-            params={**judged, **fixed, **space},
+            params={f"tune.{part}.{key}": value for part in parts for key, value in signature[part].items()},
             tags={
                 "kind": "search",
                 "study": tune.study,
@@ -212,35 +204,21 @@ def tally(trials: list[FrozenTrial]) -> dict[str, int]:
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-class Request(NamedTuple):
-    """What the command line asked for. `apply`: None = no, -1 = the best, else a trial's number."""
+def command(trials: int | None, workers: int | None, resume: bool, apply: int | None, export: Path | None) -> int:
+    """`epsd tune`: search (where asked), table, CSV, params.yaml. The exit status.
 
-    trials: int | None = None
-    workers: int | None = None
-    resume: bool = False
-    apply: int | None = None
-    export: Path | None = None
-
-    @property
-    def runs(self) -> bool:
-        """Whether trials are to be run: `--apply` and `--export` alone read a study that is there."""
-        reads = self.apply is not None or self.export is not None
-        return not reads or self.resume or self.trials is not None or self.workers is not None
-
-
-def command(request: Request) -> int:
-    """`epsd tune`: search (where asked), table, CSV, params.yaml. The exit status."""
-    params = load(DEFAULT_PATH)
-    stopped = 0
-    if request.runs:
-        ledger, stopped = search(params, trials=request.trials, workers=request.workers, resume=request.resume)
+    apply : None = no, -1 = the best, else a trial's number. It and `export` alone read a study that is there.
+    """
+    params, stopped = load(DEFAULT_PATH), 0
+    if resume or trials is not None or workers is not None or (apply is None and export is None):
+        ledger, stopped = search(params, trials, workers, resume)
         _say_result(ledger, stopped > 0)
     else:
         ledger = _existing(params)
-    if request.export is not None:
-        print(f"{report.export(ledger.study, request.export)} trials written to {request.export}.")
-    if request.apply is not None and not stopped:
-        _apply(ledger, params, None if request.apply < 0 else request.apply)
+    if export is not None:
+        print(f"{report.export(ledger.study, export)} trials written to {export}.")
+    if apply is not None and not stopped:
+        _apply(ledger, params, None if apply < 0 else apply)
     return stopped
 
 

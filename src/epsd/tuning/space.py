@@ -1,7 +1,7 @@
 """The search space of params.yaml's `tune` section: checked as a whole, conditional on the chosen variants."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from epsd.architectures import ARCHITECTURES
@@ -46,10 +46,18 @@ class Space:
 
     def suggest(self, trial: Taken) -> Values:
         """Every searched value of one trial, the inactive ones left out."""
+        return self._each(lambda key: _suggest(trial, key, self.ranges[key]))
+
+    def current(self) -> Values:
+        """The present params.yaml as a point of the space: the first trial."""
+        tree = self.tree({})
+        return self._each(lambda key: _present(tree, key))
+
+    def _each(self, value: Callable[[str], Any]) -> Values:
         chosen: Values = {}
         for key in self._order:
             if self.active(key, chosen):
-                chosen[key] = _suggest(trial, key, self.ranges[key])
+                chosen[key] = value(key)
         return chosen
 
     def active(self, key: str, chosen: Mapping[str, Any]) -> bool:
@@ -80,15 +88,6 @@ class Space:
     def params(self, chosen: Mapping[str, Any]) -> Params:
         """`tree`, checked, with the section that it was made by."""
         return parse(self.tree(chosen)).model_copy(update={"tune": self.tune})
-
-    def current(self) -> Values:
-        """The present params.yaml as a point of the space: the first trial."""
-        chosen: Values = {}
-        tree = self.tree({})
-        for key in self._order:
-            if self.active(key, chosen):
-                chosen[key] = _present(tree, key)
-        return chosen
 
     def grid(self) -> Iterator[Values]:
         """Every point, for the sampler `grid`. Raises ParamsError for a range without steps."""

@@ -95,26 +95,19 @@ class Worker:
         data = self.data.on(open_machine(params.device, self.job.threads, params.data.workers))
         with self._tracked(params, trial, values) as tracker:
             self.ledger.tell(trial, run_id=tracker.run_id, threads=self.job.threads)
-            done: list[Figures] = []
+            done, state = list[Figures](), "COMPLETE"
             try:
                 for figures in judge.repeats(params, data, self.tune.repeats, self._watch(trial, tracker)):
                     done.append(figures)
                     self._repeated(trial, done, tracker)
             except optuna.TrialPruned as stop:
-                tracker.tags({"trial.state": "PRUNED"})
-                ended = done or [stop.args[0]]
-                self.ledger.patiently(lambda: self._record(trial, ended, tracker, params.train.epochs))
-                self.ledger.finish(trial, None)
-                return
-            except Exception:
-                tracker.tags({"trial.state": "FAILED"})
+                done, state = done or [stop.args[0]], "PRUNED"
+            except BaseException as error:
+                tracker.tags({"trial.state": "INTERRUPTED" if isinstance(error, Stopped) else "FAILED"})
                 raise
-            except Stopped:
-                tracker.tags({"trial.state": "INTERRUPTED"})
-                raise
-            tracker.tags({"trial.state": "COMPLETE"})
+            tracker.tags({"trial.state": state})
             figures = self.ledger.patiently(lambda: self._record(trial, done, tracker, params.train.epochs))
-            self.ledger.finish(trial, [figures[name] for name in self.tune.objectives])
+            self.ledger.finish(trial, None if state == "PRUNED" else [figures[name] for name in self.tune.objectives])
 
     def _watch(self, trial: Taken, tracker: Tracker) -> Callable[[int, Record, Callable[[], Figures]], None]:
         """Per epoch of the first repeat: curve to MLflow, and (one objective) to the pruner, which may end the trial.
