@@ -25,7 +25,9 @@ test: .venv/complete  ## every test, three files at a time: many wait for proces
 quick: .venv/complete  ## what needs no process of its own: oracles, contracts, hand-worked tables (two minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(QUICK)
 
-QUICK := $(addprefix tests/,oracles scores objectives architectures pruning files datasets voc test_masks.py test_registry.py)
+QUICK := $(addprefix tests/,oracles scores objectives architectures pruning training data files datasets voc preparing \
+  comparison detectors project/test_ranges.py project/test_params.py project/test_code.py test_masks.py test_registry.py \
+  test_house.py test_readme.py)
 
 tune: .venv/complete  ## search for better parameters (section tune of params.yaml); TUNE="--trials 40 --workers 2 --resume"
 	$(BIN)/epsd check --reread && $(BIN)/dvc repro prepare && $(BIN)/epsd tune $(TUNE)
