@@ -124,7 +124,7 @@ def test_the_default_reaches_what_the_readme_says(default: Project) -> None:
 
 def test_the_default_leaves_one_finished_run_with_every_stages_figures(default: Project) -> None:
     runs = default.rows("select run_uuid, status, name from runs")
-    assert [(status, name) for _, status, name in runs] == [("FINISHED", "digits-epsd-cskd-s0.95-seed0")]
+    assert [(status, name) for _, status, name in runs] == [("FINISHED", "epsd-cskd-s0.95-seed0-digits")]
     assert default.json("train/run.json")["run_id"] == runs[0][0]
     keys = {key for (key,) in default.rows("select distinct key from latest_metrics")}
     assert {
@@ -251,7 +251,7 @@ def test_experiments_run_and_queue_into_one_store(small: Project) -> None:
         time.sleep(2)
     assert "Failed" not in status, status + small.run("dvc", "queue", "logs", check=False)
     names = sorted(name for (name,) in small.rows("select name from runs where status = 'FINISHED'"))
-    assert names == [f"digits-epsd-cskd-s0.95-seed{seed}" for seed in (0, 1, 2)]
+    assert names == [f"epsd-cskd-s0.95-seed{seed}-digits" for seed in (0, 1, 2)]
     tags = {value for (value,) in small.rows("select value from tags where key = 'dvc.exp_name'")}
     assert len(tags) == 3
     locations = [uri for (uri,) in small.rows("select artifact_uri from runs")]

@@ -312,7 +312,7 @@ def test_a_run_says_what_it_began_with(digits: Prepared) -> None:
     new, kept = params(**{"start.weights": "x.pth"}), params(**{"start.weights": "x.pth", "start.mask": "keep"})
     assert [method(params()), method(new), method(kept)] == ["epsd", "epsd-transferred", "transferred"]
     assert method(params(**{"start.weights": "x.pth", "prune.sparsity": 0.0})) == "dense-transferred"
-    assert run_name(kept) == "digits-transferred-cskd-kept-seed0"
+    assert run_name(kept) == "transferred-cskd-kept-seed0-digits"
     assert "It began with the weights of `x.pth`. It kept the mask" in story(kept, digits)
     assert "keeps the mask of x.pth" in stage.describe(kept, "prune")
 

@@ -138,7 +138,7 @@ def test_a_data_set_of_ones_own_is_called_by_its_name(tree: dict[str, Any], wher
         tree[section] = {"name": kind, "root": where, "title": "Blood cells, 2024"}
     params = check(parse(tree))
     assert params.data_title == params.scenes_title == "Blood cells, 2024"
-    assert run_name(params).startswith("Blood cells, 2024-epsd-")
+    assert run_name(params).endswith("-seed0-Blood cells, 2024")
     for stage in ("prepare", "prune", "train", "evaluate", "detect"):
         assert " Blood cells, 2024" in describe(params, stage), stage
     assert not [name for name in params.marked() if name.endswith("title")], "another name is no other result"

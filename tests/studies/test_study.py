@@ -282,7 +282,7 @@ def test_the_dense_twin_is_the_pipeline_at_sparsity_0(finished: Path) -> None:
 def test_every_cell_is_a_run_with_the_names_of_the_pipeline(finished: Path) -> None:
     frame = read_runs(["epsd"], ["study=grid", "kind=cell"])
     assert len(frame) == 10 and frame["name"].nunique() == 10
-    assert "digits-epsd-cskd-s0.8-seed1" in set(frame["name"])
+    assert "epsd-cskd-s0.8-seed1-digits" in set(frame["name"])
     names = {"test/top1", "test/ece", "test/nll", "val/top1", "train/loss", "time/train", "model/sparsity",
              "model/bytes_sparse", "time/evaluate"}  # fmt: skip
     assert names <= {column.removeprefix("metrics.") for column in frame.columns}

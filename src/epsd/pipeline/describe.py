@@ -53,10 +53,12 @@ def stays(prune: PruneParams) -> str:
 
 
 def run_name(params: Params, named: str = "") -> str:
-    """The run's story in a few words: data, method (`named`, or the score), objective, sparsity, seed."""
+    """The run's story in a few words: method (`named`, or the score), objective, sparsity, seed, data. What differs
+    between the runs of an experiment comes first: a narrow column shows no more.
+    """
     return (
-        f"{params.data_title}-{(named or method(params)).replace(' ', '_')}-{params.objective['name']}"
-        f"-{removal(params)}-seed{params.seed}"
+        f"{(named or method(params)).replace(' ', '_')}-{params.objective['name']}-{removal(params)}"
+        f"-seed{params.seed}-{params.data_title}"
     )
 
 
