@@ -48,6 +48,7 @@ class Coco(BoxReading):
     unreadable : a picture that is missing or damaged, or whose annotation is, is an "error", or left out ("skip") and
         named.
     limit : [1, ...) pictures per split, drawn by seed; null: all.
+    title : what runs and figures call the data set; null: the name of its folder or archive.
     """
 
     root: Place

@@ -70,6 +70,7 @@ class Devkit(BoxReading):
     unreadable : a picture that is missing or damaged, or whose annotation is, is an "error", or left out ("skip") and
         named.
     limit : [1, ...) pictures per split, drawn by seed; null: all.
+    title : what runs and figures call the data set; null: the name of its folder or archive.
     download : which of "2007", "2007-test", "2012" to fetch into the folder `root` where they are not there yet. It
         accepts the terms: the pictures are from flickr, whose terms of use hold.
     """
