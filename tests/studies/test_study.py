@@ -509,7 +509,7 @@ def test_a_procedure_is_one_entry_of_the_registry(project: Path, monkeypatch: py
     assert Lazy.made == ["x"]  # once for two cells
     frame = read_runs(["epsd"], ["procedure.name=lazy"])
     assert set(frame["params.procedure.patience"]) == {"3"} and set(frame["metrics.cost/patience"]) == {3.0}
-    assert "digits-do_little-cskd-s0.5-seed0" in set(frame["name"])
+    assert "do_little-cskd-s0.5-seed0-digits" in set(frame["name"])
     assert all(text.startswith("Nothing much.") for text in frame["tags.mlflow.note.content"])
     made = command.compared(command.Request(("epsd",)))
     assert [(row.label, sorted(row.cells)) for row in made.rows] == [("random", [0.5, 0.8]), ("do little", [0.5, 0.8])]
