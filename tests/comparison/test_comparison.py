@@ -199,6 +199,8 @@ def test_each_data_set_has_its_table_and_what_they_share_is_said_once(capsys: py
     text = command.text(request, [*digits, *photos], "markdown")
     assert text.count("## dataset.name=") == 2 and text.count("Bold: the highest mean") == 1
     assert "## " not in command.text(request, digits, "markdown")
+    titled = runs([0.96], **ours, **{"dataset.title": "Digits", score: "snip"})
+    assert len(command.every(request, [*digits, *titled])) == 1, "another name is no other data"
     assert command.text(request, [*digits, *photos], "csv").count("method,objective") == 1
     with pytest.raises(ComparisonError, match="--baseline: there is no row 'nothing'"):
         command.every(request._replace(baseline="nothing"), [*digits, *photos])

@@ -78,6 +78,8 @@ def test_a_polygon_without_bbox_gets_its_box_and_unused_categories_go(tmp_path: 
     [
         ({"image_id": 77}, r"instances_train2017\.json: annotation 0 has no image 77 to be of"),
         ({"category_id": 5}, r"annotation 0 has no category 5 to be of"),
+        ({"image_id": [1]}, r"annotation 0 has no image \[1\] to be of"),
+        ({"category_id": {"a": 1}}, r"annotation 0 has no category \{'a': 1\} to be of"),
         ({"bbox": [1, 2, 3]}, r"instances_train2017\.json, 1\.jpg: annotation 0 has neither a bbox of four numbers"),
         ({"bbox": [1, 2, "x", 4]}, r"annotation 0 has neither a bbox of four numbers nor a polygon"),
         ({"bbox": [1, 2, 0, 4]}, r"2017\.json, 1\.jpg: the box of object 1 \(cat: .*\) has no area\. voc\.bad_boxes"),

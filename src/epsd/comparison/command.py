@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from epsd.comparison import rows, significance, tables
-from epsd.comparison.configuration import MACHINE
+from epsd.comparison.configuration import MACHINE, configuration
 from epsd.comparison.tables import ENDINGS, Format
 from epsd.comparison.types import ComparisonError, Entry, Table
 from epsd.project.artifacts import write_text
@@ -99,7 +99,7 @@ def every(request: Request, runs: Sequence[Entry]) -> dict[str, Table]:
 
     Raises ComparisonError where no data set has the baseline, or the metric; a data set without it is told.
     """
-    parts, made, without = _by_data(runs), dict[str, Table](), dict[str, ComparisonError]()
+    parts, made, without = _by_data(runs, request.metric), dict[str, Table](), dict[str, ComparisonError]()
     for title, some in parts.items():
         try:
             made[title] = compared(request, some)
@@ -112,8 +112,9 @@ def every(request: Request, runs: Sequence[Entry]) -> dict[str, Table]:
     return made
 
 
-def _by_data(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
-    of = [{key: value for key, value in run.params.items() if key.startswith("dataset.")} for run in runs]
+def _by_data(runs: Sequence[Entry], metric: str) -> dict[str, list[Entry]]:
+    """By what of `dataset` can bear on the metric: its title cannot."""
+    of = [{k: v for k, v in configuration(run, metric).items() if k.startswith("dataset.")} for run in runs]
     differ = [key for key in sorted({*itertools.chain(*of)}) if len({settings.get(key) for settings in of}) > 1]
     found: dict[str, list[Entry]] = {}
     for run, settings in zip(runs, of, strict=True):

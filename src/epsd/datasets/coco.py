@@ -132,25 +132,26 @@ class _Contents:
 
     def categories(self, file: str) -> dict[Any, str]:
         """Id -> name."""
-        return {row.get("id"): str(row.get("name", "")).strip() for row in self._read[file]["categories"]}
+        return {_id(row): str(row.get("name", "")).strip() for row in self._read[file]["categories"]}
 
     def entries(self, file: str) -> Iterator[Entry]:
         """Every picture of one file, each with its objects."""
         content, names = self._read[file], self.categories(file)
-        objects: dict[Any, list[Row]] = {row.get("id"): [] for row in content["images"]}
+        objects: dict[Any, list[Row]] = {_id(row): [] for row in content["images"]}
         for row in content["annotations"]:
-            if row.get("image_id") not in objects:
-                self.faults.add(f"{file}: annotation {row.get('id')} has no image {row.get('image_id')} to be of")
-            elif row.get("category_id") not in names:
-                self.faults.add(f"{file}: annotation {row.get('id')} has no category {row.get('category_id')} to be of")
+            image, category = _id(row, "image_id"), _id(row, "category_id")
+            if image not in objects:
+                self.faults.add(f"{file}: annotation {row.get('id')} has no image {image} to be of")
+            elif category not in names:
+                self.faults.add(f"{file}: annotation {row.get('id')} has no category {category} to be of")
             else:
-                objects[row["image_id"]].append(row)
+                objects[image].append(row)
         for row in content["images"]:
             name = str(row.get("file_name", "")).replace("\\", "/")
             where = f"{file}, {name or 'an image without file_name'}"
             said, fault = None, ""
             try:
-                said = _said(row, objects[row.get("id")], names)
+                said = _said(row, objects[_id(row)], names)
             except VocError as error:
                 fault = f"{where}: {error}"
             yield Entry(PurePosixPath(name).stem, self._picture(name, file), said, where, file, fault)
@@ -173,13 +174,19 @@ def _said(row: Row, objects: Sequence[Row], names: Mapping[Any, str]) -> Annotat
         found = [box[0], box[1], box[0] + box[2], box[1] + box[3]] if box else _around(one.get("segmentation"))
         if not found:
             raise VocError(f"annotation {one.get('id')} has neither a bbox of four numbers nor a polygon")
-        labels.append(names[one["category_id"]])
+        labels.append(names[_id(one, "category_id")])
         corners.append(found)
         crowds.append(bool(one.get("iscrowd")))
         polygons += not box
     size = _numbers([row.get("width"), row.get("height")], 2)
     stated = (int(size[0]), int(size[1])) if size and all(size) else None
     return annotation(labels, corners, crowds, size=stated, polygons=polygons)
+
+
+def _id(row: Row, key: str = "id") -> Any:
+    """A number or a text; whatever else stands there, as text, so that it can be looked up."""
+    value = row.get(key)
+    return value if isinstance(value, int | str) else repr(value)
 
 
 def _rows(value: object) -> list[Row] | None:
