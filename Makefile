@@ -47,7 +47,7 @@ serve: .venv/complete  ## the champion over HTTP; MODEL=models:/epsd@candidate (
 
 # Made again when the lock or the package's own settings change.
 .venv/complete: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "epsd needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4) and "epsd needs Python 3.11.4 or later: make PYTHON=python3.12 ...")'
 	@echo "Setting up .venv (once, some minutes) ..."
 	@$(PYTHON) -m venv .venv
 	@$(PIP) -r requirements.lock
