@@ -191,11 +191,11 @@ def _chosen(ask: Ask, batches: Batches, intake: Intake) -> Tensor:
 def _timed(subject: Subject, settings: EvaluateParams, files: Mapping[str, Path]) -> Figures:
     """Every form beside the dense twin in torch and in ONNX fp32: see `timing.sweep`."""
     shape, machine, session = tuple(subject.card["image_shape"]), subject.data.machine, functools.cache(OnnxFile)
-    modules = _in_torch(subject)
+    modules = functools.cache(lambda: _in_torch(subject))  # not where nothing is timed
 
     def passes(threads: int, batch: int) -> dict[str, timing.Pass]:
         images = np.zeros((batch, *shape), dtype=np.float32)
-        found = {form: timing.in_torch(module, torch.from_numpy(images)) for form, module in modules.items()}
+        found = {form: timing.in_torch(module, torch.from_numpy(images)) for form, module in modules().items()}
         return found | {form: functools.partial(session(path, threads), images) for form, path in files.items()}
 
     return timing.sweep(passes, settings.latency_batch_sizes, machine, settings.latency_repeats)

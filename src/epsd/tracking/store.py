@@ -185,8 +185,10 @@ class Store:
 
     def find(self, run_id: str) -> Any:
         """The run, or what was made for its local id or in its place; None when it was deleted or never was here."""
+        if (known := resolve(run_id)).startswith(LOCAL):  # no run has such an id
+            return self.tagged(_LOCAL_ID, known)
         try:
-            run = self.client.get_run(resolve(run_id))
+            run = self.client.get_run(known)
             if run.info.lifecycle_stage == "active":
                 return run
         except Exception as error:
