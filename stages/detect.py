@@ -82,15 +82,17 @@ def main(params: Params, machine: Machine) -> str:
     nodes = choose(ARCHITECTURES, card["architecture"], "architecture").feature_nodes(model)
     plan = choose(DETECTORS, params.detect.detector, "detect.detector").plan(model, nodes, picture)
     task = Task(params, machine, voc, card, folder, mark, picture, params.detect.detector | plan.settings)
+    epochs = params.detect.passes(len(voc.scenes["train"]))
     keep_freed_memory()
     if not distributed.is_main():
         followed(task, model, mask)
         return ""
     if "weight_bits" in card:
         note(f"detect: trains in full precision; its backbone begins with weights of {card['weight_bits']} bits.")
-    tell(plan)
+    chosen = plan.settings | ({"epochs": epochs} if params.detect.epochs == "auto" else {})
+    tell(plan, f"{counted(epochs, 'epoch')}, " if "epochs" in chosen else "")
     in_run = reopened if params.detect.backbone is None else opened
-    used = {f"detect.used.{name}": value for name, value in plan.settings.items()}
+    used = {f"detect.used.{name}": value for name, value in chosen.items()}
     with in_run("detect", params, {"voc.digest": task.voc.digest}, used) as tracker:
         trained = fitted(task, model, mask, on_epoch=partial(tracker.epoch, prefix="detect/train_"))
         pictures = {split: len(scenes) for split, scenes in voc.scenes.items()}
@@ -123,10 +125,10 @@ COVERED = 0.5
 """Share of the training boxes that anchors cover, below which something is wrong with the settings."""
 
 
-def tell(plan: Plan) -> None:
+def tell(plan: Plan, epochs: str) -> None:
     """What was chosen, and what cannot fit."""
-    if plan.settings and not quiet():
-        note(f"detect: auto: {plan.told()}.")
+    if (plan.settings or epochs) and not quiet():
+        note(f"detect: auto: {epochs}{plan.told()}.")
     if plan.covered() < COVERED:
         note(
             f"detect: the anchors hardly fit: {plan.told()}. Set size, finest_stride, extra_levels and anchor_scale "
@@ -295,10 +297,10 @@ def log(tracker: Tracker, report: dict[str, float]) -> str | None:
 
 def told(task: Task, report: dict[str, float]) -> str:
     """What came out, in plain words, for the run's page."""
-    params = task.params
+    params, epochs = task.params, task.params.detect.passes(len(task.voc.scenes["train"]))
     twin = f" (its {params.detect.beside} twin: {report['beside_map50']:.4f})" if "beside_map50" in report else ""
     return (
-        f"As backbone of `{params.detect.detector['name']}`, trained for {counted(params.detect.epochs, 'epoch')} on "
+        f"As backbone of `{params.detect.detector['name']}`, trained for {counted(epochs, 'epoch')} on "
         f"`{params.scenes_title}`: mAP@0.5 {report['map50']:.4f}{twin}, COCO mAP {report['map']:.4f} on "
         f"{len(task.voc.scenes['test'])} test scenes."
     )

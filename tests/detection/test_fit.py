@@ -246,7 +246,7 @@ def test_much_time_and_memory_is_told_before_the_first_step(
 ) -> None:
     """And nothing else. What was tried leaves no trace."""
     with monkeypatch.context() as patched:
-        patched.setattr(foreseen, "check", lambda *args, **settings: None)
+        patched.setattr(foreseen, "check", lambda *args, **settings: foreseen.Need(0, math.inf, math.inf))
         plain = fit_detector(detector_of(backbone()), scenes["train"], RECIPE, channels=1)
     fit_detector(detector_of(backbone()), scenes["train"][:2], RECIPE, channels=1)
     assert capsys.readouterr().err == ""
@@ -254,7 +254,8 @@ def test_much_time_and_memory_is_told_before_the_first_step(
     told = fit_detector(detector_of(backbone()), scenes["train"], RECIPE, channels=1)
     line = capsys.readouterr().err
     assert re.fullmatch(
-        r"detect: foreseen: [\d.]+ s for a step, \d+ s in all; a step on 4 pictures needs about [\d.]+ GB, .* free\.\n",
+        r"detect: foreseen: [\d.]+ s for a step, \d+ s in all( \(without the others, which .*\))?; "
+        r"a step on 4 pictures needs about [\d.]+ GB, the whole stage up to [\d.]+ GB, .* free\.\n",
         line,
     )
     assert [row["loss"] for row in plain] == [row["loss"] for row in told]
@@ -282,6 +283,13 @@ def test_what_is_foreseen_is_what_a_step_takes() -> None:
         2 * 4 * 100 * 100, rel=0.51
     )  # the product; the picture itself, which is one here
     assert [foreseen.duration(seconds) for seconds in (4, 600, 9000)] == ["4 s", "10 minutes", "2.5 hours"]
+
+
+def test_few_pictures_are_gone_over_more_often() -> None:
+    """`auto`: 400 steps, and 8 epochs at least."""
+    auto = recipe_of(batch_size=8, lr=0.1)
+    assert [auto.passes(pictures) for pictures in (0, 8, 100, 400, 401, 5000)] == [400, 400, 31, 8, 8, 8]
+    assert recipe_of(epochs=3, batch_size=8, lr=0.1).passes(100) == 3
 
 
 def test_half_precision_trains(scenes: dict[str, list[Scene]]) -> None:

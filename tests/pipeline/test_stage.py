@@ -135,7 +135,7 @@ def test_unknown_arguments_stop_a_stage_before_work(run_here):
         "prepare": "reading digits, and digit_scenes for detection, seed 0",
         "prune": "resnet on digits to sparsity 0.95 by epsd under cskd, seed 0",
         "evaluate": "resnet on the test images of digits, seed 0",
-        "detect": "faster_rcnn around resnet on digit_scenes, 8 epochs, seed 0",
+        "detect": "faster_rcnn around resnet on digit_scenes, seed 0",
     }.items(),
 )
 def test_every_stage_says_what_it_does_to_what(name, words):

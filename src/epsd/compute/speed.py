@@ -114,3 +114,21 @@ def keep_freed_memory(keep: bool = True) -> bool:
         trimmed, mapped = (2**31 - 1, 0) if keep else (2**26, 2**16)
         return bool(mallopt(top_of_heap, trimmed) and mallopt(blocks_of_their_own, mapped))
     return False
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def give_back(above: float) -> None:
+    """Hand freed memory back to the system where this process holds more than `above` bytes.
+
+    What is kept (`keep_freed_memory`) grows where tensors of many shapes come and go: few fit into the gaps of others.
+    Needs the C library of GNU; nothing happens where there is another.
+    """
+    if resident() > above:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

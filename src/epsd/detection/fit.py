@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from epsd.compute import distributed, joint_layers, networks, shortage
 from epsd.compute.devices import pick_precision
 from epsd.compute.seeds import mix
+from epsd.compute.speed import give_back
 from epsd.detection import foreseen
 from epsd.detection.backbone import DetectionError
 from epsd.detection.pictures import Pictures, Sample, loaded, moved_to, training_batches
@@ -32,7 +33,9 @@ SAVE_EVERY = 300.0
 
 
 class _Run(NamedTuple):
-    """What stays the same through a training. `net`: the detector as it is called, in several processes by DDP."""
+    """What stays the same through a training. `net`: the detector as it is called, in several processes by DDP.
+    `kept`: bytes that the process may hold between steps.
+    """
 
     detector: nn.Module
     net: nn.Module
@@ -40,6 +43,7 @@ class _Run(NamedTuple):
     lr_at: Callable[[int], float]
     device: torch.device
     precision: torch.dtype | None
+    kept: float
 
 
 def fit_detector(
@@ -84,16 +88,17 @@ def fit_detector(
     if not scenes:
         raise DetectionError("detect: there is no training picture.")
     device = torch.device(device)
-    steps = recipe.epochs * len(training_batches(range(len(scenes)), recipe.batch_size))
+    epochs = recipe.passes(len(scenes))
+    steps = epochs * len(training_batches(range(len(scenes)), recipe.batch_size))
     pictures = Pictures(scenes, channels)
     state = checkpoints.load(checkpoint, mark) if checkpoint is not None else None
     history, part = (list(state["history"]), _Part(**state["part"])) if state else ([], _Part())
     detector.to(device).train()
-    left = recipe.epochs * len(scenes) - len(history) * len(scenes) - part.count
+    left = epochs * len(scenes) - len(history) * len(scenes) - part.count
     with _told_of_lonely_values():
         precision = pick_precision(recipe.precision, device)
-        foreseen.check(detector, pictures, device, precision, batch_size=recipe.batch_size, passes=left)
-    run = _start(detector, recipe, mask, device, steps)
+        need = foreseen.check(detector, pictures, device, precision, batch_size=recipe.batch_size, passes=left)
+    run = _start(detector, recipe, mask, device, steps, need.kept)
     if state:
         run.detector.load_state_dict(state["detector"])
         run.updates.load_state_dict(state)
@@ -109,9 +114,9 @@ def fit_detector(
             checkpoints.save(checkpoint, whole | {"part": vars(part)}, mark)
 
     gpus = [device] if device.type == "cuda" else []
-    bar = Progress("detect", recipe.epochs * len(scenes), recipe.epochs * len(scenes) - left, after=len(history))
+    bar = Progress("detect", epochs * len(scenes), epochs * len(scenes) - left, after=len(history))
     with torch.random.fork_rng(gpus), distributed.prepared(detector), Whole(detector) as whole, bar as progress:
-        for epoch in range(len(history), recipe.epochs):
+        for epoch in range(len(history), epochs):
             torch.manual_seed(mix(seed, "detect", epoch))
             batches = training_batches(torch.randperm(len(scenes)).tolist(), recipe.batch_size)
             pictures.flip = torch.rand(len(scenes)) < 0.5 if recipe.flip else None
@@ -125,6 +130,7 @@ def fit_detector(
             distributed.settle_buffers(detector)
             save(part)
             tell(history[-1])
+    give_back(above=0)
     return history
 
 
@@ -158,14 +164,16 @@ def _share(batch: Sequence[int]) -> slice:
     return slice(0, len(batch)) if _alike(batch) else distributed.share(len(batch))
 
 
-def _start(detector: nn.Module, recipe: DetectorRecipe, mask: Mask | None, device: torch.device, steps: int) -> _Run:
+def _start(
+    detector: nn.Module, recipe: DetectorRecipe, mask: Mask | None, device: torch.device, steps: int, kept: float
+) -> _Run:
     detector.to(device)
     precision = pick_precision(recipe.precision, device)
     updates = Updates(detector, recipe, "foreach", device, scaled=precision == torch.float16)
     if mask is not None:
         updates.hold(mask)
     net = distributed.wrapped(detector)
-    return _Run(detector, net, updates, lambda step: lr_at(recipe, step, steps), device, precision)
+    return _Run(detector, net, updates, lambda step: lr_at(recipe, step, steps), device, precision, kept)
 
 
 def lr_at(recipe: DetectorRecipe, step: int, steps: int) -> float:
@@ -206,6 +214,7 @@ def _epoch(
             losses = _losses(run, steps.whole, samples)
         for name, value in _step(run, losses, lr, where).items():
             part.sums[name] = part.sums.get(name, 0.0) + value * len(batch)
+        give_back(above=run.kept)
         part.steps, part.count = part.steps + 1, part.count + len(batch)
         now = time.perf_counter()
         part.seconds = before + now - started

@@ -21,16 +21,20 @@ Sample = tuple[Tensor, Target]
 
 
 class Pictures(Dataset[Sample]):
-    """Scenes as a detector learns them: difficult objects left out. Kept decoded where all fit in memory.
+    """Scenes as a detector learns them: difficult objects left out. Decoded once where all fit in memory and `again`
+    says that each is asked for more than once.
 
-    `flip` (N,) bool: which scenes of this epoch are mirrored left to right; None: none.
+    `flip` (N,) bool: which scenes of this epoch are mirrored left to right; None: none.  `bytes`: of all that is kept.
+    `largest`: bytes of the largest one as a detector takes it.
     """
 
-    def __init__(self, scenes: Sequence[Scene], channels: int) -> None:
+    def __init__(self, scenes: Sequence[Scene], channels: int, *, again: bool = True) -> None:
         self.scenes, self.channels = scenes, channels
         self.flip: Tensor | None = None
-        size = sum(scene.width * scene.height for scene in scenes) * channels
-        self.kept: dict[int, Tensor] | None = {} if size <= IN_MEMORY_UP_TO else None
+        sizes = [scene.width * scene.height * channels for scene in scenes]
+        self.kept: dict[int, Tensor] | None = {} if again and sum(sizes) <= IN_MEMORY_UP_TO else None
+        self.bytes = 0 if self.kept is None else sum(sizes)
+        self.largest = 4 * max(sizes, default=0)
 
     def __len__(self) -> int:
         return len(self.scenes)

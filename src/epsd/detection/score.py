@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from epsd.compute import distributed, networks
+from epsd.compute.speed import give_back, resident
 from epsd.detection.average_precision import Curve, Detections, ap_11point, ap_area, curve
 from epsd.detection.backbone import DetectionError
 from epsd.detection.pictures import Pictures, Target, in_batches, loaded, moved_to
@@ -38,8 +39,10 @@ def detect(
     ]  # whole ones, as its neighbours may change a picture's padding
     found = []
     with networks.in_mode(detector), torch.autocast(device.type, precision, enabled=precision is not None):
-        for samples in loaded(Pictures(scenes, channels), mine, workers):
+        held = resident()
+        for samples in loaded(Pictures(scenes, channels, again=False), mine, workers):
             found.append([as_detections(output) for output in detector(moved_to(samples, device)[0])])
+            give_back(above=2 * held)
     return [one for batch in distributed.interleaved(found) for one in batch]
 
 

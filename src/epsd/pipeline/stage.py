@@ -267,13 +267,13 @@ def describe(params: Params, name: str) -> str:
     removed = "stays dense" if is_dense(params) else f"to {sparsity} by {method(params)} under {objective}"
     if params.start.mask == "keep":
         removed, sparsity = f"keeps the mask of {params.start.weights}", "its own sparsity"
-    train_epochs, detect_epochs = (counted(section.epochs, "epoch") for section in (params.train, params.detect))
+    epochs = "" if params.detect.epochs == "auto" else f", {counted(params.detect.epochs, 'epoch')}"
     doing = {
         "prepare": f"reading {data}, and {scenes} for detection",
         "prune": f"{network} on {data} {removed}",
-        "train": f"{network} at {sparsity} on {data} by {objective}, {train_epochs}",
+        "train": f"{network} at {sparsity} on {data} by {objective}, {counted(params.train.epochs, 'epoch')}",
         "evaluate": f"{network} on the test images of {data}",
-        "detect": f"{params.detect.detector['name']} around {network} on {scenes}, {detect_epochs}",
+        "detect": f"{params.detect.detector['name']} around {network} on {scenes}{epochs}",
     }
     if scenes == "none":
         doing |= {"prepare": f"reading {data}", "detect": "nothing to detect"}

@@ -3,6 +3,7 @@
 The sections `train` and `detect` of params.yaml are these recipes, with what their stages need beside.
 """
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -106,14 +107,21 @@ class Recipe(Section):
         return None if self.quantise is None or epoch < self.quantise.from_epoch else self.quantise.bits
 
 
+STEPS = 400
+"""Optimiser steps after which a detector finds its training pictures again: measured on a hundred photographs, which
+100 steps teach nothing (benchmarks/results/photos-cpu.md)."""
+LEAST_EPOCHS = 8
+
+
 class DetectorRecipe(Section):
     """How to train a detector: SGD, linear warm-up by steps, then a cosine to zero.
 
+    epochs : "auto": as many as STEPS take, and LEAST_EPOCHS at least.
     clip_norm : largest gradient norm, null = none.  flip : mirror half of the pictures, drawn anew each epoch.
     precision : as of `Recipe`.
     """
 
-    epochs: Count
+    epochs: Count | Literal["auto"] = "auto"
     batch_size: Count
     lr: Positive
     momentum: Share = 0.9
@@ -122,3 +130,9 @@ class DetectorRecipe(Section):
     warmup_steps: Natural = 0
     flip: bool = False
     precision: Precision = "auto"
+
+    def passes(self, pictures: int) -> int:
+        """`epochs`, over so many pictures, as a number."""
+        if self.epochs != "auto":
+            return self.epochs
+        return max(LEAST_EPOCHS, math.ceil(STEPS / max(1, math.ceil(pictures / self.batch_size))))
