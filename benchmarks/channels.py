@@ -30,6 +30,7 @@ from epsd.compute import timing
 from epsd.evaluation.deploy import export
 from epsd.files.onnx_file import CARD, FP32, OnnxFile
 from epsd.losses import supervised
+from epsd.project.params import read_yaml
 from epsd.project.runtime import versions
 from epsd.pruning import widths
 from epsd.pruning.channels import Structure, cut
@@ -192,13 +193,17 @@ class Row(NamedTuple):
         return statistics.fmean(one["metrics"][metric] for one in self.results)
 
 
+STUDIES = Path(__file__).resolve().parent.parent / "presets" / "studies"
+
+
 def rows(folder: Path) -> list[Row]:
     """In the order of the study file. Of two runs of a seed the later one counts."""
     kept = [json.loads(path.read_text())["result"] for path in (folder / "cells").glob("*.json")]
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for result in sorted(kept, key=lambda result: result["began"]):
         found.setdefault(result["tags"]["variant"] or "dense", {})[result["params"]["seed"]] = result
-    return [Row(name, list(seeds.values())) for name, seeds in found.items()]
+    listed = [variant["name"] for variant in read_yaml(STUDIES / f"{folder.name}.yaml")["variants"]]
+    return [Row(name, [of for _, of in sorted(found[name].items())]) for name in listed if name in found]
 
 
 def milliseconds(table: list[Row], project: Path) -> dict[str, dict[int, float]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -112,12 +113,17 @@ def _not_meant(cls: type, key: str, value: object) -> bool:
     return findings is None or any(kind.endswith("_type") for kind in findings)
 
 
+@functools.cache
+def _kind(cls: type, key: str) -> TypeAdapter[Any]:
+    return TypeAdapter(get_type_hints(cls, include_extras=True)[key])
+
+
 def _findings(cls: type, key: str, value: object) -> list[str] | None:
     """What is wrong with a value as that setting, in pydantic's words; None: the variant has no such setting."""
     if key not in settings_of(cls):
         return None
     try:
-        TypeAdapter(get_type_hints(cls, include_extras=True)[key]).validate_python(value, strict=True)
+        _kind(cls, key).validate_python(value, strict=True)
     except ValidationError as error:
         return [item["type"] for item in error.errors(include_url=False)]
     return []

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from sqlalchemy import QueuePool, create_engine
 
 from epsd.project import runtime
 from epsd.tracking import database, track
@@ -152,3 +153,33 @@ def test_a_file_that_is_no_database_is_named_and_left(project, capsys):
     with session("another"):
         pass
     assert [name for name, *_ in runs()] == ["a-run", "another"]
+
+
+def test_a_kept_connection_is_used_again_until_its_file_is_another(tmp_path):
+    database.watch_connections()
+    engine = create_engine(f"sqlite:///{tmp_path / 'a.db'}", poolclass=QueuePool)
+
+    def kept() -> tuple[int, bool]:
+        with engine.connect() as link:
+            raw = link.connection.dbapi_connection
+            known = raw.execute("SELECT count(*) FROM sqlite_master").fetchone() == (1,)
+            raw.execute("CREATE TABLE IF NOT EXISTS t (x)")
+            return id(raw), known
+
+    first = kept()
+    assert kept() == (first[0], True)
+    (tmp_path / "a.db").unlink()
+    assert kept()[1] is False, "the deleted file has the table"
+    (tmp_path / "b.db").touch()
+    (tmp_path / "b.db").replace(tmp_path / "a.db")
+    assert kept()[1] is False
+
+
+def test_a_kept_connection_is_not_used_after_a_fork(tmp_path, monkeypatch):
+    database.watch_connections()
+    engine = create_engine(f"sqlite:///{tmp_path / 'a.db'}", poolclass=QueuePool)
+    with engine.connect() as link:
+        before = link.connection.dbapi_connection
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with engine.connect() as link:
+        assert link.connection.dbapi_connection is not before

@@ -146,7 +146,7 @@ def begun(folder: Path) -> str:
     """The id of the run of the training whose checkpoints are in `folder`; noted there before the run is opened."""
     note = folder / "run.json"
     if not note.exists():
-        artifacts.write_json(note, {"run_id": new_id()})
+        artifacts.write_json(note, {"run_id": new_id(opened_here=True)})
     return artifacts.read_run(note).run_id
 
 

@@ -54,6 +54,8 @@ class VariantParams(Section):
 
 PLAIN = VariantParams.model_construct(name="")
 """A score as it is."""
+_UNUSED = {"voc", "detect"}
+"""Sections of the parameters that no cell reads."""
 
 
 class StudyParams(Section):
@@ -109,11 +111,13 @@ class Cell(NamedTuple):
         return choose(PROCEDURES, self.procedure, "procedure")
 
     def logged(self) -> Values:
-        """Every parameter, flat, as MLflow gets it; those of a procedure other than the pipeline included."""
+        """Every parameter that bears on a cell, flat, as MLflow gets it; those of a procedure other than the pipeline
+        included. A cell detects nothing.
+        """
         how = self.how()
         settings = {"name": self.procedure["name"], **{name: getattr(how, name) for name in settings_of(type(how))}}
         other = {} if settings["name"] == "pipeline" else dict(flatten({"procedure": settings}))
-        return {**dict(flatten(self.params.model_dump())), **other}
+        return {**dict(flatten(self.params.model_dump(exclude=_UNUSED))), **other}
 
     def __str__(self) -> str:
         return f"{self.method} {self.params.objective['name']} s{self.params.prune.sparsity:g} seed {self.params.seed}"
@@ -175,7 +179,7 @@ def plan(study: StudyParams, base: Mapping[str, Any]) -> Plan:
     grid = _Grid(study, base)
     cells: dict[str, Cell] = {}
     for cell in grid.cells():
-        cells.setdefault(json.dumps([cell.logged(), cell.procedure], sort_keys=True), cell)
+        cells.setdefault(json.dumps([cell.params.model_dump(), cell.procedure], sort_keys=True), cell)
     grid.complain_of_unused()
     if not cells:
         raise ParamsError("nothing to train: give 'scores' or 'variants'.")

@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -103,6 +104,40 @@ def _unsynced() -> Iterator[None]:
         yield
     finally:
         event.remove(Engine, "connect", connected)
+
+
+def watch_connections() -> None:
+    """No kept connection to a file of SQLite is used again when that was removed or replaced, or after a fork.
+
+    Otherwise a deleted database would live on, unseen, in whoever has it open.
+    """
+    from sqlalchemy import Pool, event
+
+    for name, listener in (("connect", _opened), ("checkout", _checked)):
+        if not event.contains(Pool, name, listener):
+            event.listen(Pool, name, listener)
+
+
+def _opened(connection: Any, record: Any) -> None:
+    if isinstance(connection, sqlite3.Connection):
+        (_, _, file), *_ = connection.execute("PRAGMA database_list")
+        record.info["file"], record.info["seen"] = file, _seen(file)
+
+
+def _checked(connection: Any, record: Any, _proxy: Any) -> None:
+    """The pool opens another connection instead of one for which this raises."""
+    from sqlalchemy.exc import DisconnectionError
+
+    if "file" in record.info and record.info["seen"] != _seen(record.info["file"]):
+        raise DisconnectionError
+
+
+def _seen(file: str) -> tuple[int, ...]:
+    """Which file is there, and which process sees it."""
+    with contextlib.suppress(OSError):
+        found = Path(file).stat()
+        return os.getpid(), found.st_dev, found.st_ino
+    return ()
 
 
 def _remove(database: Path) -> None:

@@ -17,7 +17,7 @@ from epsd.project.runtime import brief, project_root, say_once, state_folder
 from epsd.tracking.addresses import shown, tracking_uri
 from epsd.tracking.identity import identity
 from epsd.tracking.replay import reject, replay, send_kept
-from epsd.tracking.spool import LOCAL, Event, Spool, resolve
+from epsd.tracking.spool import LOCAL, UNOPENED, Event, Spool, resolve
 from epsd.tracking.store import Store, refused
 from epsd.tracking.texts import as_key, as_number, as_text
 
@@ -29,9 +29,15 @@ def _milliseconds() -> int:
     return time.time_ns() // 1_000_000
 
 
-def new_id() -> str:
-    """An id for a run that is to be opened: written down before, the run is found whenever its opening is cut off."""
-    return f"{LOCAL}{uuid.uuid4().hex}"
+def new_id(opened_here: bool = False) -> str:
+    """An id for a run that is to be opened: written down before, the run is found whenever its opening is cut off.
+
+    opened_here : by this process before any other, which so need not look for the run.
+    """
+    made = f"{LOCAL}{uuid.uuid4().hex}"
+    if opened_here:
+        UNOPENED.add(made)
+    return made
 
 
 class Tracker:

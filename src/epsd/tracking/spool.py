@@ -23,6 +23,9 @@ Event = dict[str, Any]
 LOCAL = "local-"
 """Prefix of the id of a run that began while the store was away."""
 
+UNOPENED: set[str] = set()
+"""Local ids that this process has just made and will open before any other: no store has a run of theirs yet."""
+
 
 class Spool:
     """The events of one session in `folder`, held by this process until `close` or `discard`."""

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 from epsd.project.runtime import located, no_telemetry, note, project_root, state_folder
 from epsd.tracking import models, pages
 from epsd.tracking.addresses import shown, tracking_uri
-from epsd.tracking.database import complete, locked
+from epsd.tracking.database import complete, locked, watch_connections
 from epsd.tracking.identity import is_gone
 from epsd.tracking.relocation import relocate
-from epsd.tracking.spool import LOCAL, Event, resolve
+from epsd.tracking.spool import LOCAL, UNOPENED, Event, resolve
 from epsd.tracking.texts import conflicts, with_paragraph
 
 _FAILED = "failed_stage"
@@ -44,9 +44,6 @@ _HTTP = {
     "PGCONNECT_TIMEOUT": "10",
 }
 """A server that dies at work costs seconds instead of MLflow's four minutes, or for ever with PostgreSQL."""
-
-_UNPOOLED = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool"
-"""A database file that is deleted would live on in a connection that is kept."""
 
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
@@ -119,7 +116,7 @@ class Store:
             return MlflowClient(tracking_uri=self.uri)
         with self.alone():
             if self.database:
-                os.environ.setdefault(*_UNPOOLED)
+                watch_connections()
                 complete(self.database, self.home / "mlruns")
                 relocate(self.database, self.home)
             client = MlflowClient(tracking_uri=self.uri)
@@ -185,6 +182,9 @@ class Store:
 
     def find(self, run_id: str) -> Any:
         """The run, or what was made for its local id or in its place; None when it was deleted or never was here."""
+        if run_id in UNOPENED:
+            UNOPENED.discard(run_id)  # whatever becomes of the opening: another try has to look
+            return None
         if (known := resolve(run_id)).startswith(LOCAL):  # no run has such an id
             return self.tagged(_LOCAL_ID, known)
         try:
