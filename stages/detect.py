@@ -93,7 +93,7 @@ def main(params: Params, machine: Machine) -> str:
     tell(plan, f"{counted(epochs, 'epoch')}, " if "epochs" in chosen else "")
     in_run = reopened if params.detect.backbone is None else opened
     used = {f"detect.used.{name}": value for name, value in chosen.items()}
-    with in_run("detect", params, {"voc.digest": task.voc.digest}, used) as tracker:
+    with in_run("detect", params, {"voc.digest": task.voc.digest, "voc.dataset": params.scenes_title}, used) as tracker:
         trained = fitted(task, model, mask, on_epoch=partial(tracker.epoch, prefix="detect/train_"))
         pictures = {split: len(scenes) for split, scenes in voc.scenes.items()}
         source = str(params.voc.get("root", ""))
@@ -113,7 +113,7 @@ def nothing() -> str:
     if distributed.is_main():
         shutil.rmtree(artifacts.DETECT, ignore_errors=True)
         for folder in (artifacts.DETECT_PICTURES, artifacts.DETECT_MODEL):
-            folder.mkdir(parents=True)
+            artifacts.nothing(folder, "Nothing: voc.name is none.")
         artifacts.save_model(nn.Identity(), artifacts.DETECTOR, {})
         artifacts.write_json(artifacts.DETECT_METRICS, {})
         artifacts.write_csv(artifacts.DETECT_PER_CLASS, ["class"], [])
@@ -211,7 +211,7 @@ def judged(task: Task, trained: Trained) -> dict[str, float]:
     detections = found(task, trained.detector, "test")
     summary, rows = scored(task, detections, "test")
     card = task.card | {"detector": task.detector, "detected": task.voc.class_names}
-    card |= {"typical_size": typical_size(task.voc.scenes["train"])}
+    card |= {"typical_size": typical_size(task.voc.scenes["train"]), "dataset": task.params.scenes_title}
     artifacts.save_model(trained.detector, artifacts.DETECTOR, card)
     artifacts.write_records(artifacts.DETECT_PER_CLASS, rows)
     artifacts.write_records(artifacts.DETECT_HISTORY, trained.history)
@@ -227,8 +227,7 @@ def judged(task: Task, trained: Trained) -> dict[str, float]:
 
 def deployed(task: Task, detector: nn.Module, card: dict[str, Any]) -> dict[str, float]:
     """Write the model that is served where an ONNX file is asked for; what it is worth. The folder is there anyway."""
-    shutil.rmtree(artifacts.DETECT_MODEL, ignore_errors=True)
-    artifacts.DETECT_MODEL.mkdir(parents=True)
+    artifacts.nothing(artifacts.DETECT_MODEL, "Nothing: detect.onnx is false, or torch could not export the detector.")
     if not task.params.detect.onnx:
         return {}
     scenes, repeats = task.voc.scenes["test"], task.params.detect.latency_repeats
@@ -253,6 +252,8 @@ def draw(task: Task, detections: Sequence[Detections]) -> None:
     if chosen:
         some = [scenes[position] for position in chosen], [detections[position] for position in chosen]
         figures.save(drawing.gallery(*some, names, channels), artifacts.DETECT_GALLERY)
+    else:
+        artifacts.nothing(artifacts.DETECT_PICTURES, "Nothing: detect.pictures is 0.")
 
 
 def beside(task: Task) -> dict[str, float]:
@@ -292,7 +293,7 @@ def log(tracker: Tracker, report: dict[str, float]) -> str | None:
         tracker.artifact(table, folder="detect")
     for file in (artifacts.DETECTOR, artifacts.DETECTOR_CARD):
         tracker.artifact(file, folder=WEIGHTS[DETECTOR])
-    return tracker.model(artifacts.DETECT_MODEL) if any(artifacts.DETECT_MODEL.iterdir()) else None
+    return tracker.model(artifacts.DETECT_MODEL) if (artifacts.DETECT_MODEL / "MLmodel").is_file() else None
 
 
 def told(task: Task, report: dict[str, float]) -> str:

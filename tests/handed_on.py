@@ -27,6 +27,7 @@ INTAKE = Intake(["ape", "bee", "cow"], (1, 4, 4), [0.3], [0.2])
 
 NET = {"name": "resnet", "depth": 8, "width": 0.5}
 DETECTOR_CARD: dict[str, Any] = {
+    "dataset": "cells",
     "architecture": NET,
     "num_classes": 10,
     "class_names": list("0123456789"),

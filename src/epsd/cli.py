@@ -140,7 +140,8 @@ def promote(arguments: argparse.Namespace) -> None:
     from epsd.tracking.models import DETECTOR, NAME
 
     made = registered.promote(arguments.run, DETECTOR if arguments.detector else NAME)
-    print(f"Version {made.number} of the model '{made.name}', of run '{made.run_name}', is now the champion.")
+    of = f", trained on {made.dataset}" if made.dataset else ""
+    print(f"Version {made.number} of the model '{made.name}', of run '{made.run_name}'{of}, is now the champion.")
     serve, ask = (f" MODEL=models:/{DETECTOR}@champion", "detect") if made.name == DETECTOR else ("", "predict")
     print(f"Next: make serve{serve}, or epsd {ask} --model champion IMAGE")
 

@@ -54,6 +54,33 @@ def test_long_names_are_cut_and_stay_different() -> None:
     assert told[2].startswith("a class") and told[2].endswith("number 2")
 
 
+@pytest.mark.usefixtures("another")
+def test_wide_letters_count_twice() -> None:
+    assert fonts.shown(["日本語" * 4, "日本語" * 5]) == ["日本語" * 4, "日本語日本…日本語日本語"]
+
+
+def test_a_font_that_came_after_matplotlibs_list_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is kept from when matplotlib was first used on a machine."""
+    from fontTools.ttLib import TTFont
+    from matplotlib import font_manager
+
+    with TTFont(fonts.own()) as font:
+        for table in font["cmap"].tables:
+            table.cmap[ord("日")] = "A"
+        for name in (1, 4, 16):
+            font["name"].setName("Late", name, 3, 1, 0x409)
+        font.save(tmp_path / "late.ttf")
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(tmp_path / "late.ttf")])
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
+    for cached in (fonts.installed, fonts.other):
+        cached.cache_clear()
+    try:
+        assert fonts.other("日") == (tmp_path / "late.ttf", "Late")
+    finally:
+        for cached in (fonts.installed, fonts.other):
+            cached.cache_clear()
+
+
 @pytest.mark.usefixtures("no_other")
 def test_a_figure_is_saved_without_a_warning(tmp_path: Path) -> None:
     import torch

@@ -1,5 +1,6 @@
 """Images whose classes stand in a table, as spreadsheets, Kaggle and Hugging Face have them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,22 +88,40 @@ def test_columns_and_splits_are_named(tmp_path: Path) -> None:
         )
 
 
+def as_table(kind: str, rows: dict[str, str]) -> bytes:
+    """`metadata.csv` or `metadata.jsonl`, labels of the latter as numbers."""
+    if kind == METADATA[0]:
+        return ("file_name,label\n" + "\n".join(f"{name},{label}" for name, label in rows.items())).encode()
+    lines = ({"file_name": name, "label": int(label), "tags": ["a"], "text": None} for name, label in rows.items())
+    return ("\n".join(map(json.dumps, lines)) + "\n").encode()
+
+
+@pytest.mark.parametrize("kind", METADATA)
 @pytest.mark.parametrize("layout", ["one", "each"])
-def test_metadata_of_hugging_face(tmp_path: Path, layout: str) -> None:
+def test_metadata_of_hugging_face(tmp_path: Path, layout: str, kind: str) -> None:
     names = {f"{split}/{number}.png": ("10", "9")[number % 2] for split in ("train", "test") for number in range(4)}
     files = {name: picture(number, 8) for number, name in enumerate(names)}
     if layout == "one":
-        files[METADATA] = ("file_name,label\n" + "\n".join(f"{name},{label}" for name, label in names.items())).encode()
+        files[kind] = as_table(kind, names)
     else:
         for split in ("train", "test"):
-            rows = [f"{name[len(split) + 1 :]},{label}" for name, label in names.items() if name.startswith(split)]
-            files[f"{split}/{METADATA}"] = ("file_name,label\n" + "\n".join(rows)).encode()
+            mine = {name[len(split) + 1 :]: label for name, label in names.items() if name.startswith(split)}
+            files[f"{split}/{kind}"] = as_table(kind, mine)
     source = read(zipped(tmp_path / "tree.zip", files))
     assert source.class_names == ["9", "10"], "numbers by their size"
     assert {split: len(part) for split, part in source.splits.items()} == {"train": 4, "test": 4}
-    other = {f"{kind}/1.png": picture(1, 8) for kind in ("cat", "dog")} | {METADATA: b"file_name,caption\n"}
+    assert source.left_out == []
+    without = {METADATA[0]: b"file_name,caption\n", METADATA[1]: b'{"file_name": "cat/1.png", "objects": {}}'}
+    other = {f"{name}/1.png": picture(1, 8) for name in ("cat", "dog")} | {kind: without[kind]}
     assert metadata(open_tree(write(tmp_path / "other", other))) == []
     assert read(tmp_path / "other").class_names == ["cat", "dog"], "one without classes is none"
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "[" * 100_000])
+def test_a_line_that_is_no_object_is_named(tmp_path: Path, line: str) -> None:
+    text = '{"image": "0.jpg", "label": "cat"}\n\n' + line
+    with pytest.raises(SourceError, match=r"tree: labels\.jsonl, line 3: is no object of JSON\."):
+        read(write(tmp_path / "tree", PICTURES | {"labels.jsonl": text.encode()}), labels="labels.jsonl")
 
 
 def test_what_has_no_row_or_no_class_is_left_out_with_a_word(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_every_form_of_it_finds_what_torch_finds(project: Path, capsys: pytest.C
         other.artifact(artifacts.DETECTOR, folder="detector")
         other.artifact(artifacts.DETECTOR_CARD, folder="detector")
     (version,) = registered.connection().search_model_versions("name = 'epsd-detector'")
-    assert version.tags == {"detect/map50": "0.5000"}
+    assert version.tags == {"detect/map50": "0.5000", "dataset": "cells"}
     runs = ["found", tracker.run_id[:7], "candidate", "models:/epsd-detector/1", "models:/epsd-detector@candidate"]
     files = ["artifacts/detect/model", "artifacts/detect/model.safetensors", "artifacts/detect", "compact.safetensors"]
     for model in [None, *files, *runs, "not-exported"]:
@@ -160,7 +160,9 @@ def test_a_file_that_cannot_be_read_is_told_after_the_others(project: Path, caps
     assert cli.main(["detect", "photos", "--out", "drawn"]) == 1
     told = capsys.readouterr()
     assert told.out.count("\n") == 3 and len(list(Path("drawn").iterdir())) == 3
-    assert told.err.startswith("epsd: 1 of 4 images cannot be read: photos/torn.png: ")
+    asks, error = told.err.splitlines()
+    assert asks == "epsd detect: asks what was trained on cells (3 classes)."
+    assert error.startswith("epsd: 1 of 4 images cannot be read: photos/torn.png: ")
 
 
 def test_nothing_trained_here_says_what_trains_one(

@@ -51,6 +51,7 @@ def test_where_nothing_is_to_be_detected_both_stages_say_so_and_dvc_finds_its_fi
     assert detect(parse(tree), None) == "nothing to do, as voc.name is none"
     stage = read_yaml(root / "dvc.yaml")["stages"]["detect"]
     assert all(Path(out).exists() for kind in ("outs", "metrics", "plots") for out in stage[kind])
+    assert all(any(Path(out).iterdir()) for out in stage["outs"] if Path(out).is_dir()), "DVC warns of an empty one"
     assert describe(parse(tree), "detect").startswith("nothing to detect")
 
 

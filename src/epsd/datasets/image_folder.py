@@ -25,8 +25,9 @@ class ImageFolder:
     resize : shorter side before the cut, None = `size`.
     grayscale : one channel instead of three.
     unreadable : "error" stops at damaged images (and rows without their image), "skip" leaves them out and names them.
-    labels : a CSV file in `root`, or else a path as of `root`, whose rows name images and their classes; null: folders
-        are classes, unless there is a `metadata.csv` with the columns file_name and label, as Hugging Face has it.
+    labels : a CSV file, or one of JSON lines, in `root`, or else a path as of `root`, whose rows name images and their
+        classes; null: folders are classes, unless there is a `metadata.csv` or `metadata.jsonl` with file_name and
+        label, as Hugging Face has it.
     columns : which columns tell the image, the label and (optional) the split: `{image: photo, label: breed}`; those
         that are not named are looked for by their usual names (`epsd.files.tables.USUAL`).
     title : what runs, cards and figures call the data set; null: the name of its folder or archive.

@@ -114,9 +114,10 @@ def check(
         told += f", {shortage.gigabytes(room)} are free"
     if room is not None and need.step > room and device.type == "cpu":
         raise shortage.OutOfMemory(f"detect: out of memory: {told}. {ADVICE}")
-    total = seconds * passes / processes
-    if distributed.is_main() and (total > LONG or (room is not None and need.peak - held > LARGE * room)):
-        others = f" (without the others, which take {taken:.0%} of the processors)" if (taken := load()) > BUSY else ""
+    total, taken = seconds * passes / processes, load()
+    long = total > LONG * (1 - taken)
+    if distributed.is_main() and (long or (room is not None and need.peak - held > LARGE * room)):
+        others = f" (without the others, which take {taken:.0%} of the processors)" if taken > BUSY else ""
         note(f"detect: foreseen: {seconds * mine:.2g} s for a step, {duration(total)} in all{others}; {told}.")
     return need
 

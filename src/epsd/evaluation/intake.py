@@ -29,7 +29,8 @@ class Intake:
     """What a network takes, and what its outputs mean.
 
     `image_shape`: (C, H, W). `mean`, `std`: per channel, of pixels in [0, 1]. `size`, `resize`: how image files were
-    brought to that shape (`epsd.files.layouts.Reading`); None where they had it from the start.
+    brought to that shape (`epsd.files.layouts.Reading`); None where they had it from the start. `dataset`: what people
+    call that which it was trained on.
     """
 
     class_names: list[str]
@@ -38,6 +39,7 @@ class Intake:
     std: list[float]
     size: int | None = None
     resize: int | None = None
+    dataset: str = ""
 
     @classmethod
     def of(cls, card: Mapping[str, Any]) -> Self:
@@ -52,6 +54,7 @@ class Intake:
                 std=list(card["std"]),
                 size=reading.get("size"),
                 resize=reading.get("resize"),
+                dataset=str(card.get("dataset", "")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ServingError(

@@ -3,8 +3,11 @@
 matplotlib is asked for installed fonts only where DejaVu Sans lacks a letter, and imported for nothing else.
 """
 
+import contextlib
 import functools
 import importlib.util
+import itertools
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +19,10 @@ BOXES_ONLY = "Last Resort"
 LACKING = "□"
 """Stands for a letter that no font here has."""
 LONGEST = 24
-"""Letters of a name, at most; what is left out is marked."""
+"""Letters of a name, at most (wide ones count twice); what is left out is marked."""
+
+
+_REGULAR = (400, "normal", "regular", "book")
 
 
 @functools.cache
@@ -44,12 +50,27 @@ def lacking(text: str) -> str:
 
 
 @functools.cache
+def installed() -> list[tuple[Path, str]]:
+    """Files and families, regular ones first. matplotlib's list is from when it was first used: fonts that came later
+    are added.
+    """
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
+    for path in sorted({*findSystemFonts()} - {entry.fname for entry in fontManager.ttflist}):
+        with contextlib.suppress(Exception):  # FreeType raises several types on a font that it does not know
+            fontManager.addfont(path)
+    plainest: dict[tuple[bool, Path], str] = {}  # of a file with several families the first
+    for entry in fontManager.ttflist:
+        if BOXES_ONLY not in entry.name:
+            other = entry.weight not in _REGULAR or entry.style != "normal"
+            plainest.setdefault((other, Path(entry.fname)), entry.name)
+    return [(path, family) for (_, path), family in sorted(plainest.items())[:FONTS_ASKED]]
+
+
+@functools.cache
 def other(lacked: str) -> tuple[Path, str] | None:
     """File and family of an installed font that has these letters."""
-    from matplotlib.font_manager import fontManager
-
-    found = {Path(entry.fname): entry.name for entry in fontManager.ttflist if BOXES_ONLY not in entry.name}
-    for path, family in sorted(found.items())[:FONTS_ASKED]:
+    for path, family in installed():
         if all(ord(letter) in letters(path) for letter in lacked):
             return path, family
     return None
@@ -85,11 +106,21 @@ def shown(names: Sequence[str], longest: int = LONGEST) -> list[str]:
     """Names of classes as they can be drawn: cut in the middle where they are long, and `#3` (counted from 0) where no
     font here has their letters.
     """
-    told = [name if is_drawable(name) else f"#{number}" for number, name in enumerate(names)]
-    return [
-        name if len(name) <= longest else f"{name[: longest - longest // 2 - 1]}…{name[-(longest // 2) :]}"
-        for name in told
-    ]
+    return [_cut(name, longest) if is_drawable(name) else f"#{number}" for number, name in enumerate(names)]
+
+
+def _cut(name: str, longest: int) -> str:
+    """So many letters at most, of which the wide ones of East Asia count twice."""
+    if sum(map(_width, name)) <= longest:
+        return name
+    head, tail = longest - longest // 2 - 1, longest // 2
+    begins = sum(reached <= head for reached in itertools.accumulate(map(_width, name)))
+    ends = sum(reached <= tail for reached in itertools.accumulate(map(_width, reversed(name))))
+    return f"{name[:begins]}…{name[len(name) - ends :]}"
+
+
+def _width(letter: str) -> int:
+    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
 
 
 def remark(names: Sequence[str]) -> str:

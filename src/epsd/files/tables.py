@@ -1,7 +1,8 @@
-"""Images whose classes stand in a table: a CSV file, or the `metadata.csv` that Hugging Face's image folders have."""
+"""Images whose classes stand in a table: CSV or JSON lines, as Hugging Face's `metadata.csv` and `.jsonl`."""
 
 import csv
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
@@ -23,8 +24,10 @@ from epsd.files.layouts import (
     unread,
 )
 
-METADATA = "metadata.csv"
+METADATA = ("metadata.csv", "metadata.jsonl")
 """https://huggingface.co/docs/datasets/image_dataset: at the top or in each split's folder, with a column file_name."""
+
+JSON_LINES = (".jsonl", ".ndjson")
 
 Column = Literal["image", "label", "split"]
 USUAL: dict[Column, tuple[str, ...]] = {
@@ -50,7 +53,7 @@ class Row(NamedTuple):
 
 def metadata(tree: Tree) -> list[str]:
     """The tables of a Hugging Face image folder that have classes; [] where there are none."""
-    found = [name for name in tree.names if PurePosixPath(name).name == METADATA]
+    found = [name for name in tree.names if PurePosixPath(name).name in METADATA]
     return [name for name in found if {"file_name", "label"} <= {one.lower() for one in _records(tree, name, name)[0]}]
 
 
@@ -148,7 +151,7 @@ def _split(name: str, row: Row, faults: Faults) -> Split:
 def _rows(tree: Tree, name: str, told: str, columns: Columns) -> list[Row]:
     header, records = _records(tree, name, told)
     image, label, split = (_column(header, key, columns, f"{tree.where}: {told}") for key in USUAL)
-    lines = ((record, number) for number, record in enumerate(records, 2) if record.get(image))
+    lines = ((record, number) for number, record in records.items() if record.get(image))
     return [
         Row(record[image], record.get(label, ""), record.get(split, "") if split else "", told, number)
         for record, number in lines
@@ -166,9 +169,14 @@ def _column(header: Sequence[str], key: Column, columns: Columns, where: str) ->
     return found
 
 
-def _records(tree: Tree, name: str, told: str) -> tuple[list[str], list[dict[str, str]]]:
-    """The header of a table, and its rows by column, stripped. Commas, semicolons or tabs separate."""
+def _records(tree: Tree, name: str, told: str) -> tuple[list[str], dict[int, dict[str, str]]]:
+    """The header of a table, and by line its rows by column, stripped. Commas, semicolons or tabs separate; or each
+    line is an object of JSON.
+    """
     text = tree.text(name)
+    if name.lower().endswith(JSON_LINES):
+        objects = _objects(text, f"{tree.where}: {told}")
+        return list(dict.fromkeys(key for one in objects.values() for key in one)), objects
     first = text.partition("\n")[0]
     separator = max(_SEPARATORS, key=first.count)
     try:
@@ -177,7 +185,23 @@ def _records(tree: Tree, name: str, told: str) -> tuple[list[str], list[dict[str
         reason = error if isinstance(error, csv.Error) else "it is empty"
         raise SourceError(f"{tree.where}: {told}: cannot be read as a table ({reason}).") from None
     header = [one.strip() for one in header]
-    return header, [dict(zip(header, map(str.strip, row), strict=False)) for row in rows]
+    return header, {line: dict(zip(header, map(str.strip, row), strict=False)) for line, row in enumerate(rows, 2)}
+
+
+def _objects(text: str, where: str) -> dict[int, dict[str, str]]:
+    """By line the words and numbers of its object; what is nested is passed over."""
+    found: dict[int, dict[str, str]] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            one = json.loads(line)
+        except (ValueError, RecursionError):
+            one = None
+        if not isinstance(one, dict):
+            raise SourceError(f"{where}, line {number}: is no object of JSON.")
+        found[number] = {key: str(value).strip() for key, value in one.items() if isinstance(value, str | int | float)}
+    return found
 
 
 def _sorted(names: Iterable[str]) -> list[str]:
@@ -195,7 +219,7 @@ def placed(tree: Tree, name: str, beside: FolderTree) -> dict[str, tuple[Tree, s
     if not fits and (beside.root / name).is_file():
         return {name: (beside, name)}
     if len(fits) != 1:
-        tables = [one for one in tree.names if one.lower().endswith((".csv", ".tsv", ".txt"))]
+        tables = [one for one in tree.names if one.lower().endswith((".csv", ".tsv", ".txt", *JSON_LINES))]
         there = f"several are called so: {few(fits)}" if fits else f"neither there nor at {beside.root / name}"
         raise SourceError(f"{tree.where}: dataset.labels: '{name}': {there}. It has: {few(tables) or '(no table)'}.")
     return {fits[0]: (tree, fits[0])}

@@ -17,7 +17,7 @@ from epsd.evaluation.intake import find_images, unreadable
 from epsd.files.images import ImageError, decode, pixels
 from epsd.files.onnx_file import OnnxFile
 from epsd.files.regular import read_bytes
-from epsd.pipeline.place import DETECTOR, check_kind, onnx_at, place_of
+from epsd.pipeline.place import DETECTOR, check_kind, onnx_at, place_of, tell
 from epsd.project import artifacts
 
 Outputs = Mapping[str, NDArray[Any]]
@@ -30,6 +30,7 @@ class Finder(NamedTuple):
     ask: Callable[[NDArray[np.float32]], Outputs]
     class_names: list[str]
     channels: int
+    dataset: str = ""
 
     def find(self, picture: Image.Image, threshold: float) -> Detections:
         """What it finds with at least that score, best first; labels from 0."""
@@ -58,6 +59,7 @@ def detected(places: Sequence[str], model: str | None, options: Options) -> Iter
     finder = opened(model)
     if options.out is not None:
         artifacts.check_writable(options.out)
+    tell(DETECTOR, finder.dataset, finder.class_names)
     names, broken = _names(paths), []
     for path in paths:
         try:
@@ -105,7 +107,7 @@ def _in_torch(place: Path) -> Finder:
 def _finder(ask: Callable[[NDArray[np.float32]], Outputs], card: Mapping[str, Any], place: Path) -> Finder:
     check_kind(card, DETECTOR, place)
     about = artifacts.valid(card, artifacts.DetectorCard, place)
-    return Finder(ask, about.detected, about.image_shape[0])
+    return Finder(ask, about.detected, about.image_shape[0], about.dataset)
 
 
 def _read(path: Path, channels: int) -> Image.Image:

@@ -1,6 +1,6 @@
 """Where a model lies that is meant by a run, an alias, an address or a path: to ask it. Starts without torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ from epsd.evaluation.intake import ServingError
 from epsd.files.digests import digest_of
 from epsd.files.onnx_file import FOLDER, FP32, OnnxFile
 from epsd.project import artifacts
+from epsd.project.runtime import note, quiet
 from epsd.tracking import registered
 from epsd.tracking.models import CANDIDATE, NAME
 from epsd.tracking.models import DETECTOR as DETECTOR_NAME
@@ -62,6 +63,12 @@ def onnx_at(place: Path) -> Path | None:
     inside = place / "data" / FOLDER if (place / "MLmodel").is_file() else place
     path = place if place.suffix == ".onnx" else inside / FP32
     return path if path.is_file() else None
+
+
+def tell(kind: Kind, dataset: str, class_names: Sequence[str]) -> None:
+    """On what the model that is asked was trained, where it says so."""
+    if dataset and not quiet():
+        note(f"{kind.command}: asks what was trained on {dataset} ({len(class_names)} classes).")
 
 
 def inside(folder: Path) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from epsd.evaluation.intake import Ask, Intake, answers, find_images
 from epsd.files.onnx_file import OnnxFile
-from epsd.pipeline.place import CLASSIFIER, check_kind, onnx_at, place_of
+from epsd.pipeline.place import CLASSIFIER, check_kind, onnx_at, place_of, tell
 from epsd.project import artifacts
 
 
@@ -13,6 +13,7 @@ def predicted(places: Sequence[str], model: str | None, top: int, as_json: bool)
     """One line for each image: its most probable classes. Raises EpsdError before the first one where it can."""
     paths = find_images(places)
     ask, intake = opened(model)
+    tell(CLASSIFIER, intake.dataset, intake.class_names)
     for answer in answers(ask, intake, paths, top):
         yield answer.as_json() if as_json else answer.line()
 

@@ -85,6 +85,7 @@ def card(params: Params, data: Prepared, mask: Mask, model: nn.Module) -> dict[s
     made_so |= {"weight_bits": params.train.quantise.bits} if params.train.quantise is not None else {}
     whole = [name for name in prunable(model) if name not in mask.keep]
     return made_so | {
+        "dataset": params.data_title,
         "architecture": params.architecture,
         "num_classes": data.num_classes,
         "class_names": data.class_names,

@@ -353,8 +353,9 @@ def record(client: Any, run_id: str, folder: Path) -> str:
     """
     run, metadata = client.get_run(run_id), _words(folder)["metadata"]
     digest, name = str(metadata["digest"]), metadata.get("registered", NAME)
+    dataset = str(json.loads(metadata.get("card", "{}")).get("dataset", ""))
     model_id = _recorded(client, run, digest) or _new_model(client, run, folder, digest, KINDS[name])
-    version = _version(client, run, model_id, name)
+    version = _version(client, run, model_id, name, {"dataset": dataset} if dataset else {})
     client.set_registered_model_alias(name, CANDIDATE, version)
     return version
 
@@ -407,7 +408,7 @@ def _addressed(folder: Path, copy: Path, run_id: str, model: Any) -> Path:
     return whole
 
 
-def _version(client: Any, run: Any, model_id: str, name: str) -> str:
+def _version(client: Any, run: Any, model_id: str, name: str, tags: Mapping[str, str]) -> str:
     """The registered version of this model, made where it is not there."""
     source = f"models:/{model_id}"
     for version in client.search_model_versions(f"name = '{name}' and run_id = '{run.info.run_id}'"):
@@ -421,7 +422,7 @@ def _version(client: Any, run: Any, model_id: str, name: str) -> str:
             name,
             source,
             run.info.run_id,
-            tags=figures,
+            tags=figures | dict(tags),
             description=run.data.tags.get("mlflow.note.content", ""),
             await_creation_for=0,
             model_id=model_id,

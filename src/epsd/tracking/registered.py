@@ -37,13 +37,14 @@ class Unregistered(RegistryError):
 
 
 class Version(NamedTuple):
-    """A registered version: its model's name, number, run, run name and where its files are."""
+    """A registered version: its model's name, number, run, run name, where its files are and what it was trained on."""
 
     name: str
     number: str
     run_id: str
     run_name: str
     source: str
+    dataset: str = ""
 
 
 def promote(wanted: str, name: str = NAME) -> Version:
@@ -161,9 +162,8 @@ def _by_alias(client: Any, alias: str, name: str) -> Version:
 
 
 def _described(run: Any, version: Any) -> Version:
-    return Version(
-        str(version.name), str(version.version), str(run.info.run_id), str(run.info.run_name), str(version.source)
-    )
+    named = (version.name, version.version, run.info.run_id, run.info.run_name, version.source)
+    return Version(*map(str, [*named, version.tags.get("dataset", "")]))
 
 
 def _matching(client: Any, wanted: str) -> list[Any]:
