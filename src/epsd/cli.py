@@ -283,7 +283,7 @@ def _comparisons(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     one.add_argument("--best", action="store_true", help="mark the best of each column and what equals it")
     one.add_argument("--format", choices=["terminal", "markdown", "csv", "latex"], help="default: by FILE's ending")
     one.add_argument("--out", metavar="FILE", help="write the table there (.md, .csv, .tex) instead of printing it")
-    one.add_argument("--figure", metavar="FILE", help="also draw accuracy against latency, as a .png")
+    one.add_argument("--figure", metavar="FILE", help="also draw accuracy against latency and size, as a .png")
     one.set_defaults(command=compare)
 
     one = commands.add_parser("study", help="train a grid of scores, objectives, sparsities, seeds, and compare")

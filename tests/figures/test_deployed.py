@@ -16,6 +16,7 @@ def run(seed: int, score: str, *, int8: bool = True, began: float = 0, top1: flo
     for setting, factor in zip(SETTINGS, (1.0, 30.0), strict=True):
         for form, ms in (("torch", 0.4), ("onnx", 0.2), *([("int8", 0.1)] if int8 else [])):
             metrics[f"latency/{form}_{setting}_ms"] = ms * factor * (1 + seed / 100)
+    metrics |= {"model/bytes_sparse": 5e4, "deploy/onnx_bytes": 3e5, **({"deploy/int8_bytes": 1e5} if int8 else {})}
     params = {"seed": str(seed), "prune.sparsity": "0.9", "prune.score.name": score, "objective.name": "cskd"}
     return Entry({**params, "prune.control": "none"}, metrics, began, "d", "", {"versions.cpu": "A x2"})
 
@@ -29,21 +30,22 @@ def test_every_form_of_every_run_is_a_point() -> None:
     assert len(points) == 3 + 3 + 2, "of two runs of one configuration and seed the later one counts"
     int8 = points[(points["form"] == "int8") & (points["seed"] == 1)].iloc[0]
     assert int8["accuracy"] == pytest.approx(0.88)
-    assert [int8[setting] for setting in SETTINGS] == pytest.approx([0.101, 3.03])
+    assert [int8[setting] for setting in (*SETTINGS, "size")] == pytest.approx([0.101, 3.03, 100])
     assert int8["method"] == "epsd + cskd, sparsity 0.9: ONNX int8"
     assert set(points["of"]) == {"epsd + cskd, sparsity 0.9", "random + cskd, sparsity 0.9"}
 
 
-def test_the_figure_has_a_panel_per_batch_size_and_looks_by_method_and_form(
+def test_the_figure_has_a_panel_per_batch_size_and_one_for_the_size_and_looks_by_method_and_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
     monkeypatch.setattr(deployed, "save", lambda figure, path: drawn.append(figure))
     deployed.draw(runs(), tmp_path / "figure.png")
     (figure,) = drawn
-    assert [axes.get_xlabel().partition(",")[0] for axes in figure.axes] == [
+    assert [axes.get_xlabel().splitlines()[0].partition(",")[0] for axes in figure.axes] == [
         "ms of a pass: 1 image",
         "ms of a pass: 32 images",
+        "kB of the file",
     ]
     looks = {box.get_label(): box[0] for box in figure.axes[0].containers}
     assert len(looks) == 5

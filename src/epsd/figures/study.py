@@ -178,7 +178,7 @@ def cost_against_accuracy(
     """
     rows = checked(rows, ("method", "seed", "accuracy", *costs), ("accuracy",))
     rows = checked(rows, (), tuple(costs))
-    figure = figure_of_size(9.5, 4.4)
+    figure = figure_of_size(9.5 if len(costs) < 3 else 11, 4.4)
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     for axes, (column, label) in zip(panels, costs.items(), strict=True):
         for number, (method, mine) in enumerate(_by_method(rows)):
@@ -225,7 +225,7 @@ def _cost_axis(axes: "Axes", costs: Sequence[float], label: str) -> None:
             FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1e5 else f"{value:.0e}")
         )
         axes.xaxis.set_minor_formatter(NullFormatter())
-        label += ", log scale"
+        label += "\n(log scale)"
     axes.margins(x=0.15)
     axes.set_xlabel(label)
     axes.grid(color="0.9")

@@ -213,7 +213,7 @@ def run_cell(plan: Plan, place: Place, own: str, wanted: Marked, cache: Cache, t
         tell(run_id=tracker.run_id)
         trained = cell.how()(params, data, Desk(folder, own, tracker.epoch, cache, wanted.key))
         figures = {**trained.figures, **evaluated(params, data, trained, tracker, keep=plan.study.keep_models)}
-        tracker.metrics(figures)
+        tracker.metrics({**figures, "time/study": time.monotonic() - clock})
         tracker.dataset(params.data_title, data.digest, str(data.index.get("source", "")), data.sizes)
         last = {name: value for name, value in trained.history[-1].items() if name != "epoch"}
         result = Result(

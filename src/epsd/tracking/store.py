@@ -120,7 +120,8 @@ class Store:
                 complete(self.database, self.home / "mlruns")
                 relocate(self.database, self.home)
             client = MlflowClient(tracking_uri=self.uri)
-            client.search_experiments(max_results=1)
+            if not self.database:  # MLflow makes its tables when it is first asked
+                client.search_experiments(max_results=1)
         return client
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
