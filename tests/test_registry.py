@@ -3,8 +3,9 @@
 from typing import Annotated, Literal
 
 import pytest
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from epsd import registry
 from epsd.registry import ParamsError, choose, explain, foreign, settings_of, stateful_variant, variant
 
 
@@ -99,3 +100,17 @@ def test_variants_are_values_and_stateful_ones_are_not() -> None:
 def test_direct_construction_is_checked_too() -> None:
     with pytest.raises(ValueError, match="greater than 0"):
         Circle(radius=0.0)
+
+
+def test_what_checks_a_setting_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study of thousands of models chooses ten thousands of times."""
+    made: list[object] = []
+    monkeypatch.setattr(registry, "TypeAdapter", lambda kind: made.append(kind) or TypeAdapter(kind))
+
+    @variant
+    class Square:
+        side: float = 1.0
+
+    for _ in range(3):
+        choose({**SHAPES, "square": Square}, {"name": "square", "side": 2.0})
+        assert len(made) == 1
