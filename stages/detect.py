@@ -1,6 +1,6 @@
 """Detection transfer: a detector on the pruned, trained backbone, read once on test. Writes artifacts/detect/."""
 
-import epsd  # noqa: F401, I001 (before torch: it says how threads wait)
+import epsd.project.own_code  # noqa: F401, I001 (first, before torch: whose code runs, how threads wait)
 
 import shutil
 import tempfile

@@ -1,6 +1,6 @@
 """Read the test split, once: accuracy, calibration, and what the network costs. Writes artifacts/evaluate/."""
 
-import epsd  # noqa: F401, I001 (before torch: it says how threads wait)
+import epsd.project.own_code  # noqa: F401, I001 (first, before torch: whose code runs, how threads wait)
 
 import tempfile
 from collections.abc import Mapping

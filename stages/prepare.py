@@ -1,6 +1,8 @@
 """Prepare: read, verify and split images and scenes, pack them. Writes artifacts/data/ and artifacts/voc/, and a
 page of each into artifacts/prepare/."""
 
+import epsd.project.own_code  # noqa: F401, I001 (first, before torch: whose code runs, how threads wait)
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Early pruning: find the mask that keeps the weights worth self-distilling. Writes artifacts/prune/."""
 
+import epsd.project.own_code  # noqa: F401, I001 (first, before torch: whose code runs, how threads wait)
+
 from epsd.architectures import narrowed
 from epsd.compute import distributed
 from epsd.compute.devices import Machine

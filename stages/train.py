@@ -1,6 +1,6 @@
 """Self-distilled training of the pruned network, from its initial weights. Writes artifacts/train/."""
 
-import epsd  # noqa: F401, I001 (before torch: it says how threads wait)
+import epsd.project.own_code  # noqa: F401, I001 (first, before torch: whose code runs, how threads wait)
 
 import shutil
 from pathlib import Path

@@ -23,6 +23,7 @@ from epsd.registry import ParamsError
 from epsd.types import EpsdError
 
 SCRIPT = """
+import epsd.project.own_code
 import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace

@@ -53,7 +53,6 @@ def run_stage(name: str, main: Main) -> None:
     A user's mistake, a full disk or an unwritable folder ends the process with one line on stderr and status 1; a
     signal with one line and 128 + its number; anything unexpected keeps its traceback.
     """
-    _use_this_copy()
     no_telemetry()
     if name not in SHARED and distributed.told_rank():
         return  # torchrun started several, this stage needs one
@@ -126,20 +125,6 @@ def _arguments(name: str) -> None:
     parser.add_argument("--quiet", action="store_true", help="only the line with the result, no progress bar")
     if parser.parse_args().quiet:
         hush()
-
-
-def _use_this_copy() -> None:
-    """In a queued experiment's copy, run the copy's own `src`, not the one that the environment has installed.
-
-    An editable install points at the main folder, whose code may have changed since the experiment was queued.
-    """
-    here = Path.cwd() / "src"
-    mine = here / "epsd" / "pipeline" / "stage.py"
-    if not mine.is_file() or mine.samefile(__file__) or os.environ.get("EPSD_COPY") == str(here):
-        return
-    path = os.pathsep.join([str(here), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "EPSD_COPY": str(here)}
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def check(params: Params) -> Params:
