@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a few images and steps, nothing compiled")
     arguments = parser.parse_args()
     if arguments.tiny:
-        arguments.batch_sizes, arguments.compile, arguments.steps, arguments.size = [2, 4], ["none"], 2, 64
+        arguments.batch_sizes, arguments.compile, arguments.steps, arguments.size = [2, 4], ["none"], 1, 64
     show(page(arguments), arguments.write)
 
 

@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import warm
 from conftest import ROOT
 from epsd import cli
 from epsd.analysis import AnalysisError, distillation, features, landscape, overlap, report, trainability
@@ -414,7 +414,7 @@ def test_no_method_pays_for_the_first_call(project: Path, monkeypatch: pytest.Mo
 
 
 def test_sigterm_ends_in_order(project: Path) -> None:
-    command = [sys.executable, "-m", "epsd.cli", "analyse", "--with", "random", "--epochs", "500"]
+    command = [warm.python(), "-m", "epsd.cli", "analyse", "--with", "random", "--epochs", "500"]
     environment = {**os.environ, "EPSD_QUIET": "0", "PYTHONPATH": str(ROOT / "src")}
     with subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import warm
 import worlds
 from conftest import ROOT
 from epsd.compute import distributed, joint_layers
@@ -42,7 +43,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]))
         patch.setenv("OMP_NUM_THREADS", "1")
-        command = [sys.executable, str(ROOT / "tests/worlds.py"), str(folder), *both, *after]
+        command = [warm.python(), str(ROOT / "tests/worlds.py"), str(folder), *both, *after]
         assert launch.run(command, 2) == 0
     worlds.main(folder, after)
     return folder

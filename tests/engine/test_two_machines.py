@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import pandas as pd
 import pytest
 
 import postgres
+import warm
 from conftest import ROOT
 from epsd.engine.ledger import DONE, RUNNING, Ledger
 from epsd.engine.storage import open_storage
@@ -47,7 +47,7 @@ class World(NamedTuple):
     def start(self, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
         kept = {name: value for name, value in os.environ.items() if name != "DVC_ROOT"}
         environment = {**kept, "EPSD_QUIET": "1", "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": self.tracking}
-        command = [sys.executable, "-m", "epsd.cli", *arguments]
+        command = [warm.python(), "-m", "epsd.cli", *arguments]
         return subprocess.Popen(
             command, cwd=folder, env=environment, text=True, start_new_session=True, stderr=subprocess.PIPE
         )
@@ -127,7 +127,7 @@ def test_a_search_on_two_machines_of_which_one_dies(world: World, machines: tupl
     search = {"tune.storage": world.storage, "tune.trials": 5, "train.epochs": 25, "tune.pruner": "none"}
     for folder in machines:
         write_params(folder, **search)
-        subprocess.run([sys.executable, ROOT / "stages/prepare.py", "--quiet"], cwd=folder, check=True)
+        subprocess.run([warm.python(), ROOT / "stages/prepare.py", "--quiet"], cwd=folder, check=True)
     first = world.start(one, "tune")
     begun(lambda: world.ledger("quick"), one)
     second = world.start(two, "tune", "--resume")

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from dvc.repo import Repo
 from PIL import Image
 from ruamel.yaml import YAML
 
+import warm
 from conftest import ROOT
 from epsd.datasets.image_folder import ImageFolder
 from epsd.files.archives import ArchiveError
@@ -60,10 +60,10 @@ def rounds(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> list[
 
 
 def run(folder: Path, *stages: str, **more: str) -> str:
-    """The stages in one process; what it said."""
+    """The stages in one process; what it said. With a hash seed Python begins anew, else in `warm`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", **more}
     environment.pop("DVC_ROOT", None)
-    command = [sys.executable, str(Path(__file__).with_name("rounds.py")), str(ROOT / "stages"), *stages]
+    command = [warm.python(), str(Path(__file__).with_name("rounds.py")), str(ROOT / "stages"), *stages]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+import warm
 from conftest import ROOT
 from epsd.cli import main
 from epsd.compute.devices import determinism
@@ -267,7 +268,7 @@ def test_a_mistake_in_any_section_stops_any_stage_before_work(folder, run_here, 
 
 
 def test_check_as_a_command(folder):
-    command = [sys.executable, "-m", "epsd.cli", "check"]
+    command = [warm.python(), "-m", "epsd.cli", "check"]
     assert subprocess.run(command, cwd=folder, check=True, capture_output=True).stdout == b""
     (folder / "params.yaml").unlink()
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)

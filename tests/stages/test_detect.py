@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+import warm
 from conftest import shared_file
 from devkits import devkit
 from epsd import cli
@@ -85,7 +85,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def run(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(STAGE)]
+    command = [warm.python(), str(STAGE)]
     return subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
 
 
@@ -211,7 +211,7 @@ def test_two_processes_leave_the_detector_of_one(done: Path) -> None:
 
 def test_a_killed_stage_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     folder = project(tmp_path, SCENES | {"validation": 0}, epochs=15, pictures=0)
-    stage = subprocess.Popen([sys.executable, str(STAGE)], cwd=folder, env=environment(folder))
+    stage = subprocess.Popen([warm.python(), str(STAGE)], cwd=folder, env=environment(folder))
     saved, deadline = [], time.monotonic() + 120
     while not saved and time.monotonic() < deadline:
         saved = list((folder / ".epsd" / "checkpoints").glob("*/detector.safetensors"))
@@ -306,7 +306,7 @@ def test_what_auto_stands_for_is_told_and_what_cannot_fit_is_warned_of(tmp_path:
         (tmp_path / name).mkdir()
         folder = project(tmp_path / name, SCENES, detector=TINY | detector, pictures=0, onnx=False)
         loud = environment(folder) | {"EPSD_QUIET": ""}
-        command = [sys.executable, str(STAGE)]
+        command = [warm.python(), str(STAGE)]
         done = subprocess.run(command, cwd=folder, env=loud, capture_output=True, text=True, check=True)
         maps = "2, 4, anchors of 12 to 24 px" if name == "auto" else "1, 2, 4, anchors of 1 to 4 px"
         assert f"detect: auto: pictures of up to 64x107 px, maps at strides {maps}; most of the" in done.stderr

@@ -4,12 +4,12 @@ import csv
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import warm
 from epsd.architectures.resnet import ResNet
 from epsd.evaluation import compact_file
 from epsd.files.digests import digest_of
@@ -24,7 +24,7 @@ STAGE = Path(__file__).resolve().parents[2] / "stages" / "evaluate.py"
 def run(folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "EPSD_QUIET": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", **more}
     environment.pop("DVC_ROOT", None)
-    command = [sys.executable, str(STAGE)]
+    command = [warm.python(), str(STAGE)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import warm
 from epsd.masks import Mask
 from epsd.project import artifacts
 from epsd.training import checkpoints
@@ -37,7 +38,7 @@ def run(folder: Path, stage: str, processes: int = 1) -> subprocess.CompletedPro
     environment = {**os.environ, "EPSD_QUIET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI"):
         environment.pop(name, None)
-    command = [sys.executable, str(ROOT / "stages" / f"{stage}.py")]
+    command = [warm.python(), str(ROOT / "stages" / f"{stage}.py")]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
@@ -84,7 +85,7 @@ def test_two_machines_leave_the_mask_of_one(project: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun = [warm.python(), "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     torchrun += ["--master-addr", "127.0.0.1", "--master-port", port]
     environment = {**os.environ, "EPSD_QUIET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
@@ -143,7 +144,7 @@ def test_fewer_workers_after_a_kill_keep_the_finished_epochs(project: Path) -> N
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(changed(text, epochs=40).replace("workers: 0", "workers: 2"))
     shutil.rmtree(project / ".epsd" / "checkpoints", ignore_errors=True)
-    command = [sys.executable, str(ROOT / "stages/train.py"), "--quiet"]
+    command = [warm.python(), str(ROOT / "stages/train.py"), "--quiet"]
     killed = subprocess.Popen(command, cwd=project, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
     deadline = time.monotonic() + 120
     while not (saved := list(project.glob(".epsd/checkpoints/*/last.safetensors"))):

@@ -85,12 +85,18 @@ def test_the_narrow_student_has_as_many_parameters_as_the_sparse_network_keeps(d
     assert 0 < found.architecture["width"] < 0.5
 
 
+@pytest.fixture(scope="module")
+def sizes(data: Prepared) -> set[int]:
+    """Parameters of a network of 14 layers at every width that makes another one."""
+    architecture = params(**{"architecture.depth": 14}).architecture
+    widths = {channels / 64 for channels in range(1, 33)} | {0.5 * k / 512 for k in range(1, 513)}
+    return {parameters({**architecture, "width": width}, data) for width in widths}
+
+
 @pytest.mark.parametrize("wanted", [1, 600, 5_000, 19_000, 10**9])
-def test_the_width_found_is_the_nearest(data: Prepared, wanted: int) -> None:
+def test_the_width_found_is_the_nearest(data: Prepared, sizes: set[int], wanted: int) -> None:
     """Against every width that makes another network."""
     asked = params(**{"architecture.depth": 14})
-    widths = {channels / 64 for channels in range(1, 33)} | {0.5 * k / 512 for k in range(1, 513)}
-    sizes = {parameters({**asked.architecture, "width": width}, data) for width in widths}
     size = parameters(narrowed(asked, data, wanted), data)
     assert abs(size - wanted) == min(abs(other - wanted) for other in sizes)
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from optuna.trial import TrialState, create_trial
 
 import mysql
 import postgres
+import warm
 from conftest import ROOT
 from epsd.cli import main
 from epsd.data.prepared import Prepared
@@ -31,7 +31,7 @@ from epsd.tuning import TuningError, judge, report, search, study, worker
 from epsd.tuning.space import Space
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning", "ignore::UserWarning")
-EPSD = [sys.executable, "-m", "epsd.cli", "tune"]
+TUNE = ["-m", "epsd.cli", "tune"]
 QUICK = {  # a trial in about a second
     "data.limit": 12, "architecture.width": 0.25, "train.epochs": 2, "train.batch_size": 32, "prune.batch_size": 32,
     "voc.train": 1, "voc.validation": 0, "voc.test": 1, "threads": 1, "tune.study": "quick", "tune.trials": 4,
@@ -363,7 +363,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("prepared")
     write(place)
     done = subprocess.run(
-        [sys.executable, ROOT / "stages/prepare.py"], cwd=place, capture_output=True, text=True, env=environment()
+        [warm.python(), ROOT / "stages/prepare.py"], cwd=place, capture_output=True, text=True, env=environment()
     )
     assert done.returncode == 0, done.stderr
     return place
@@ -399,6 +399,12 @@ def project(prepared: Path, folder: Path) -> Path:
     shutil.copytree(prepared / "artifacts", folder / "artifacts")
     write(folder)
     return folder
+
+
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow is not told of epochs: of hundreds, that no training took a moment for, nothing else would take longer."""
+    monkeypatch.setattr("epsd.tracking.recording.Tracker.epoch", lambda *_: None)
 
 
 class TestTrial:
@@ -541,6 +547,7 @@ class TestTrial:
         assert ledger.trials()[5].user_attrs["figures"]["val/top1"] == pytest.approx(0.5)
         assert report.best(ledger.study)[0].number == 4
 
+    @pytest.mark.usefixtures("no_curves")
     @pytest.mark.parametrize("pruner", ["hyperband", "median"])
     def test_poor_curves_are_cut(self, pruner: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def result(number: int, watch: Any) -> judge.Figures:
@@ -560,6 +567,7 @@ class TestTrial:
         assert all(trial.user_attrs["figures"]["val/top1"] == 0.1 for trial in pruned)
         assert all(len(trial.intermediate_values) < 26 for trial in pruned)
 
+    @pytest.mark.usefixtures("no_curves")
     @pytest.mark.parametrize("pruner", ["race", "hyperband", "median"])
     def test_no_trial_outlives_another_by_breaking_a_limit(
         self, pruner: str, project: Path, monkeypatch: pytest.MonkeyPatch
@@ -777,7 +785,9 @@ class TestApply:
 
 
 def tune(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*EPSD, *arguments], capture_output=True, text=True, timeout=300, env=environment(**more))
+    return subprocess.run(
+        [warm.python(), *TUNE, *arguments], capture_output=True, text=True, timeout=300, env=environment(**more)
+    )
 
 
 def runs() -> dict[str, dict[str, str]]:
@@ -852,7 +862,7 @@ def test_search_apply_and_the_pipeline_gives_the_same_accuracy(project: Path) ->
     assert "  prune.sparsity: 0.95 -> 0.8\n" in applied.stdout, "what changes, line by line"
     for name in ("prune", "train"):
         ran = subprocess.run(
-            [sys.executable, ROOT / f"stages/{name}.py"], capture_output=True, text=True, env=environment()
+            [warm.python(), ROOT / f"stages/{name}.py"], capture_output=True, text=True, env=environment()
         )
         assert ran.returncode == 0, ran.stderr
     history = artifacts.read_csv(artifacts.HISTORY)
@@ -881,7 +891,7 @@ def test_a_killed_worker_loses_and_doubles_no_trial(kind: str, project: Path, re
     write(project, **{"tune.storage": url, "tune.pruner": "median", "train.epochs": 25, "tune.heartbeat": 5})
     workers, trials = (4, 8) if kind == "postgresql" else (2, 4)
     process = subprocess.Popen(
-        [*EPSD, "--workers", str(workers), "--trials", str(trials)],
+        [warm.python(), *TUNE, "--workers", str(workers), "--trials", str(trials)],
         env=environment(MLFLOW_TRACKING_URI=f"sqlite:///{project}/mlflow.db"), stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
@@ -910,8 +920,8 @@ def test_a_killed_worker_loses_and_doubles_no_trial(kind: str, project: Path, re
 def test_ctrl_c_leaves_everything_in_order(project: Path) -> None:
     write(project, **{"train.epochs": 200, "tune.pruner": "none"})
     process = subprocess.Popen(
-        [*EPSD, "--trials", "2"], env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True,
+        [warm.python(), *TUNE, "--trials", "2"], env=environment(), text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not Path("mlruns/optuna.journal").exists() and time.monotonic() < deadline:
