@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from epsd.compute.quantise import LEVELS
+from epsd.evaluation.equalise import equalise_
 from epsd.evaluation.intake import Intake, ServingError
 from epsd.evaluation.servable import Servable, example
 from epsd.files.onnx_file import CARD, WEIGHT_BITS, WEIGHTS, save, silently, words_of
@@ -97,16 +98,17 @@ def export_onnx(
         ) from None
 
 
-def quantise(source: Path, path: Path, images: NDArray[np.float32], bits: int = 8) -> None:
+def quantise(source: Path, path: Path, images: NDArray[np.float32], bits: int | None = None) -> None:
     """Write the network of `source` to `path` in int8: static, per channel, between pairs of quantisers (QDQ).
 
     Activations are uint8 and weights int8, which x86 and ARM both multiply fastest. `images` (N, C, H, W) show which
     values occur. What prepares the images, and what comes after the last layer, stays in fp32. A processor without
     int8 dot products (VNNI) would overflow with eight bits of weight: there seven are used.
 
-    bits : of a weight, 8 or 4. Four are kept two to a byte; the runtime makes int8 of them when it opens the file, so
-        that they are multiplied as fast as eight. A network trained with its weights rounded (`train.quantise`) has
-        those very weights in the file.
+    bits : of the weights, 8 or 4, to which training rounded them (`train.quantise`): the file has those very weights.
+        Four are kept two to a byte; the runtime makes int8 of them when it opens the file, so that they are multiplied
+        as fast as eight. None: training rounded nothing; channels are brought to like ranges (`equalise_`), then
+        weights become eight bits.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -121,24 +123,27 @@ def quantise(source: Path, path: Path, images: NDArray[np.float32], bits: int = 
             return None if batch is None else {"images": batch}
 
     graph = onnx.load(source)
+    words = words_of(graph)
+    if bits is None:
+        equalise_(graph, images, _CALIBRATED_AT_ONCE)
     nodes = _network_nodes(graph)
-    grids = _grids(graph, nodes, LEVELS[bits], QuantType.QInt8) if bits < 8 else {}
+    grids = _grids(graph, nodes, LEVELS[4], QuantType.QInt8) if bits == 4 else {}
     with silently():
         quantize_static(
-            source,
+            graph,
             path,
             Images(),
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            reduce_range=bits == 8 and not torch.cpu._is_vnni_supported(),
+            reduce_range=bits != 4 and not torch.cpu._is_vnni_supported(),
             nodes_to_quantize=nodes,
             extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"], "TensorQuantOverrides": grids},
         )
     model = onnx.load(path)
     if grids:
         _pack(model, grids)
-    save(model, path, words_of(graph) | ({WEIGHT_BITS: str(bits)} if grids else {}))
+    save(model, path, words | ({WEIGHT_BITS: str(bits)} if grids else {}))
 
 
 def _grids(model: Any, nodes: Sequence[str], levels: int, kind: Any) -> dict[str, list[dict[str, Any]]]:

@@ -134,7 +134,7 @@ def _written(subject: Subject, settings: EvaluateParams, folder: Path, elsewhere
         fill(files["onnx"], files["dense_onnx"])
     if settings.export.int8 is not False:
         files["int8"] = folder / INT8
-        bits = subject.card.get("weight_bits", 8)
+        bits = subject.card.get("weight_bits")
         deploy.quantise(files["onnx"], files["int8"], _calibration(subject, settings), bits)
     return files
 
