@@ -56,10 +56,10 @@ print(held, peak(), need.peak, foreseen.resident())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than GNU's")
 def test_the_peak_of_training_and_scoring_is_what_was_foreseen() -> None:
-    """Beyond what the process held before; two fifths of it at least, and a quarter more at most."""
+    """Beyond what the process held before; a third of it about at least, and a tenth more at most."""
     done = subprocess.run([sys.executable, "-c", RAGGED], capture_output=True, text=True, check=True)
     held, peak, said, after = map(int, map(float, done.stdout.split()))
-    assert 0.4 * (said - held) < peak - held < 1.25 * (said - held)
+    assert 0.3 * (said - held) < peak - held < 1.1 * (said - held)
     assert after < peak
 
 
@@ -71,7 +71,7 @@ def test_the_narrowest_and_the_widest_picture_stand_for_all() -> None:
 
 def test_memory_that_is_scarce_is_not_kept() -> None:
     """`step` adds at its peak, `held` is there already; whoever has no room keeps nothing between steps."""
-    assert foreseen.Need.of(100, 50, None) == (100, 200, 250)
-    assert foreseen.Need.of(100, 50, 1000) == (100, 200, 250)
-    assert foreseen.Need.of(100, 50, 160) == (100, 110, 160)
+    assert foreseen.Need.of(100, 50, None) == (100, 200, 300)
+    assert foreseen.Need.of(100, 50, 1000) == (100, 200, 300)
+    assert foreseen.Need.of(100, 50, 160) == (100, 110, 210)
     assert foreseen.Need.of(100, 50, 100) == (100, 50, 150)

@@ -19,8 +19,8 @@ pictures of 320 px (benchmarks/results/photos-cpu.md), as the next two."""
 KEPT = 1.5
 """What a training on a CPU may hold between steps / peak of a step. Freed memory is kept, for two thirds of the time;
 pictures of many shapes would let it grow without end (to 4 such peaks in 100 steps)."""
-BEYOND = 0.5
-"""What a step takes beyond that, as it does not fit into the gaps, likewise."""
+BEYOND = 1.0
+"""What a step takes beyond that, likewise: at worst nothing of it fits into the gaps (4.5 GB of the same)."""
 LONG = 600.0
 """Seconds of training from which it is told how long it will take."""
 LARGE = 0.5
@@ -48,8 +48,8 @@ class Need(NamedTuple):
     @classmethod
     def of(cls, step: float, held: float, room: float | None) -> "Need":
         """Where `held` are held already, and `room` may be added."""
-        between = KEPT * step if room is None else max(0.0, min(KEPT * step, room - step))
-        return cls(step, held + between, held + max(step, between + BEYOND * step))
+        between = KEPT * step if room is None else max(0.0, min(KEPT * step, room - BEYOND * step))
+        return cls(step, held + between, held + between + BEYOND * step)
 
 
 def tried(detector: nn.Module, samples: Sequence[Sample], device: torch.device, precision: torch.dtype | None) -> Trial:
