@@ -373,6 +373,18 @@ def test_a_killed_run_does_not_run_for_ever():
         assert client().get_run(alive.run_id).info.status == "FINISHED", "what has finished stays so"
 
 
+def test_a_run_that_is_finished_while_another_looks_for_the_dead_stays_finished(monkeypatch):
+    with session() as tracker:
+
+        def ends_meanwhile(tags):
+            client().set_terminated(tracker.run_id, "FINISHED")
+            return True
+
+        monkeypatch.setattr(store, "is_gone", ends_meanwhile)
+        with session():
+            assert client().get_run(tracker.run_id).info.status == "FINISHED"
+
+
 def test_a_run_that_was_announced_is_one_run_however_its_opening_ends(away):
     announced = new_id()
     in_processes((_open_and_die, announced))

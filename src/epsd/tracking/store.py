@@ -253,7 +253,8 @@ class Store:
         """Mark runs as KILLED that say RUNNING though their process on this machine is no more."""
         query = f"attributes.status = 'RUNNING' and tags.host = '{platform.node()}'"
         for run in self.client.search_runs([experiment], query):
-            if is_gone(run.data.tags):
+            # a process that finished its run after the search is gone, too
+            if is_gone(run.data.tags) and self.client.get_run(run.info.run_id).info.status == "RUNNING":
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
     def send(self, run_id: str, event: Event) -> None:
