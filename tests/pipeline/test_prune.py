@@ -11,6 +11,7 @@ from epsd.architectures import built
 from epsd.data.prepared import Prepared
 from epsd.evaluation import metrics
 from epsd.masks import Mask, prunable
+from epsd.pipeline import prune
 from epsd.pipeline.deploy import masked
 from epsd.pipeline.prune import pruned, scored, scoring_key
 from epsd.pipeline.train import card
@@ -51,6 +52,24 @@ def test_shared_scores_equal_separate_ones(score: dict[str, Any], objective: str
         assert {k: v for k, v in apart.report.items() if k not in measured} == {
             k: v for k, v in shared.report.items() if k not in measured
         }
+
+
+@pytest.mark.filterwarnings("ignore:no weight survives", "ignore:.*lie on no path")
+def test_what_scores_share_of_random_weights_is_what_each_has_alone(
+    data: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    asked = [
+        {"prune.score": {"name": name}, "prune.sparsity": share} for name in ("snip", "random") for share in (0.8, 0.95)
+    ]
+    asked.append({**asked[0], "architecture.depth": 14})
+    for known in ({}, None):
+        for changes in asked:
+            monkeypatch.setattr(prune, "_RANDOM", {} if known is None else known)
+            examined = pruned(params(**changes), data).examined
+            assert examined is not None
+            found.append(examined)
+    assert found[: len(asked)] == found[len(asked) :]
 
 
 @pytest.mark.filterwarnings("ignore:no weight survives", "ignore:.*lie on no path")

@@ -1,5 +1,6 @@
 """From parameters to a pruned network: the composition behind the stage `prune` and every trial of the search."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -241,8 +242,18 @@ def _added(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return first | second | meter.figures() | {"peak_memory_mib": peak}
 
 
+_RANDOM: dict[str, dict[str, paths.Layer]] = {}
+"""What random weights of ERK densities leave of a network: the same for all scores, so that cells of a study share
+it."""
+
+
 def _examined(params: Params, data: Prepared, found: Pruned) -> Pruned:
-    examined = paths.examined(found.model, found.mask, data.image_shape, mix(params.seed, "random erk"))
+    network = params.model_dump(include={"seed", "architecture", "start"}), params.prune.exclude, data.image_shape
+    kept = {name: len(indices) for name, indices in (found.channels or {}).items()}
+    key = json.dumps([*network, data.num_classes, kept, found.mask.kept, found.mask.total], default=str)
+    seed, known = mix(params.seed, "random erk"), _RANDOM.get(key)
+    examined = paths.examined(found.model, found.mask, data.image_shape, seed, known)
+    _RANDOM[key] = examined.random
     paths.warn_of_lost(examined)
     return found._replace(report=found.report | examined.summary(), examined=examined)
 

@@ -168,11 +168,14 @@ def _summary(found: dict[str, Layer]) -> dict[str, float]:
     }
 
 
-def examined(model: nn.Module, mask: Mask, image_shape: tuple[int, ...], seed: int) -> Examined:
-    """`mask` beside a random one drawn from `seed`."""
-    masks = mask, chance(mask, seed)
-    own, other = (layers(each, on_path(model, each, image_shape)) for each in masks)
-    return Examined(own, other)
+def examined(
+    model: nn.Module, mask: Mask, image_shape: tuple[int, ...], seed: int, random: dict[str, Layer] | None = None
+) -> Examined:
+    """`mask` beside a random one drawn from `seed`. `random`: that one's layers, where they are known."""
+    if random is None:
+        drawn = chance(mask, seed)
+        random = layers(drawn, on_path(model, drawn, image_shape))
+    return Examined(layers(mask, on_path(model, mask, image_shape)), random)
 
 
 def warn_of_lost(found: Examined, warn: Callable[[str], None] = warnings.warn) -> None:
