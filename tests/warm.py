@@ -6,7 +6,7 @@ are there already, which is most of what a stage of few images costs. Anything e
 
 The command stays, with its PID and its parent, for the process that works: it hands signals on, ends as that one ends,
 and that one is killed with it. Whoever asks for a parent's PID there is told the command's. The working process is the
-leader of a session of its own.
+leader of a session of its own: a test that signals a whole group of processes wants `sys.executable`.
 """
 
 import atexit
@@ -91,11 +91,6 @@ def python() -> str:
     return str(command)
 
 
-def working(pid: int) -> int:
-    """The PID of the process that works for the command of PID `pid`."""
-    return int((Path(os.environ[PLACE]) / str(pid)).read_text())
-
-
 def _start(folder: Path, address: Path) -> None:
     """Begin the process that forks, and wait until it listens. It ends soon after `folder` is gone."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
@@ -147,7 +142,6 @@ def serve(address: str) -> None:
                         one.close()
                     looking.close()
                     return _become(request, streams)
-                Path(address).with_name(str(request["pid"])).write_text(str(pid))
                 link.sendall(b"%d\n" % pid)
                 for stream in streams:
                     os.close(stream)
@@ -199,16 +193,24 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     here = Path(request["environment"][PLACE]) / "python" if PLACE in request["environment"] else None
     sys.executable = str(here) if here is not None and here.exists() else sys.executable
     sys.orig_argv = [sys.executable, *request["arguments"]]
-    os.getppid = lambda: _parent(request["pid"])
+    last = [1]
+
+    def parent() -> int:
+        """Of a killed command the last one: its process is being killed, too, and is no orphan that ends in order."""
+        last[0] = _parent(request["pid"]) or last[0]
+        return last[0]
+
+    parent()
+    os.getppid = parent
     _begin_anew(request["environment"])
 
 
-def _parent(pid: int) -> int:
-    """Of the process `pid`, 1 where it is gone."""
+def _parent(pid: int) -> int | None:
+    """Of the process `pid`, None where it is gone."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
-        return 1
+        return None
 
 
 def _begin_anew(environment: dict[str, str]) -> None:

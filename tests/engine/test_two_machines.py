@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ class World(NamedTuple):
     def start(self, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
         kept = {name: value for name, value in os.environ.items() if name != "DVC_ROOT"}
         environment = {**kept, "EPSD_QUIET": "1", "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": self.tracking}
-        command = [warm.python(), "-m", "epsd.cli", *arguments]
+        command = [sys.executable, "-m", "epsd.cli", *arguments]  # a whole group of processes is to be killed
         return subprocess.Popen(
             command, cwd=folder, env=environment, text=True, start_new_session=True, stderr=subprocess.PIPE
         )

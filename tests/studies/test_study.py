@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,6 @@ import torch
 from ruamel.yaml import YAML
 
 import pictures
-import warm
 from conftest import ROOT
 from epsd.cli import main
 from epsd.comparison import command
@@ -364,7 +364,7 @@ def test_another_parameter_is_another_cell(finished: Path) -> None:
 
 
 def begin(project: Path, *arguments: str, **more: Any) -> "subprocess.Popen[str]":
-    command = [warm.python(), "-m", "epsd.cli", "study", "grid.yaml", *arguments]
+    command = [sys.executable, "-m", "epsd.cli", "study", "grid.yaml", *arguments]  # whole groups are killed
     environment = {**os.environ, "EPSD_QUIET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     return subprocess.Popen(command, cwd=project, env=environment, text=True, start_new_session=True, **more)
 
@@ -409,7 +409,7 @@ def test_two_workers_share_the_cells_and_outlive_nobody(project: Path) -> None:
     write(project / "grid.yaml", sparsities=[0.5, 0.8], seeds=1)
     process = begin(project, "--workers", "2")
     wait_for("cells/*.json", project / ".epsd/studies/grid")
-    workers = psutil.Process(warm.working(process.pid)).children()
+    workers = psutil.Process(process.pid).children()
     assert len(workers) == 2
     process.kill()
     process.wait()
@@ -429,7 +429,7 @@ def test_ctrl_c_ends_in_order(workers: str, project: Path) -> None:
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = begin(project, "--workers", workers, **pipe)
     wait_for("work/*/last.safetensors", project / ".epsd/studies/grid")
-    children = psutil.Process(warm.working(process.pid)).children(recursive=True)
+    children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said

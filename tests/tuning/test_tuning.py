@@ -6,6 +6,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from epsd.cli import main
 from epsd.data.prepared import Prepared
 from epsd.engine import storage as storages
 from epsd.engine.ledger import Ledger, failures, slot
-from epsd.project import artifacts, presets
+from epsd.project import artifacts, presets, processes
 from epsd.project.params import flatten, load, override, parse, read_yaml
 from epsd.registry import ParamsError
 from epsd.tuning import TuningError, judge, report, search, study, worker
@@ -489,6 +490,22 @@ class TestTrial:
         assert ledger.trials()[1].user_attrs["error"] == "TuningError: too bad"
         assert search.tally(ledger.trials())["failed"] == 1
 
+    def test_a_stop_between_the_ends_of_a_trial_and_of_its_run_waits(
+        self, project: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        finish = Ledger.finish
+
+        def finish_and_stop(ledger: Ledger, *arguments: Any) -> None:
+            finish(ledger, *arguments)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(Ledger, "finish", finish_and_stop)
+        with pytest.raises(processes.Stopped), processes.stops():
+            self.run(project, monkeypatch, lambda number, watch: dict.fromkeys(judge.FIGURES, 0.5))
+        assert states(ledger_of()) == ["COMPLETE", *["WAITING"] * 3]
+        (logged,) = runs().values()
+        assert logged["status"] == "FINISHED" and logged["trial.state"] == "COMPLETE"
+
     def test_all_failing_ends_early(self, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def result(number: int, watch: Any) -> judge.Figures:
             raise ValueError(f"no {number}")
@@ -920,7 +937,7 @@ def test_a_killed_worker_loses_and_doubles_no_trial(kind: str, project: Path, re
 def test_ctrl_c_leaves_everything_in_order(project: Path) -> None:
     write(project, **{"train.epochs": 200, "tune.pruner": "none"})
     process = subprocess.Popen(
-        [warm.python(), *TUNE, "--trials", "2"], env=environment(), text=True, stdout=subprocess.PIPE,
+        [sys.executable, *TUNE, "--trials", "2"], env=environment(), text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60

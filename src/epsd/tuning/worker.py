@@ -22,7 +22,7 @@ from epsd.engine.storage import StorageError, storage_errors
 from epsd.pipeline.describe import method
 from epsd.project import artifacts
 from epsd.project.params import LimitParams, Params, TuneParams, flatten, parse
-from epsd.project.processes import Stopped
+from epsd.project.processes import Stopped, signals_wait
 from epsd.project.runtime import note
 from epsd.tracking import Tracker, track
 from epsd.training.record import Record
@@ -93,7 +93,7 @@ class Worker:
             return
         params = self.space.params(values)
         data = self.data.on(open_machine(params.device, self.job.threads, params.data.workers))
-        with self._tracked(params, trial, values) as tracker:
+        with contextlib.ExitStack() as last, self._tracked(params, trial, values) as tracker:
             self.ledger.tell(trial, run_id=tracker.run_id, threads=self.job.threads)
             done, state = list[Figures](), "COMPLETE"
             try:
@@ -107,6 +107,7 @@ class Worker:
                 raise
             tracker.tags({"trial.state": state})
             figures = self.ledger.patiently(lambda: self._record(trial, done, tracker, params.train.epochs))
+            last.enter_context(signals_wait())  # a trial that counts has a run that is finished
             self.ledger.finish(trial, None if state == "PRUNED" else [figures[name] for name in self.tune.objectives])
 
     def _watch(self, trial: Taken, tracker: Tracker) -> Callable[[int, Record, Callable[[], Figures]], None]:
