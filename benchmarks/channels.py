@@ -75,13 +75,13 @@ ZOO = {
 
 
 class Found(NamedTuple):
-    """Of one network: groups cut and left whole, share of the multiply-adds, largest |gated - cut| by mode, seconds.
+    """Of one network: groups cut, what was left whole, share of the multiply-adds, |gated - cut| by mode, seconds.
 
     `normed`: groups over which a LayerNorm runs, so that the gated network is another one than the cut.
     """
 
     groups: int
-    whole: dict[str, str]
+    whole: str
     share: float
     difference: dict[str, float]
     normed: list[str]
@@ -105,7 +105,7 @@ def examined(subject: Subject, share: float, images: int = 4) -> Found:
     lost = [name for name, weight in narrow.named_parameters() if weight.grad is None]
     assert not lost, f"no gradient reaches {lost}"
     macs = structure.macs({name: len(channels) for name, channels in kept.items()}) / structure.macs(structure.dense())
-    return Found(len(kept), structure.whole, macs, difference, normed, time.process_time() - began)
+    return Found(len(kept), structure.left_whole(), macs, difference, normed, time.process_time() - began)
 
 
 def steady(model: nn.Module) -> nn.Module:
@@ -149,9 +149,9 @@ def gated(model: nn.Module, structure: Structure, kept: dict[str, Tensor]) -> nn
 
 
 def apart(whole: nn.Module, narrow: nn.Module, images: Tensor, *, training: bool) -> float:
-    """Largest difference of logits, relative to the largest logit (to 1 at least)."""
+    """Largest difference of logits in float64, relative to the largest logit (to 1 at least)."""
     with torch.no_grad():
-        wanted, got = (copy.deepcopy(net).train(training)(images) for net in (whole, narrow))
+        wanted, got = (copy.deepcopy(net).double().train(training)(images.double()) for net in (whole, narrow))
     return float((wanted - got).abs().max() / wanted.abs().max().clamp(min=1))
 
 
@@ -166,7 +166,7 @@ def zoo(arguments: argparse.Namespace) -> Iterator[str]:
         except EpsdError as error:
             yield f"| {name} | {subject.side} | | | | cannot be cut: {error} | |"
             continue
-        left = [f"{n} whole ({r})" for n, r in found.whole.items()]
+        left = [f"whole: {found.whole}"] if found.whole else []
         left += [f"{len(found.normed)} groups under a LayerNorm, cut but not compared"] if found.normed else []
         apart = " / ".join(f"{value:.0e}" for value in found.difference.values())
         yield (

@@ -27,7 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "data": {"limit": 12},
     "prune": {"batch_size": 32},
     "train": {"epochs": 1, "batch_size": 32},
-    "evaluate": {"latency_repeats": 1},
+    "evaluate": {"latency_repeats": 1, "export": {"int8": True}},  # `auto` asks the clock whether int8 is kept
     "voc": {"name": "digit_scenes", "train": 2, "validation": 1, "test": 2},
     "detect": {"epochs": 1, "batch_size": 2, "pictures": 1},
 }

@@ -16,6 +16,7 @@ from epsd.losses import supervised
 from epsd.pruning.channels import ChannelError, Structure, cut
 from epsd.pruning.metagradients import mask_gradient
 from epsd.pruning.scoring import scoring
+from epsd.pruning.widths import best
 from epsd.types import Batch
 
 SHAPE = (3, 8, 8)
@@ -93,8 +94,12 @@ def batches(count: int, dtype: torch.dtype = torch.float64) -> list[Batch]:
 
 
 def half(structure: Structure) -> dict[str, Tensor]:
-    """Every other channel of each group: equally many of all blocks."""
-    return {name: torch.arange(0, group.size, 2) for name, group in structure.groups.items()}
+    """Half of the channels of each group by lot: equally many of all blocks, in each block others."""
+    drawn = torch.Generator().manual_seed(2)
+    return {
+        name: best(group, torch.rand(group.size, generator=drawn), group.size // 2)
+        for name, group in structure.groups.items()
+    }
 
 
 def gated(model: nn.Module, structure: Structure, factors: dict[str, Tensor]) -> nn.Module:

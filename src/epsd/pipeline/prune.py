@@ -211,7 +211,7 @@ def _narrowed(params: Params, data: Prepared, work: _Scoring) -> tuple[_Scoring,
     """The network cut to the channels that `prune.macs` allows, which those are, and what finding them cost."""
     wanted, structure = params.prune, channels.Structure(work.model, data.image_shape)
     if structure.whole and distributed.is_main():
-        note(f"kept whole, as they cannot be narrower: {'; '.join(f'{n} ({r})' for n, r in structure.whole.items())}.")
+        note(f"kept whole, as they cannot be narrower: {structure.left_whole()}.")
     macs, auto = wanted.macs, partial(Budget, params, data, work.model, structure)
     find = auto().share if isinstance(macs, str) else lambda select: (macs, {})
     how = wanted.model_dump(include={"allocation", "round_to", "floor"})

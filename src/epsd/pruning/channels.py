@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from epsd.compute.narrow import narrow_, shapes_of
 from epsd.compute.networks import evaluated, hooked
+from epsd.pruning.blind_spots import shortened
 from epsd.types import EpsdError, Scores
 
 Allocation = Literal["uniform", "cost", "random"]
@@ -89,8 +90,15 @@ class Structure:
             self.whole[name] = reason
             del self.groups[name]
         if not self.groups:
-            told = "; ".join(f"{name}: {reason}" for name, reason in self.whole.items()) or "no layer feeds another"
+            told = self.left_whole() or "no layer feeds another"
             raise ChannelError(f"no channels of this network can be cut ({told}). Use prune.structure: weights.")
+
+    def left_whole(self) -> str:
+        """For a message: the layers that keep all their channels, by the reason why."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.whole.items():
+            by_reason.setdefault(reason, []).append(name)
+        return "; ".join(f"{shortened(names, 3)}: {reason}" for reason, names in by_reason.items())
 
     def _group(self, root: str, traced: "_Traced") -> Group | None:
         made: list[Slice] = []
@@ -129,8 +137,8 @@ class Structure:
                 images = torch.zeros(2, *self._shape)
                 wanted, got = (_evaluated(net, images) for net in (model, cut(model, self._shape, kept)))
         except Exception as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        return None if got.shape == wanted.shape else "the number of outputs follows it"
+            return f"made narrower, the network does not run ({' '.join(str(error).split())[:120]})"
+        return None if got.shape == wanted.shape else "the number of the network's outputs follows it"
 
     def macs(self, widths: Mapping[str, int]) -> int:
         """Multiply-adds of one image in convolutions and linear layers, with so many channels in each group."""
@@ -279,6 +287,30 @@ class _Traced:
         taken = dep.handler
         return bool(self.graph.is_in_channel_pruning_fn(taken)) and not self.graph.is_out_channel_pruning_fn(taken)
 
+    def runs(self, gone: Mapping[str, list[int]]) -> dict[str, Tensor]:
+        """Of grouped convolutions the inputs that stay when the groups lose these channels, (convolution's groups,
+        inputs each) by place in the convolution's group.
+
+        Raises ChannelError: one group would have more of them than another.
+        """
+        lost: dict[str, set[int]] = {}
+        some = any(_grouping(module)[1] > 1 for module in self.names)
+        for root, channels in gone.items() if some else ():
+            removed = set(channels)
+            for dep, places, own in self.items(root) if removed else ():
+                if self.is_input(dep) and _grouping(dep.target.module)[1] > 1:
+                    found = lost.setdefault(self.names[dep.target.module], set())
+                    found.update(place for place, channel in zip(places, own, strict=True) if channel in removed)
+        left = {}
+        for name, places in lost.items():
+            layer: Any = self.model.get_submodule(name)
+            each = layer.in_channels // layer.groups
+            inputs = [[c for c in range(each) if each * run + c not in places] for run in range(layer.groups)]
+            if len({len(run) for run in inputs}) > 1:
+                raise ChannelError(f"the groups of the convolution '{name}' would have unequal numbers of inputs.")
+            left[name] = torch.tensor(inputs)
+        return left
+
     def remove(self, root: str, channels: Iterable[int]) -> None:
         """Take these channels of the group of `root` out of the copy."""
         self._group(root, channels).prune()
@@ -298,17 +330,33 @@ def cut(model: nn.Module, image_shape: tuple[int, ...], kept: Mapping[str, Tenso
     for name, tensor in state.items():  # every entry holds its own number: what is left says where it came from
         numbered[name].copy_(torch.arange(tensor.numel()).view_as(tensor))
     roots = traced.roots()
+    gone = {}
     for name, channels in kept.items():
         if name not in roots:
             raise ChannelError(f"there is no group of channels '{name}'. There are: {', '.join(roots)}.")
-        if gone := sorted({*range(traced.size(name))} - {*channels.tolist()}):
-            traced.remove(name, gone)
+        gone[name] = sorted({*range(traced.size(name))} - {*channels.tolist()})
+    runs = traced.runs(gone)
+    for name, channels in gone.items():
+        if channels:
+            traced.remove(name, channels)
+    for name, inputs in runs.items():
+        _regroup(traced.model.get_submodule(name).weight, model.get_submodule(name).weight, inputs)
     narrow = narrow_(copy.deepcopy(model), shapes_of(traced.model, model))
     left, own = traced.model.state_dict(), narrow.state_dict()
     for name, tensor in state.items():
         own[name].copy_(tensor.flatten()[left[name].long().flatten().to(tensor.device)].view_as(own[name]))
     _compare(traced.model, narrow, image_shape)
     return narrow
+
+
+@torch.no_grad()
+def _regroup(numbered: Tensor, whole: Tensor, inputs: Tensor) -> None:
+    """Number the entries of a grouped convolution anew, (out, in / groups, ...), so that every group has its own
+    `inputs`: Torch-Pruning leaves each those of the first."""
+    numbers = torch.arange(whole.numel()).view_as(whole)
+    outputs = numbered.flatten(1)[:, 0].long() // whole[0].numel()
+    run = outputs // (len(whole) // len(inputs))
+    numbered.copy_(numbers[outputs[:, None], inputs[run]])
 
 
 def _compare(expected: nn.Module, narrow: nn.Module, image_shape: tuple[int, ...]) -> None:

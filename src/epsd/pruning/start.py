@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from epsd.compute import networks
 from epsd.compute.narrow import narrow_
 from epsd.masks import Mask, prunable
+from epsd.pruning.blind_spots import shortened
 from epsd.types import EpsdError
 
 Head = Literal["auto", "keep", "new"]
@@ -49,9 +50,9 @@ class Taken(NamedTuple):
 
     def __str__(self) -> str:
         told = f"{self.share:.1%} of the parameters are from {self.source.name}"
-        told += f"; other input channels: {_few(self.adapted)}" if self.adapted else ""
-        told += f"; drawn: {_few(self.drawn)} ({1 - self.share:.1%})" if self.drawn else ""
-        return told + (f"; left out of it: {_few(self.left)}" if self.left else "") + "."
+        told += f"; other input channels: {shortened(self.adapted, _SHOWN)}" if self.adapted else ""
+        told += f"; drawn: {shortened(self.drawn, _SHOWN)} ({1 - self.share:.1%})" if self.drawn else ""
+        return told + (f"; left out of it: {shortened(self.left, _SHOWN)}" if self.left else "") + "."
 
 
 def adapted(weight: Tensor, channels: int) -> Tensor:
@@ -196,7 +197,3 @@ def _shape(tensor: Tensor) -> str:
 def _shapes(tensors: Mapping[str, Tensor]) -> str:
     first = [f"{name} ({_shape(tensor)})" for name, tensor in tensors.items() if tensor.dim() > 1][:_SHOWN]
     return ", ".join(first) + ", ..." if first else "no weights"
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
