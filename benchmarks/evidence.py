@@ -1,10 +1,11 @@
 """What studies have shown so far, finished or not: accuracy with paired tests, what of the masks is in effect, costs.
 
     python benchmarks/evidence.py .epsd/studies/high-sparsity-digits --against "random erk" epsd --write table.md
+    python benchmarks/evidence.py models.csv .epsd/studies/high-sparsity-digits --keep models.csv
 
-Reads the finished models that `epsd study` keeps under its state folder; several folders are one table, as of a study
-that was gone on with by other code. The p of all comparisons are corrected by Holm together. Rows are in the order of
-their mean, the best first.
+Reads the finished models that `epsd study` keeps under its state folder, and those that `--keep` has written: several
+places are one table, as of a study that was gone on with by other code or on another machine. The p of all comparisons
+are corrected by Holm together. Rows are in the order of their mean, the best first.
 """
 
 import argparse
@@ -12,9 +13,10 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from epsd.comparison.statistics import Difference, corrected, difference, summarise
 
@@ -28,6 +30,9 @@ COSTS = {
     "Gini": "mask/gini",
 }
 """Heading -> metric, the mean of which is shown."""
+IDENTITY = ("method", "objective", "sparsity", "seed")
+KEPT = [*IDENTITY, "commit", "began", "test/top1", "test/nll", "test/ece", *COSTS.values()]
+"""What of a model a file of `--keep` has."""
 
 
 class Row(NamedTuple):
@@ -43,22 +48,36 @@ class Row(NamedTuple):
         return {seed: figures[metric] for seed, figures in self.seeds.items() if metric in figures}
 
 
-def results(folders: list[Path]) -> Iterator[dict[str, object]]:
-    """Every finished model, the earlier ones first."""
-    found = [json.loads(path.read_text()) for folder in folders for path in sorted((folder / "cells").glob("*.json"))]
-    kept = [content["result"] for content in found if content.get("format") == RESULT]
-    yield from sorted(kept, key=lambda result: result["began"])
+def models(places: list[Path]) -> pd.DataFrame:
+    """A line for each finished model: IDENTITY, when it began, the commit of the code, metrics. Of two runs of a model
+    the later one counts."""
+    frames = [pd.read_csv(place) if place.suffix == ".csv" else _finished(place) for place in places]
+    found = pd.concat(frames).sort_values("began", kind="stable") if frames else pd.DataFrame()
+    return found.drop_duplicates(list(IDENTITY), keep="last") if len(found) else found
 
 
-def rows(folders: list[Path]) -> list[Row]:
-    """One for each method, objective and sparsity; of two runs of a seed the later one counts."""
-    grouped: dict[tuple[str, str, float], dict[int, dict[str, float]]] = {}
-    for result in results(folders):
-        params, tags, metrics = (dict(result[part]) for part in ("params", "tags", "metrics"))  # type: ignore[call-overload]
+def _finished(folder: Path) -> pd.DataFrame:
+    found = []
+    for path in sorted((folder / "cells").glob("*.json")):
+        content = json.loads(path.read_text())
+        if content.get("format") != RESULT:
+            continue
+        params, tags, metrics = (content["result"][part] for part in ("params", "tags", "metrics"))
         sparsity = float(params["prune.sparsity"])
-        method = str(tags["variant"] or params["prune.score.name"]) if sparsity else "dense"
-        grouped.setdefault((method, params["objective.name"], sparsity), {})[int(params["seed"])] = metrics
-    return [Row(*key, seeds) for key, seeds in grouped.items()]
+        method = (tags["variant"] or params["prune.score.name"]) if sparsity else "dense"
+        key = (method, params["objective.name"], sparsity, int(params["seed"]))
+        rest = {"began": content["result"]["began"], "commit": tags.get("mlflow.source.git.commit", "")[:7]}
+        found.append(dict(zip(IDENTITY, key, strict=True)) | rest | metrics)
+    return pd.DataFrame(found)
+
+
+def rows(table: pd.DataFrame) -> list[Row]:
+    """One for each method, objective and sparsity."""
+    found: dict[Any, dict[int, Any]] = {}
+    for key, part in table.groupby(list(IDENTITY[:3]), sort=False):
+        figures = part.set_index("seed").select_dtypes("number")
+        found[key] = {int(str(seed)): dict(line.dropna().items()) for seed, line in figures.iterrows()}
+    return [Row(method, objective, sparsity, seeds) for (method, objective, sparsity), seeds in found.items()]
 
 
 Tests = dict[tuple[str, tuple[str, str, float]], Difference]
@@ -126,7 +145,7 @@ def _mean(row: Row, metric: str) -> str:
 def main() -> None:
     """Print the tables; `--write FILE` keeps them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="state folders of studies, .epsd/studies/NAME")
+    parser.add_argument("places", nargs="+", type=Path, help="state folders of studies, .epsd/studies/NAME; CSV files")
     parser.add_argument(
         "--against", nargs="+", default=["random erk"], help="methods that the others are tested against"
     )
@@ -134,10 +153,15 @@ def main() -> None:
     parser.add_argument("--title", default="Studies so far")
     parser.add_argument("--note", nargs="*", default=[], help="lines to put under the title")
     parser.add_argument("--write", type=Path)
+    parser.add_argument("--keep", type=Path, help="CSV file that gets every model of the table")
     arguments = parser.parse_args()
-    table = [row for row in rows(arguments.folders) if row.values(arguments.metric)]
+    found = models(arguments.places)
+    table = [row for row in rows(found) if row.values(arguments.metric)] if len(found) else []
     if not table:
-        parser.error(f"no finished model with {arguments.metric} in {', '.join(map(str, arguments.folders))}.")
+        parser.error(f"no finished model with {arguments.metric} in {', '.join(map(str, arguments.places))}.")
+    if arguments.keep:
+        lines = found.reindex(columns=KEPT).dropna(axis="columns", how="all").sort_values(list(IDENTITY))
+        lines.to_csv(arguments.keep, index=False, float_format="%.10g")
     known = tests(table, arguments.against, arguments.metric)
     count = len({(frozenset((baseline, row[0])), *row[1:]) for baseline, row in known})
     head = [

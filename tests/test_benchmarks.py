@@ -73,6 +73,11 @@ def test_the_table_of_evidence_pairs_seeds_and_corrects(tmp_path: Path) -> None:
     assert rows[0][4].startswith("1,234") and "9 models" in said and "all 2 comparisons" in said
     both = run("evidence.py", "part-0", "part-1", "--against", "random erk", "epsd", folder=tmp_path)
     assert "all 3 comparisons" in both, "epsd and random erk are one pair"
+    kept = run("evidence.py", "part-0", "part-1", "--keep", "models.csv", folder=tmp_path)
+    assert run("evidence.py", "models.csv", folder=tmp_path) == kept == said, (
+        "models that were kept make the same table"
+    )
+    assert run("evidence.py", "models.csv", "part-0", folder=tmp_path) == said, "and are not counted twice"
     assert both.count("0.0200 (p 0.223)") == 2 and "+0.0200 (p 0.223)" in both and "-0.0200 (p 0.223)" in both
 
 

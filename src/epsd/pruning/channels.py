@@ -301,15 +301,15 @@ class _Traced:
                 if self.is_input(dep) and _grouping(dep.target.module)[1] > 1:
                     found = lost.setdefault(self.names[dep.target.module], set())
                     found.update(place for place, channel in zip(places, own, strict=True) if channel in removed)
-        left = {}
-        for name, places in lost.items():
+        runs = {}
+        for name, lacking in lost.items():
             layer: Any = self.model.get_submodule(name)
             each = layer.in_channels // layer.groups
-            inputs = [[c for c in range(each) if each * run + c not in places] for run in range(layer.groups)]
+            inputs = [[c for c in range(each) if each * run + c not in lacking] for run in range(layer.groups)]
             if len({len(run) for run in inputs}) > 1:
                 raise ChannelError(f"the groups of the convolution '{name}' would have unequal numbers of inputs.")
-            left[name] = torch.tensor(inputs)
-        return left
+            runs[name] = torch.tensor(inputs)
+        return runs
 
     def remove(self, root: str, channels: Iterable[int]) -> None:
         """Take these channels of the group of `root` out of the copy."""
@@ -336,11 +336,11 @@ def cut(model: nn.Module, image_shape: tuple[int, ...], kept: Mapping[str, Tenso
             raise ChannelError(f"there is no group of channels '{name}'. There are: {', '.join(roots)}.")
         gone[name] = sorted({*range(traced.size(name))} - {*channels.tolist()})
     runs = traced.runs(gone)
-    for name, channels in gone.items():
-        if channels:
-            traced.remove(name, channels)
+    for name, removed in gone.items():
+        if removed:
+            traced.remove(name, removed)
     for name, inputs in runs.items():
-        _regroup(traced.model.get_submodule(name).weight, model.get_submodule(name).weight, inputs)
+        _regroup(traced.model.get_parameter(f"{name}.weight"), tuple(state[f"{name}.weight"].shape), inputs)
     narrow = narrow_(copy.deepcopy(model), shapes_of(traced.model, model))
     left, own = traced.model.state_dict(), narrow.state_dict()
     for name, tensor in state.items():
@@ -350,12 +350,12 @@ def cut(model: nn.Module, image_shape: tuple[int, ...], kept: Mapping[str, Tenso
 
 
 @torch.no_grad()
-def _regroup(numbered: Tensor, whole: Tensor, inputs: Tensor) -> None:
+def _regroup(numbered: Tensor, whole: tuple[int, ...], inputs: Tensor) -> None:
     """Number the entries of a grouped convolution anew, (out, in / groups, ...), so that every group has its own
-    `inputs`: Torch-Pruning leaves each those of the first."""
-    numbers = torch.arange(whole.numel()).view_as(whole)
-    outputs = numbered.flatten(1)[:, 0].long() // whole[0].numel()
-    run = outputs // (len(whole) // len(inputs))
+    `inputs`: Torch-Pruning leaves each those of the first. `whole`: the weight's shape before the cut."""
+    numbers = torch.arange(math.prod(whole)).view(whole)
+    outputs = numbered.flatten(1)[:, 0].long() // math.prod(whole[1:])
+    run = outputs // (whole[0] // len(inputs))
     numbered.copy_(numbers[outputs[:, None], inputs[run]])
 
 
