@@ -167,7 +167,7 @@ def zoo(arguments: argparse.Namespace) -> Iterator[str]:
             yield f"| {name} | {subject.side} | | | | cannot be cut: {error} | |"
             continue
         left = [f"whole: {found.whole}"] if found.whole else []
-        left += [f"{len(found.normed)} groups under a LayerNorm, cut but not compared"] if found.normed else []
+        left += [f"{len(found.normed)} under a LayerNorm, cut but not compared"] if found.normed else []
         apart = " / ".join(f"{value:.0e}" for value in found.difference.values())
         yield (
             f"| {name} | {subject.side} | {found.groups} | {found.share:.1%} | {apart} | {'; '.join(left)} "
