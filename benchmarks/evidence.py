@@ -31,7 +31,7 @@ COSTS = {
 }
 """Heading -> metric, the mean of which is shown."""
 IDENTITY = ("method", "objective", "sparsity", "seed")
-KEPT = [*IDENTITY, "commit", "began", "test/top1", "test/nll", "test/ece", *COSTS.values()]
+KEPT = [*IDENTITY, "processor", "began", "test/top1", "test/nll", "test/ece", *COSTS.values()]
 """What of a model a file of `--keep` has."""
 
 
@@ -49,8 +49,7 @@ class Row(NamedTuple):
 
 
 def models(places: list[Path]) -> pd.DataFrame:
-    """A line for each finished model: IDENTITY, when it began, the commit of the code, metrics. Of two runs of a model
-    the later one counts."""
+    """A line for each finished model: IDENTITY, processor, when it began, metrics. Of two runs the later counts."""
     frames = [pd.read_csv(place) if place.suffix == ".csv" else _finished(place) for place in places]
     found = pd.concat(frames).sort_values("began", kind="stable") if frames else pd.DataFrame()
     return found.drop_duplicates(list(IDENTITY), keep="last") if len(found) else found
@@ -66,7 +65,7 @@ def _finished(folder: Path) -> pd.DataFrame:
         sparsity = float(params["prune.sparsity"])
         method = (tags["variant"] or params["prune.score.name"]) if sparsity else "dense"
         key = (method, params["objective.name"], sparsity, int(params["seed"]))
-        rest = {"began": content["result"]["began"], "commit": tags.get("mlflow.source.git.commit", "")[:7]}
+        rest = {"began": content["result"]["began"], "processor": tags.get("versions.cpu", "")}
         found.append(dict(zip(IDENTITY, key, strict=True)) | rest | metrics)
     return pd.DataFrame(found)
 
