@@ -85,6 +85,12 @@ def fitting(names: Iterable[str], pattern: str) -> list[str]:
     return [name for name in names if fits(name)]
 
 
+def shortened(names: Iterable[str], most: int = 6) -> str:
+    """The first of `names`, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def named(names: Iterable[str], pattern: str, which: str, kind: str = "layer") -> list[str]:
     """The same, one at least. MaskError where none fits."""
     if found := fitting(names, pattern):

@@ -78,6 +78,7 @@ def test_both_budgets_are_kept(data: Prepared) -> None:
     assert report["bytes"] <= 400 and report["latency_ms"] < report["latency_ms_whole"]
 
 
+@pytest.mark.usefixtures("weighed")
 def test_what_cannot_be_met_is_said_before_anything_is_scored(data: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("epsd.pruning.prune.gates", None)
     with pytest.raises(ChannelError, match=r"prune\.latency_ms: 0\.0001 cannot be met: the narrowest network, with 8"):

@@ -109,6 +109,15 @@ def test_cells_seed_by_seed_and_the_dense_network_once(project: Path) -> None:
     assert all(cell.params.train.epochs == 2 for cell in found)
 
 
+def test_further_seeds_differ_in_the_seed_alone_and_a_variants_own_has_the_last_word(project: Path) -> None:
+    variants = [{"name": "fixed", "set": {"seed": 7, "train.lr": 0.05}}]
+    both, *singly = (
+        cells(write(project / "grid.yaml", seeds=seeds, variants=variants)) for seeds in ([3, 7], [3], [7])
+    )
+    assert both == [cell for found in singly for cell in found if cell.variant != "fixed" or found is singly[0]]
+    assert {cell.params.seed for cell in both if cell.variant == "fixed"} == {7}
+
+
 def test_defaults_are_the_base_itself(project: Path) -> None:
     """But for ONNX files, which take seconds for each cell: a study that wants them says so."""
     path = project / "one.yaml"

@@ -2,14 +2,13 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from epsd.compute import distributed
-from epsd.masks import hidden, prunable
+from epsd.masks import hidden, prunable, shortened
 from epsd.pruning.scoring import calling, scoring
 
 _WORTH_A_WORD = 0.1
@@ -87,10 +86,3 @@ def uncovered(model: nn.Module) -> list[str]:
         f"{share:.1%} of the parameters are neither of convolutions nor of linear layers nor of attention, so that no "
         f"mask covers them ({shortened(largest, 3)}): the sparsity is a share of the other {1 - share:.1%}."
     ]
-
-
-def shortened(names: Iterable[str], most: int = 6) -> str:
-    """The first of `names`, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from epsd.compute.narrow import narrow_, shapes_of
 from epsd.compute.networks import evaluated, hooked
-from epsd.pruning.blind_spots import shortened
+from epsd.masks import shortened
 from epsd.types import EpsdError, Scores
 
 Allocation = Literal["uniform", "cost", "random"]

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from epsd.compute import networks
 from epsd.compute.narrow import narrow_
-from epsd.masks import Mask, prunable
-from epsd.pruning.blind_spots import shortened
+from epsd.masks import Mask, prunable, shortened
 from epsd.types import EpsdError
 
 Head = Literal["auto", "keep", "new"]

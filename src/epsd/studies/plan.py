@@ -204,24 +204,32 @@ class _Grid:
             raise ParamsError(f"variants: the name '{twice}' is given twice.")
 
     def cells(self) -> Iterator[Cell]:
-        """Seed by seed; the sparsities of a method next to each other, as they share its scores."""
+        """Seed by seed; the sparsities of a method next to each other, as they share its scores.
+
+        Cells are checked with the first seed alone: thousands of them differ in nothing else.
+        """
         study = self.study
         own = {section: {"name": at(self.base, section)["name"]} for section in CHOICES}
         seeds = range(study.seeds) if isinstance(study.seeds, int) else study.seeds
         scores = [own["prune.score"]] if study.scores is None and not study.variants else study.scores or []
         axes: dict[str, Sequence[Any]] = {
-            "seeds": seeds,
             "objectives": study.objectives or [own["objective"]],
             "methods": [*((score, PLAIN) for score in scores), *((own["prune.score"], way) for way in study.variants)],
             **study.vary,
             "sparsities": study.sparsities or [self.base["prune"]["sparsity"]],
         }
-        if (models := math.prod(map(len, axes.values()))) > MOST_MODELS:
+        if (models := math.prod(map(len, [seeds, *axes.values()]))) > MOST_MODELS:
             raise ParamsError(f"{models:,} models: at most {MOST_MODELS:,} in a study.")
+        checked: list[tuple[Cell, bool]] = []
         for point in points(axes):
             score, way = point.pop("methods")
             given = {"prune.score": score, "objective": point.pop("objectives")}
-            yield self.cell(given, way, point.pop("sparsities"), point.pop("seeds"), point)
+            checked.append(
+                (self.cell(given, way, point.pop("sparsities"), seeds[0], point), "seed" in way.set or "seed" in point)
+            )
+        for seed in seeds:
+            for cell, fixed in checked:
+                yield cell if fixed else cell._replace(params=cell.params.model_copy(update={"seed": seed}))
 
     def cell(self, given: Mapping[str, Choice], way: VariantParams, sparsity: float, seed: int, point: Values) -> Cell:
         """One cell, checked. `given`: its score and objective."""
