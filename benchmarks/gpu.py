@@ -66,7 +66,7 @@ def step(arguments: argparse.Namespace, size: int, objective: str, compile: Comp
     model = network().to(device)
     source = Repeated(to_device(drawn(size), device), arguments.steps)
     epochs: list[Record] = []
-    recipe = Recipe(epochs=3, lr=0.01, precision=arguments.precision, compile=compile)
+    recipe = Recipe(epochs=arguments.epochs, lr=0.01, precision=arguments.precision, compile=compile)
     chosen = OBJECTIVES[objective]()
     fit(model, source, objective=chosen, mask=half(model), recipe=recipe, on_epoch=epochs.append)
     return epochs[-1]["time/epoch"] / arguments.steps, epochs[0]["time/epoch"]
@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[128, 512])
     parser.add_argument("--compile", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--steps", type=int, default=100, help="of an epoch")
+    parser.add_argument("--epochs", type=int, default=3, help="of which the last one is timed")
     parser.add_argument("--size", type=int, default=8192, help="rows of the matrix products")
     parser.add_argument("--images", type=Path, help="CIFAR-10 as a folder or archive of images")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the preset of the run")
@@ -177,6 +178,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.tiny:
         arguments.batch_sizes, arguments.compile, arguments.steps, arguments.size = [2, 4], ["none"], 1, 64
+        arguments.epochs = 1
     show(page(arguments), arguments.write)
 
 
