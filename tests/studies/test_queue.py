@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import mysql
+import postgres
 from epsd.cli import main
 from epsd.engine import ledger as engine
 from epsd.engine.ledger import DONE, RUNNING, Ledger
@@ -119,15 +120,12 @@ def test_the_storage_of_the_file_or_the_command_line(project: Path, capsys: pyte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["journal", "mysql"])
+@pytest.mark.parametrize("kind", ["journal", "postgresql", "mysql"])
 def test_a_killed_worker_loses_and_doubles_no_cell(kind: str, project: Path, request: pytest.FixtureRequest) -> None:
-    """SIGKILL in mid-training: another worker does that cell, from its last epoch on, and each is done once.
-
-    On PostgreSQL: tests/engine/test_two_machines.py.
-    """
+    """SIGKILL in mid-training: another worker does that cell, from its last epoch on, and each is done once."""
     storage = None
-    if kind == "mysql":
-        context = mysql.server()
+    if server := {"postgresql": postgres.server, "mysql": mysql.server}.get(kind):
+        context = server()
         storage = context.__enter__()
         request.addfinalizer(lambda: context.__exit__(None, None, None))
     epochs = 12

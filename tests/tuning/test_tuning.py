@@ -434,13 +434,13 @@ class TestTrial:
         fixed = {"prune.sparsity": 0.0, "prune.structure": "channels", "prune.round_to": 4, "architecture.width": 1.0,
                  "train.epochs": 1}  # fmt: skip
         space = {
-            "prune.macs": {"choice": [0.1, 0.9]},
-            "prune.allocation": {"choice": ["random"]},
-            "prune.floor": {"choice": [0.4]},
+            "prune.macs": {"float": [0.1, 0.9]},
+            "prune.allocation": {"choice": ["uniform", "random"]},
+            "prune.floor": {"float": [0.4, 0.6]},
         }
-        ledger = self.work(**asked, fixed=fixed, space=space, sampler="grid", trials=2, current_first=False)
+        ledger = self.work(**asked, fixed=fixed, space=space, sampler="random", trials=3, current_first=False)
         trials = ledger.study.get_trials(deepcopy=False)
-        assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
+        assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
         figures = [trial.user_attrs["figures"] for trial in trials]
         assert all(
             trial.values == [each["val/top1"], each[latency]] for trial, each in zip(trials, figures, strict=True)
