@@ -109,14 +109,10 @@ def main(params: Params, machine: Machine) -> str:
 
 
 def nothing() -> str:
-    """Results that hold nothing, where nothing is to be detected: DVC looks for them. Nothing goes into the run."""
+    """Results that hold nothing, where nothing is to be detected: DVC shows them. Nothing goes into the run."""
     if distributed.is_main():
         shutil.rmtree(artifacts.DETECT, ignore_errors=True)
-        for folder in (artifacts.DETECT_PICTURES, artifacts.DETECT_MODEL):
-            artifacts.nothing(folder, "Nothing: voc.name is none.")
-        artifacts.save_model(nn.Identity(), artifacts.DETECTOR, {})
         artifacts.write_json(artifacts.DETECT_METRICS, {})
-        artifacts.write_csv(artifacts.DETECT_PER_CLASS, ["class"], [])
         artifacts.write_csv(artifacts.DETECT_HISTORY, ["epoch", "loss"], [])
     return "nothing to do, as voc.name is none"
 
@@ -226,8 +222,8 @@ def judged(task: Task, trained: Trained) -> dict[str, float]:
 
 
 def deployed(task: Task, detector: nn.Module, card: dict[str, Any]) -> dict[str, float]:
-    """Write the model that is served where an ONNX file is asked for; what it is worth. The folder is there anyway."""
-    artifacts.nothing(artifacts.DETECT_MODEL, "Nothing: detect.onnx is false, or torch could not export the detector.")
+    """Write the model that is served where an ONNX file is asked for and torch can export it; what it is worth."""
+    shutil.rmtree(artifacts.DETECT_MODEL, ignore_errors=True)
     if not task.params.detect.onnx:
         return {}
     scenes, repeats = task.voc.scenes["test"], task.params.detect.latency_repeats
@@ -243,7 +239,6 @@ def deployed(task: Task, detector: nn.Module, card: dict[str, Any]) -> dict[str,
 def draw(task: Task, detections: Sequence[Detections]) -> None:
     """Test pictures with their detections: one file each, and all of them on one page."""
     shutil.rmtree(artifacts.DETECT_PICTURES, ignore_errors=True)
-    artifacts.DETECT_PICTURES.mkdir(parents=True)
     scenes, names, channels = task.voc.scenes["test"], task.voc.class_names, task.card["image_shape"][0]
     chosen = drawing.choose_pictures(detections, scenes, names, task.params.detect.pictures)
     for position in chosen:
@@ -252,8 +247,6 @@ def draw(task: Task, detections: Sequence[Detections]) -> None:
     if chosen:
         some = [scenes[position] for position in chosen], [detections[position] for position in chosen]
         figures.save(drawing.gallery(*some, names, channels), artifacts.DETECT_GALLERY)
-    else:
-        artifacts.nothing(artifacts.DETECT_PICTURES, "Nothing: detect.pictures is 0.")
 
 
 def beside(task: Task) -> dict[str, float]:

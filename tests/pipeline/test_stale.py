@@ -22,11 +22,12 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repo]:
         shutil.copy(ROOT / name, folder / name)
     for name in ("src", "stages"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for stage in read_yaml(ROOT / "dvc.yaml")["stages"].values():
-        for path in (path for kind in ("outs", "metrics", "plots") for path in stage.get(kind, ())):
-            made = folder / path if Path(path).suffix else folder / path / "content"
-            made.parent.mkdir(parents=True, exist_ok=True)
-            made.write_text("{}")
+    stages = read_yaml(ROOT / "dvc.yaml")["stages"].values()
+    outs = [f"{out}/content" for stage in stages for out in stage["outs"]]
+    read = [dep for stage in stages for dep in stage["deps"] if dep.startswith("artifacts/") and Path(dep).suffix]
+    for made in (folder / path for path in (*outs, *read)):
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.write_text("{}")
     before = Path.cwd()
     os.chdir(folder)
     repo = Repo.init(no_scm=True)

@@ -5,7 +5,6 @@ import csv
 import errno
 import io
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -211,14 +210,6 @@ def write_text(path: Path, text: str) -> None:
     """`text` as UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors=_NAMES)
-
-
-def nothing(folder: Path, why: str) -> None:
-    """Make `folder` anew with nothing but a line that says why nothing is in it: DVC warns of empty ones."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with refused(ArtifactError, folder):
-        folder.mkdir(parents=True)
-    write_text(folder / "nothing.txt", f"{why}\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
