@@ -31,6 +31,7 @@ def runs(values: list[float], **params: Any) -> list[Entry]:
 
 def test_parameters_that_are_new_since_a_run_do_not_part_it_from_those_that_did_the_same() -> None:
     known: dict[str, Any] = {"prune__channel_cap": "null", "prune__batches": 1, "prune__average": "absolute"}
+    known["prune__rescale"] = "false"
     found = table([entry(0.9), entry(0.8, seed=1, **known), entry(0.7, **{**known, "prune__batches": 2})], "test/top1")
     assert sorted(len(row.cells[0.9].values) for row in found.rows) == [1, 2]
 

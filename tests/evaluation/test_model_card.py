@@ -115,6 +115,7 @@ def test_a_dense_network_and_a_control_are_called_so() -> None:
     assert "The dense network, for comparison: no weight is removed." in dense
     assert not any(word in dense for word in ("epsd;", "EPSD (", "sparsity 0", "Zeros"))
     control = card(control="shuffled")
+    assert "scope global, rescaled" in card(rescale=True) and "rescaled" not in card(rescale=False)
     assert "A control (shuffled)" in control and "EPSD (" not in control and "epsd; sparsity 0.95" in control
     report = {**REPORT, "model": {**REPORT["model"], "sparsity": 0.0}}
     assert model_card.results(report, 359).endswith("ECE 0.0916; dense, 77,754 parameters.")
@@ -135,6 +136,7 @@ def test_a_narrow_network_is_not_called_dense() -> None:
     [
         ({}, "epsd", "). `epsd` removed 95.0% of its weights before training. `cskd` trained it for"),
         ({"sparsity": 0.0, "control": "shuffled"}, "dense", "). Dense: it keeps all of its weights. `cskd` trained"),
+        ({"rescale": True}, "epsd", "In each layer they were scaled to the mean square it began with. `cskd` trained"),
         ({"control": "shuffled"}, "epsd-shuffled", "A control: 95.0% of its weights were removed before training, in"),
         ({"control": "reinitialised"}, "epsd-reinitialised", "A control: `epsd` removed 95.0% of its weights before"),
     ],

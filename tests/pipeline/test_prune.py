@@ -105,6 +105,16 @@ def test_controls_share_the_mask_in_which_rounds_end(data: Prepared) -> None:
             assert name in measured or apart.report[name] == shared.report[name]
 
 
+@pytest.mark.parametrize("control", ["none", "shuffled", "reinitialised"])
+def test_rescaling_changes_what_is_trained_and_no_mask(control: str, data: Prepared) -> None:
+    asked = {"prune.compare": False, "prune.control": control}
+    plain, scaled = (pruned(params(**asked, **{"prune.rescale": value}), data) for value in (False, True))
+    assert plain.mask == scaled.mask
+    drawn, kept = dict(plain.model.named_parameters()), dict(scaled.model.named_parameters())
+    for name, keep in plain.mask.keep.items():
+        assert kept[name][keep].square().mean().item() == pytest.approx(drawn[name].square().mean().item(), rel=1e-4)
+
+
 def test_excluded_layers_stay_whole_and_are_not_counted_anywhere(data: Prepared) -> None:
     """In a shared scoring, in the card that goes with the weights, and in what `evaluate` counts by it."""
     mine = params(**{"prune.exclude": ["fc", "layer3.*"], "prune.compare": False, "prune.sparsity": 0.5})

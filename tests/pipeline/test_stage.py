@@ -240,6 +240,15 @@ def test_all_findings_at_once():
     assert "cskf" in str(caught.value) and "yolo" in str(caught.value)
 
 
+def test_weights_that_were_learned_are_not_rescaled() -> None:
+    content = tree()
+    content["prune"]["rescale"] = True
+    stage.check(parse(content))
+    content["start"]["weights"] = "champion"
+    with pytest.raises(ParamsError, match=r"prune\.rescale: is for weights drawn by seed"):
+        stage.check(parse(content))
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [

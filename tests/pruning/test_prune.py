@@ -20,6 +20,7 @@ from epsd.pruning.prune import (
     follows_objective,
     overlap_with_cross_entropy,
     prune,
+    rescale_,
     scored,
     signal,
 )
@@ -260,6 +261,22 @@ def test_controls() -> None:
     assert controlled(mask, "reinitialised", 1) is mask
     assert controlled(mask, "shuffled", 1).per_layer() == mask.per_layer()
     assert controlled(mask, "shuffled", 1).jaccard(mask) < 0.9
+
+
+def test_rescaled_layers_have_the_mean_square_they_began_with_and_keep_what_they_are() -> None:
+    model, before = convnet(), convnet()
+    before.load_state_dict(model.state_dict())
+    mask = prune(model, DATA, score=SCORES["snip"](), sparsity=0.9)
+    *_, last = mask.keep
+    mask = Mask({**mask.keep, last: torch.zeros_like(mask.keep[last])})
+    rescale_(model, mask)
+    for (name, weight), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        keep = mask.keep.get(name, torch.zeros_like(weight, dtype=torch.bool))
+        assert torch.equal(weight[~keep], old[~keep]), "neither what is removed nor a norm or bias changes"
+        if keep.any():
+            assert weight[keep].square().mean().item() == pytest.approx(old.square().mean().item(), rel=1e-5)
+            ratios = weight[keep] / old[keep]
+            assert ratios.std() < 1e-5 and ratios.mean() < 0.9, "scores of a loss keep large weights"
 
 
 def test_overlap_with_cross_entropy_is_one_where_the_loss_is_cross_entropy() -> None:

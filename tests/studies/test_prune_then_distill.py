@@ -64,6 +64,7 @@ def test_a_cell_of_a_study(project: Path, capsys: pytest.CaptureFixture[str], mo
         ({"rounds": 7}, {}, "unknown 'rounds'.*share, teacher_epochs"),
         ({"round_epochs": 3}, {}, "round_epochs: 3 is more than the teacher's 2"),
         ({}, {"prune.channel_cap": 1.0}, "prune_then_distill goes by magnitudes"),
+        ({}, {"prune.rescale": True}, "prune_then_distill goes by magnitudes"),
         ({}, {"architecture": {"name": "vgg", "depth": 11}, "dataset": "cifar"}, "student: 'narrow' needs"),
     ],
 )

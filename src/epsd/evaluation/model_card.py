@@ -123,6 +123,7 @@ def _method(tree: Mapping[str, Any]) -> Iterator[str]:
     yield f"* Architecture: {_choice(tree['architecture'])}"
     if not _dense(tree):
         how = "".join(f", {key} {prune[key]}" for key in _HOW if prune.get(key) not in (None, {}, 1, "absolute"))
+        how += ", rescaled" if prune.get("rescale") else ""
         cut = "".join(f"{key} {prune[key]}, " for key in _CUT if prune.get(key) is not None) if _narrow(tree) else ""
         yield f"* Score: {_choice(prune['score'])}; {cut}sparsity {prune['sparsity']:g}, scope {prune['scope']}{how}"
     yield f"* Objective: {_choice(tree['objective'])}"

@@ -104,13 +104,14 @@ def _removal(params: Params) -> str:
     if prune.sparsity == 0:
         return "Dense: it keeps all of its weights."
     share, score = f"{prune.sparsity:.1%}", f"`{prune.score['name']}`"
-    return {
+    told = {
         "none": f"{score} removed {share} of its weights before training.",
         "shuffled": f"A control: {share} of its weights were removed before training, in each layer as many as {score} "
         "would have removed, but others, drawn at random.",
         "reinitialised": f"A control: {score} removed {share} of its weights before training; those that stayed were "
         "drawn anew.",
     }[prune.control]
+    return told + (" In each layer they were scaled to the mean square it began with." if prune.rescale else "")
 
 
 def _narrowing(params: Params) -> str:

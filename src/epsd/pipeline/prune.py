@@ -198,12 +198,13 @@ def _begin(params: Params, data: Prepared) -> _Scoring:
 
 
 def _controlled(params: Params, data: Prepared, found: Pruned) -> Pruned:
-    mask = pruning.controlled(found.mask, params.prune.control, mix(params.seed, "shuffle"))
-    if params.prune.control != "reinitialised":
-        return found._replace(mask=mask)
-    model = begun(params, data, mix(params.seed, "reinitialise")).model
-    if found.channels is not None:
-        model = channels.cut(model, data.image_shape, found.channels)
+    mask, model = pruning.controlled(found.mask, params.prune.control, mix(params.seed, "shuffle")), found.model
+    if params.prune.control == "reinitialised":
+        model = begun(params, data, mix(params.seed, "reinitialise")).model
+        if found.channels is not None:
+            model = channels.cut(model, data.image_shape, found.channels)
+    if params.prune.rescale:
+        pruning.rescale_(model, mask)
     return found._replace(mask=mask, model=model)
 
 

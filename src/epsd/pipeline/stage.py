@@ -145,6 +145,8 @@ def check(params: Params) -> Params:
         for section in ("prune", "train", "detect"):
             pick_precision(getattr(params, section).precision, device, f"{section}.precision")
         tracking_uri()
+        if params.prune.rescale and params.start.weights is not None:
+            raise ParamsError("prune.rescale: is for weights drawn by seed, not for those of start.weights: use false.")
     except EpsdError as error:
         findings.append(str(error))
     if findings:

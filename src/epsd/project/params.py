@@ -97,6 +97,7 @@ class PruneParams(Section):
     average: Annotated[Literal["absolute", "signed"], Bearing(neutral="absolute")] = "absolute"
     batch_size: Count
     keep_at_least_one: bool
+    rescale: Annotated[bool, Bearing(neutral="false")] = False
     control: Literal["none", "shuffled", "reinitialised"]
     compare: Annotated[bool, Bearing(only_timing=True)]
     memory: Literal["auto"] | Positive

@@ -32,8 +32,8 @@ class PruneThenDistill(Rewinding, Procedure):
         self.epochs(params.train)
         if params.start.weights is not None:
             raise ParamsError("start.weights: prune_then_distill trains its teacher from random weights: use null.")
-        if params.prune.densities or params.prune.channel_cap:
-            raise ParamsError("prune.densities, prune.channel_cap: prune_then_distill goes by magnitudes alone.")
+        if params.prune.densities or params.prune.channel_cap or params.prune.rescale:
+            raise ParamsError("prune.densities, channel_cap, rescale: prune_then_distill goes by magnitudes alone.")
         if self.student == "narrow":
             has_width(params)
 
