@@ -244,6 +244,10 @@ def test_weights_that_were_learned_are_not_rescaled() -> None:
     content = tree()
     content["prune"]["rescale"] = True
     stage.check(parse(content))
+    content["detect"]["beside"] = "dense"
+    with pytest.raises(ParamsError, match=r"detect\.beside: dense would begin with weights that prune\.rescale"):
+        stage.check(parse(content))
+    content["detect"]["beside"] = "none"
     content["start"]["weights"] = "champion"
     with pytest.raises(ParamsError, match=r"prune\.rescale: is for weights drawn by seed"):
         stage.check(parse(content))

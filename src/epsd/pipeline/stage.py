@@ -147,6 +147,8 @@ def check(params: Params) -> Params:
         tracking_uri()
         if params.prune.rescale and params.start.weights is not None:
             raise ParamsError("prune.rescale: is for weights drawn by seed, not for those of start.weights: use false.")
+        if params.prune.rescale and params.detect.beside == "dense":
+            raise ParamsError("detect.beside: dense would begin with weights that prune.rescale changed: use random.")
     except EpsdError as error:
         findings.append(str(error))
     if findings:
