@@ -27,6 +27,7 @@ SCORES = (
 def rows(arguments: argparse.Namespace) -> Iterator[str]:
     """A line per layer: for each score the density, and mean square of what is kept / of the layer."""
     tree = base(arguments)
+    tree["prune"] |= {"scope": "global", "channel_cap": None, "rescale": False}  # what a score keeps by itself
     found: dict[str, dict[str, tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         prepared = data(tree, Path(folder))
