@@ -2,7 +2,8 @@
 
     python benchmarks/kept_weights.py --preset cifar10-quick --images cifar10.zip --set data.limit=500 [--write FILE]
 
-Nothing is trained: the masks of `prune` with the preset's settings, of each score, on the network of the preset's seed.
+Nothing is trained: the masks of `prune` with the preset's settings, but global and not rescaled, of each score, on the
+network of the preset's seed.
 """
 
 import argparse
