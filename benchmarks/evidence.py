@@ -6,6 +6,8 @@
 Reads the finished models that `epsd study` keeps under its state folder, and those that `--keep` has written: several
 places are one table, as of a study that was gone on with by other code or on another machine. The p of all comparisons
 are corrected by Holm together. Rows are in the order of their mean, the best first.
+
+    python benchmarks/evidence.py models.csv --across cross_entropy     # the objectives against one of them, instead
 """
 
 import argparse
@@ -133,6 +135,46 @@ def group(table: list[Row], baselines: list[str], known: Tests, metric: str) -> 
     return "\n".join(lines)
 
 
+def across(table: list[Row], base: str, metric: str) -> tuple[str, int]:
+    """A Markdown table for each sparsity: each method under objective `base`, what the others change; how many tests.
+
+    Under the methods stands the mean of those that ran under every objective of the sparsity, seed by seed.
+    """
+    values = {row[:3]: row.values(metric) for row in table}
+    for sparsity in sorted({key[2] for key in values}):
+        at = {key[:2]: one for key, one in values.items() if key[2] == sparsity}
+        objectives = {objective for _, objective in at}
+        whole = [name for name in {name for name, _ in at} if all((name, one) in at for one in objectives)]
+        if len(whole) > 1:
+            for objective in objectives:
+                shared = set.intersection(*(set(at[name, objective]) for name in whole))
+                mean = {seed: statistics.fmean(at[name, objective][seed] for name in whole) for seed in sorted(shared)}
+                values[f"mean of {len(whole)}", objective, sparsity] = mean
+    changes = {
+        key: difference(one, values[key[0], base, key[2]])
+        for key, one in values.items()
+        if key[1] != base and (key[0], base, key[2]) in values
+    }
+    known = dict(zip(changes, corrected(list(changes.values())), strict=True))
+    others = sorted({key[1] for key in known})
+    parts = []
+    for sparsity in sorted({key[2] for key in known}):
+        names = {key[0] for key in known if key[2] == sparsity}
+        lines = [f"### Sparsity {sparsity:g}", "", f"| method | {base} | {' | '.join(others)} |"]
+        lines.append("|---|---:|" + "---:|" * len(others))
+        ranked = sorted(names, key=lambda name: -statistics.fmean(values[name, base, sparsity].values()))
+        for name in sorted(ranked, key=lambda name: name.startswith("mean of ")):
+            level = statistics.fmean(values[name, base, sparsity].values())
+            cells = [_with_seeds(known.get((name, objective, sparsity))) for objective in others]
+            lines.append(f"| {name} | {level:.4f} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts), len(known)
+
+
+def _with_seeds(one: Difference | None) -> str:
+    return f"{shown(one)[:-1]}, {one.seeds})" if one and not math.isnan(one.corrected) else shown(one)
+
+
 def _mean(row: Row, metric: str) -> str:
     values = list(row.values(metric).values())
     if not values:
@@ -148,6 +190,7 @@ def main() -> None:
     parser.add_argument(
         "--against", nargs="+", default=["random erk"], help="methods that the others are tested against"
     )
+    parser.add_argument("--across", metavar="OBJECTIVE", help="compare objectives with this one instead of methods")
     parser.add_argument("--metric", default="test/top1")
     parser.add_argument("--title", default="Studies so far")
     parser.add_argument("--note", nargs="*", default=[], help="lines to put under the title")
@@ -161,8 +204,14 @@ def main() -> None:
     if arguments.keep:
         lines = found.reindex(columns=KEPT).dropna(axis="columns", how="all").sort_values(list(IDENTITY))
         lines.to_csv(arguments.keep, index=False, float_format="%.10g")
-    known = tests(table, arguments.against, arguments.metric)
-    count = len({(frozenset((baseline, row[0])), *row[1:]) for baseline, row in known})
+    if arguments.across:
+        body, count = across(table, arguments.across, arguments.metric)
+        if not count:
+            parser.error(f"no method has models under {arguments.across} and under another objective.")
+    else:
+        known = tests(table, arguments.against, arguments.metric)
+        count = len({(frozenset((baseline, row[0])), *row[1:]) for baseline, row in known})
+        body = written(table, arguments.against, arguments.metric)
     head = [
         f"# {arguments.title}",
         "",
@@ -171,7 +220,7 @@ def main() -> None:
         f"over all {count} comparisons of this page. Bold: p below 0.05.",
         "",
     ]
-    text = "\n".join([*head, written(table, arguments.against, arguments.metric), ""])
+    text = "\n".join([*head, body, ""])
     print(text, end="")
     if arguments.write:
         arguments.write.write_text(text, encoding="utf-8")

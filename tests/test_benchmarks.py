@@ -5,6 +5,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 import warm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +81,35 @@ def test_the_table_of_evidence_pairs_seeds_and_corrects(tmp_path: Path) -> None:
     )
     assert run("evidence.py", "models.csv", "part-0", folder=tmp_path) == said, "and are not counted twice"
     assert both.count("0.0200 (p 0.223)") == 2 and "+0.0200 (p 0.223)" in both and "-0.0200 (p 0.223)" in both
+
+
+def test_the_table_of_evidence_compares_objectives(tmp_path: Path) -> None:
+    """Seed by seed against the one that is named, and their mean over methods, against numbers worked out by hand."""
+    top1 = {
+        ("epsd", "cross_entropy"): [0.90, 0.91, 0.92],
+        ("epsd", "cskd"): [0.92, 0.94, 0.93],
+        ("snip", "cross_entropy"): [0.80, 0.81, 0.82],
+        ("snip", "cskd"): [0.81, 0.81, 0.82],
+        ("grasp", "cskd"): [0.5, 0.5, 0.5],
+    }
+    lines = [
+        f"{method},{objective},0.98,{seed},0,{value}"
+        for (method, objective), values in top1.items()
+        for seed, value in enumerate(values)
+    ]
+    (tmp_path / "m.csv").write_text("\n".join(["method,objective,sparsity,seed,began,test/top1", *lines]))
+    said = run("evidence.py", "m.csv", "--across", "cross_entropy", folder=tmp_path)
+    # epsd and snip as above; the mean gains 0.015, 0.015, 0.005: t = 3.5, p = 0.0728; Holm: × 3, × 2 (no less), × 1
+    assert said.splitlines()[-5:] == [
+        "| method | cross_entropy | cskd |",
+        "|---|---:|---:|",
+        "| epsd | 0.9100 | +0.0200 (p 0.218, 3) |",
+        "| snip | 0.8100 | +0.0033 (p 0.423, 3) |",
+        "| mean of 2 | 0.8600 | +0.0117 (p 0.218, 3) |",
+    ]
+    assert "grasp" not in said and "all 3 comparisons" in said
+    with pytest.raises(AssertionError, match="under dlb and under another objective"):
+        run("evidence.py", "m.csv", "--across", "dlb", folder=tmp_path)
 
 
 def test_the_shell_script_is_a_script() -> None:
