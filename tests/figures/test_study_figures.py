@@ -22,6 +22,28 @@ def study() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@pytest.mark.parametrize("methods", [2, 9, 48])
+def test_no_legend_covers_what_it_explains(methods: int) -> None:
+    """However many series: panels keep their size, and the whole legend is in the figure, beside them."""
+    rows = [
+        {"method": f"epsd reinitialised {number}, cross_entropy", "sparsity": sparsity, "seed": 0, "value": 0.9}
+        for number in range(methods)
+        for sparsity in (0.95, 0.99)
+    ]
+    table = pd.DataFrame(rows)
+    costs = table.assign(accuracy=table.value, seconds=range(1, len(table) + 1), image_passes=5)
+    for figure in (accuracy_against_sparsity(table), cost_against_accuracy(costs)):
+        figure.draw_without_rendering()
+        panels = [axes.get_window_extent() for axes in figure.axes]
+        assert all(panel.height / figure.dpi > 2.4 and panel.width / figure.dpi > 3 for panel in panels)
+        for legend in figure.legends:
+            whole = legend.get_window_extent()
+            assert not any(whole.overlaps(panel) for panel in panels)
+            assert figure.bbox.x0 <= whole.x0 and whole.x1 <= figure.bbox.x1 and whole.y0 >= figure.bbox.y0
+        inside = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+        assert len(figure.legends) + len(inside) == 1 and (not inside or methods < 9)
+
+
 def test_lines_are_the_means_and_bands_one_deviation() -> None:
     rows = study()
     axes = accuracy_against_sparsity(rows, metric="test/top1").axes[0]

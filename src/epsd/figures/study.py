@@ -14,6 +14,7 @@ from epsd.types import EpsdError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -34,6 +35,10 @@ LABELS = {
     "map": "COCO mAP",
 }
 SPLITS = {"val": "validation", "test": "test", "train": "training", "detect": "test"}
+INSIDE = 8
+"""Up to so many series have their legend inside the panel."""
+LINE = 0.19
+"""Inches, of a line of a legend at 8 points."""
 COSTS = {"seconds": "seconds, pruning and training", "image_passes": "image passes (one image, once forwards)"}
 """Column -> label of its axis."""
 
@@ -105,7 +110,11 @@ def accuracy_against_sparsity(rows: "pd.DataFrame", *, metric: str = "test/top1"
     _density_axis(axes, sorted(set(rows["sparsity"].astype(float))))
     axes.set(ylabel=label_of(metric), title=f"{label_of(metric).partition(' (')[0].capitalize()} against sparsity")
     end_at_one(axes)
-    axes.legend(fontsize=8, handlelength=4)
+    marks, names = axes.get_legend_handles_labels()
+    if len(names) > INSIDE:
+        _legend_below(figure, marks, names, handlelength=4)
+    else:
+        axes.legend(fontsize=8, handlelength=4)
     axes.grid(color="0.9")
     return figure
 
@@ -189,16 +198,25 @@ def cost_against_accuracy(
     legend = {name: mark for axes in panels for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     order = [str(method) for method in rows["method"].unique()]
     names = sorted(legend, key=lambda name: order.index(name.rpartition(" (")[0]))
-    figure.legend(
-        [legend[name] for name in names], names, loc="outside lower center", ncols=_columns(names), fontsize=8
-    )
+    _legend_below(figure, [legend[name] for name in names], names, spare=3)
     figure.suptitle(f"{label_of(metric).partition(' (')[0].capitalize()} against {against}")
     return figure
 
 
-def _columns(names: list[str]) -> int:
-    """Of a legend as wide as the figure, at 8 points."""
-    return max(1, min(4, len(names), 140 // (8 + max(map(len, names), default=1))))
+def _legend_below(
+    figure: "Figure",
+    marks: Sequence["Artist"],
+    names: Sequence[str],
+    *,
+    spare: int = 0,
+    handlelength: float | None = None,
+) -> None:
+    """A legend under the panels, for whose lines, but for `spare` of them, the figure grows: none covers a panel."""
+    width, height = figure.get_size_inches()
+    letters = round(16.5 * width)  # at 8 points, those for the mark included
+    columns = max(1, min(4, len(names), letters // (8 + max(map(len, names), default=1))))
+    figure.set_size_inches(width, height + LINE * max(0, math.ceil(len(names) / columns) - spare))
+    figure.legend(marks, names, loc="outside lower center", ncols=columns, fontsize=8, handlelength=handlelength)
 
 
 def _cloud(axes: "Axes", rows: "pd.DataFrame", column: str, method: str, look: Style) -> None:
